@@ -1,0 +1,10 @@
+"""`python -m frostglass`: the same as the `frostglass` command."""
+
+from __future__ import annotations
+
+import sys
+
+from frostglass.app.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The command line: demo, audit, init, list, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+import frostglass
+from frostglass.core.errors import BadInput, FrostglassError
+
+OK, INTERNAL, BAD_INPUT = 0, 1, 2
+
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and only JSON, on stdout.")
+verbose_option = click.option("-v", "--verbose", count=True, help="Print the progress of every attack.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(frostglass.__version__, "--version", prog_name="frostglass")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Hide private training images, see through what gradients give away, and say it honestly."""
+    context.obj = {"debug": debug}
+
+
+@cli.command()
+@click.option("--out", default="frostglass-demo", show_default=True, type=click.Path(path_type=Path))
+@click.option("--hide-images", is_flag=True, help="Leave pictures out of the report.")
+@click.option("--print-plan", is_flag=True, help="Write the demonstration's plan to stdout instead of running it.")
+@device_option
+@json_option
+@verbose_option
+@click.pass_context
+def demo(
+    context: click.Context,
+    out: Path,
+    hide_images: bool,
+    print_plan: bool,
+    device: str,
+    as_json: bool,
+    verbose: int,
+) -> None:
+    """Show on eight real photographs what a gradient gives away: about two minutes on two cores."""
+    from frostglass.app.demo import demo_plan
+
+    plan = demo_plan(show_images=not hide_images)
+    if print_plan:
+        click.echo(plan.to_toml(), nl=False)
+        return
+    _run(context, plan, _fresh(out), device, resume=False, as_json=as_json, verbose=verbose)
+
+
+@cli.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder: new or empty.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as scenario.client.batch=8.")
+@click.option("--resume", is_flag=True, help="Go on with a run of this plan that was interrupted.")
+@device_option
+@json_option
+@verbose_option
+@click.pass_context
+def audit(
+    context: click.Context,
+    plan: Path,
+    out: Path,
+    overrides: Sequence[str],
+    resume: bool,
+    device: str,
+    as_json: bool,
+    verbose: int,
+) -> None:
+    """Run the attacks of PLAN (a TOML file) and write scorecard and report to --out."""
+    from frostglass.auditing.plan import load_plan
+
+    _run(context, load_plan(plan, overrides), out, device, resume=resume, as_json=as_json, verbose=verbose)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("plan.toml"))
+def init(path: Path) -> None:
+    """Write a commented starter plan to PATH (plan.toml)."""
+    from frostglass.app.starter import STARTER
+    from frostglass.core.files import write_text
+
+    if path.exists():
+        raise BadInput(f"init: {path} exists; give another name.")
+    try:
+        write_text(path, STARTER)
+    except OSError as wrong:
+        raise BadInput(f"init: {path} cannot be written ({wrong.strerror or wrong}).") from None
+    click.echo(f"Wrote {path}. Next: frostglass audit {path} --out run")
+
+
+@cli.command("list")
+@click.argument(
+    "what", required=False, type=click.Choice(["attacks", "defenses", "metrics", "models", "datasets", "grants"])
+)
+@json_option
+def list_(what: str | None, as_json: bool) -> None:
+    """List attacks, defenses, metrics, models, datasets or grants, with their parameters."""
+    found = {kind: _listing(kind) for kind in ([what] if what else _KINDS)}
+    if as_json:
+        click.echo(json.dumps(found[what] if what else found, indent=2))
+        return
+    for kind, rows in found.items():
+        if not what:
+            click.echo(f"{kind}:")
+        for row in rows:
+            click.echo(f"  {row['name']:<22}{row['summary']}")
+            if what and row["parameters"]:
+                click.echo(f"  {'':<22}parameters: " + ", ".join(f"{k} = {v}" for k, v in row["parameters"].items()))
+            if what and row["paper"]:
+                click.echo(f"  {'':<22}source: {row['paper']}")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def report(folder: Path) -> None:
+    """Write FOLDER/report.html anew from a finished run."""
+    from frostglass.auditing.report import write_report
+
+    if not (folder / "scorecard.json").exists():
+        raise BadInput(f"report: {folder} holds no scorecard.json; finish the run with --resume first.")
+    click.echo(str(write_report(folder)))
+
+
+_KINDS = ("attacks", "defenses", "metrics", "models", "datasets", "grants")
+
+
+def _listing(kind: str) -> list[dict[str, Any]]:
+    if kind == "grants":
+        from frostglass.core.threat import ALWAYS, MEANING
+
+        return [
+            {"name": k.value, "summary": m + (" (always)" if k in ALWAYS else ""), "paper": "", "parameters": {}}
+            for k, m in MEANING.items()
+        ]
+    rows = []
+    for entry in _registry(kind):
+        hidden = ("classes", "channels", "size") if kind == "models" else ()
+        parameters = {
+            k: ("required" if p.default is p.empty else repr(p.default))
+            for k, p in entry.parameters.items()
+            if k not in hidden
+        }
+        rows.append({"name": entry.name, "summary": entry.summary, "paper": entry.paper, "parameters": parameters})
+    return rows
+
+
+def _registry(kind: str) -> Any:
+    if kind == "attacks":
+        from frostglass.attacks.registry import ATTACKS
+
+        return ATTACKS
+    if kind == "defenses":
+        from frostglass.defenses.registry import DEFENSES
+
+        return DEFENSES
+    if kind == "metrics":
+        from frostglass.auditing.metrics.registry import METRICS
+
+        return METRICS
+    if kind == "models":
+        from frostglass.vision.networks import MODELS
+
+        return MODELS
+    from frostglass.vision.datasets import DATASETS
+
+    return DATASETS
+
+
+def _run(
+    context: click.Context, plan: Any, out: Path, device: str, *, resume: bool, as_json: bool, verbose: int
+) -> None:
+    from frostglass.app.terminal import listener
+    from frostglass.auditing.run import run_plan
+    from frostglass.auditing.table import table_text
+    from frostglass.core.runtime import pick_device
+
+    report = run_plan(
+        plan,
+        out,
+        device=pick_device(device),
+        resume=resume,
+        emit=listener(verbose=verbose),
+        debug=context.obj["debug"],
+    )
+    if as_json:
+        click.echo(json.dumps(report.scorecard.model_dump(mode="json"), indent=2))
+    else:
+        click.echo(f"\n{report.headline}\n\n{table_text(report.scorecard)}\n\nReport: {report.html}")
+    if report.scorecard.failed:
+        context.exit(INTERNAL)
+
+
+def _fresh(out: Path) -> Path:
+    """`out`, or `out-2`, `out-3` ... if a demonstration is there already."""
+    candidate, number = out, 1
+    while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
+        number += 1
+        candidate = out.with_name(f"{out.name}-{number}")
+    return candidate
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: errors become one sentence each on stderr and an exit code, without a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    sys.exit(_guarded(lambda: cli.main(arguments, prog_name="frostglass", standalone_mode=False), debug))
+
+
+def _guarded(call: Callable[[], Any], debug: bool) -> int:
+    try:
+        result = call()
+        return result if isinstance(result, int) else OK
+    except click.ClickException as wrong:
+        wrong.show()
+        return BAD_INPUT
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. The same command with --resume goes on from the last checkpoint.", err=True)
+        return 130
+    except BadInput as wrong:
+        for problem in wrong.problems:
+            click.echo(f"error: {problem}", err=True)
+        code = BAD_INPUT
+    except FrostglassError as wrong:
+        click.echo(f"error: {wrong}", err=True)
+        code = INTERNAL
+    except BrokenPipeError:
+        return OK
+    except Exception as wrong:
+        text = str(wrong).splitlines()[0] if str(wrong) else ""
+        click.echo(f"internal error: {type(wrong).__name__}: {text}; run with --debug for the traceback.", err=True)
+        code = INTERNAL
+    if debug:
+        traceback.print_exc()
+    return code

@@ -1,0 +1,1 @@
+"""Exact attacks: algebra instead of optimisation."""

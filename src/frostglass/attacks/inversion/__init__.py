@@ -1,0 +1,1 @@
+"""Gradient inversion: one machine (terms, rules, spaces), many recipes."""

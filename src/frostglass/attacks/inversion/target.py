@@ -1,0 +1,112 @@
+"""What a candidate is compared with: the observation, laid out once for the loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from frostglass.core.errors import AttackFailed, BadInput
+from frostglass.core.runtime import Runtime
+from frostglass.core.threat import GradientMessage, Observation
+from frostglass.core.update import BNStatistics, LocalPlan
+from frostglass.numerics.distance import flatten
+from frostglass.numerics.local_update import trainable
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The observation on the attack's device.
+
+    Args:
+        seen: the observation.
+        model: a copy of its model: the attack leaves the original unchanged.
+        gradients: observed gradients, of the parameters that were sent, in the model's order.
+        plan: what the attacker simulates.
+        bn_batch, bn_running: statistics, where granted.
+    """
+
+    seen: Observation
+    model: nn.Module
+    gradients: Mapping[str, Tensor]
+    plan: LocalPlan
+    bn_batch: Mapping[str, BNStatistics] | None
+    bn_running: Mapping[str, BNStatistics] | None
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters that were sent."""
+        return list(self.gradients)
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """All observed gradients as one vector."""
+        return flatten(list(self.gradients.values()))
+
+
+def lay_out(seen: Observation, run: Runtime) -> Target:
+    """Copies the observation to the runtime's device and dtype.
+
+    Raises:
+        BadInput: the update has no parameter of the model, or a wrong shape.
+        AttackFailed: its values are not finite, or all zero.
+    """
+    problems = update_problems(seen)
+    if problems:
+        raise BadInput(problems)
+    refuse_broken_values(seen)
+    model = copy.deepcopy(seen.model).to(run.device, run.dtype)
+    weights = trainable(model)
+    sent = {n: seen.gradients[n].to(run.device, run.dtype) for n in weights if n in seen.gradients}
+    for name, weight in weights.items():
+        weight.requires_grad_(name in sent)  # what was not sent is not matched, so its gradient is not computed
+    kind = next(m.kind for m in seen.messages if isinstance(m, GradientMessage))
+    plan = seen.local_plan or LocalPlan(kind="gradient" if kind == "gradient" else "delta")
+    plan = replace(plan, mode="train" if seen.mode == "train" else "eval")
+    model.train(plan.mode == "train")
+    move = {"batch": seen.bn_batch, "running": seen.bn_running}
+    moved = {k: _moved(v, run) if v else None for k, v in move.items()}
+    return Target(seen, model, sent, plan, moved["batch"], moved["running"])
+
+
+def update_problems(seen: Observation) -> list[str]:
+    """What does not fit between the update and the model, a sentence each."""
+    weights = trainable(seen.model)
+    sent = seen.gradients
+    found = []
+    unknown = sorted(set(sent) - {n for n, _ in seen.model.named_parameters()})
+    if unknown:
+        found.append(f"update: parameter {unknown[0]!r} is not in the model ({len(unknown)} such); names must agree.")
+    shared = [n for n in weights if n in sent]
+    if not shared:
+        found.append("update: no trainable parameter of the model was sent; there is nothing to match.")
+    for name in shared:
+        if sent[name].shape != weights[name].shape:
+            found.append(
+                f"update: {name!r} has shape {tuple(sent[name].shape)}, the model's parameter "
+                f"{tuple(weights[name].shape)}."
+            )
+    return found
+
+
+def refuse_broken_values(seen: Observation) -> None:
+    """Ends the run, not the plan, on an update that fits the model and holds nothing usable.
+
+    Raises:
+        AttackFailed: values that are not finite, or zeros only.
+    """
+    wrong = [n for n, g in seen.gradients.items() if not bool(g.isfinite().all())]
+    if wrong:
+        raise AttackFailed(f"update: {wrong[0]!r} holds values that are not finite ({len(wrong)} such tensors).")
+    if all(float(g.abs().max()) == 0 for g in seen.gradients.values() if g.numel()):
+        raise AttackFailed("update: every value is zero; nothing can be recovered from it.")
+
+
+def _moved(statistics: Mapping[str, BNStatistics], run: Runtime) -> dict[str, BNStatistics]:
+    def move(t: Tensor) -> Tensor:
+        return t.to(run.device, run.dtype)
+
+    return {n: BNStatistics(move(s.mean), move(s.var), s.count) for n, s in statistics.items()}

@@ -1,0 +1,130 @@
+"""Terms of an inversion objective. Each reads the one shared simulation of a client step and returns a scalar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from frostglass.attacks.inversion.schedules import Schedule
+from frostglass.attacks.inversion.target import Target
+from frostglass.core.errors import BadInput
+from frostglass.core.threat import Knows, Observation
+from frostglass.numerics import distance, image
+from frostglass.numerics.bn import bn_distance
+from frostglass.numerics.local_update import Trace
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One seed's current guess.
+
+    Args:
+        z: [b, c, h, w] the variable, in the victim's normalised space for pixel spaces.
+        images: [b, c, h, w] the same in the bounds of the domain.
+        targets: [b, k].
+        trace: of the simulated client step; every term reads this one.
+        target: what was observed.
+    """
+
+    z: Tensor
+    images: Tensor
+    targets: Tensor
+    trace: Trace
+    target: Target
+
+
+@dataclass(frozen=True)
+class Term:
+    """weight x value(candidate).
+
+    Args:
+        name: in the event stream and the report.
+        weight: number or schedule.
+        value: scalar, on the graph.
+        needs: grants without which the term cannot be computed.
+        gradient: True if it compares with the observed update (a prior does not).
+    """
+
+    name: str
+    weight: float | Schedule
+    value: Callable[[Candidate], Tensor]
+    needs: frozenset[Knows] = field(default_factory=frozenset)
+    gradient: bool = False
+
+
+def _simulated(c: Candidate) -> list[Tensor]:
+    return [c.trace.gradients[name] for name in c.target.names]
+
+
+def match_cosine(weight: float | Schedule = 1.0) -> Term:
+    """1 - cosine similarity of all gradients together (Geiping et al. 2020, Eq. 4)."""
+    return Term(
+        "cosine",
+        weight,
+        lambda c: distance.cosine_distance(distance.flatten(_simulated(c)), c.target.flat),
+        gradient=True,
+    )
+
+
+def match_layer_norms(weight: float | Schedule = 1.0) -> Term:
+    """Sum over layers of unsquared L2 norms (Yin et al. 2021, Eq. 3)."""
+    return Term(
+        "layer_norms",
+        weight,
+        lambda c: distance.layer_norms(_simulated(c), list(c.target.gradients.values())),
+        gradient=True,
+    )
+
+
+def match_squared(weight: float | Schedule = 1.0) -> Term:
+    """Sum of squared differences (Zhu et al. 2019, Eq. 4)."""
+    return Term(
+        "squared",
+        weight,
+        lambda c: distance.squared_error(_simulated(c), list(c.target.gradients.values())),
+        gradient=True,
+    )
+
+
+def total_variation(weight: float | Schedule) -> Term:
+    """Anisotropic total variation of the variable (mean absolute difference)."""
+    return Term("tv", weight, lambda c: image.total_variation(c.z))
+
+
+def bn_statistics(weight: float | Schedule, source: Knows, *, relative: bool = False) -> Term:
+    """Distance of the candidate's batch statistics to those granted (Yin et al. 2021, Eq. 10).
+
+    Args:
+        weight: number or schedule.
+        source: `Knows.BN_BATCH` (statistics of the target batch) or `Knows.BN_RUNNING`.
+        relative: divide each layer's distance by the size of its target.
+    """
+
+    def value(c: Candidate) -> Tensor:
+        goal = c.target.bn_batch if source is Knows.BN_BATCH else c.target.bn_running
+        assert goal is not None  # `needs` was checked before the run
+        return bn_distance(c.trace.bn, goal, relative=relative)
+
+    return Term("bn", weight, value, needs=frozenset({source}))
+
+
+def available_bn(seen: Observation) -> Knows | None:
+    """The best BatchNorm statistics that were granted and exist: of the batch, else running, else None."""
+    if seen.bn_batch:
+        return Knows.BN_BATCH
+    return Knows.BN_RUNNING if seen.bn_running else None
+
+
+def require(terms: tuple[Term, ...], seen: Observation) -> None:
+    """Refuses an observation that lacks what a term needs.
+
+    Raises:
+        BadInput: a BatchNorm term and no statistics.
+    """
+    held = {Knows.BN_BATCH: seen.bn_batch, Knows.BN_RUNNING: seen.bn_running}
+    for term in terms:
+        for need in term.needs:
+            if not held.get(need, True):
+                raise BadInput(f"attack: term {term.name!r} needs {need.value!r}, and the model has no such statistics.")

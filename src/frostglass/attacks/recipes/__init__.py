@@ -1,0 +1,1 @@
+"""One published or own inversion recipe a file."""

@@ -1,0 +1,1 @@
+"""Ask a privacy question, answer it reproducibly: plan, run, score, scorecard, report."""

@@ -1,0 +1,1 @@
+"""Metrics: one file each, one value per image, after matching."""

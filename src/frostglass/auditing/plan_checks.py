@@ -1,0 +1,138 @@
+"""What a schema cannot see: names against the registries, grants against needs, settings against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from frostglass.attacks.registry import ATTACKS
+from frostglass.auditing.metrics.registry import METRICS
+from frostglass.auditing.plan import ClientPlan, DefensePlan, Named, Plan, ScenarioPlan, ThreatPlan
+from frostglass.core.defense import Defense, stack
+from frostglass.core.drive import Attack
+from frostglass.core.errors import BadInput, close_match
+from frostglass.core.registry import Registry
+from frostglass.core.threat import ALWAYS, parse_grants
+from frostglass.defenses.registry import DEFENSES
+
+
+def semantic_problems(plan: Plan) -> list[str]:
+    """All sentences about `plan` together."""
+    found = _metric_problems(plan)
+    found += _threat_problems(plan.threat, "threat")
+    for i, scenario in enumerate(plan.scenario):
+        where = f"scenario.{i}"
+        if scenario.threat is not None:
+            found += _threat_problems(scenario.threat, f"{where}.threat")
+        found += _client_problems(scenario.client, f"{where}.client")
+        found += _defense_problems(scenario, where)
+        found += _attack_problems(plan, scenario, where)
+    return found
+
+
+def make_attack(entry: Named) -> Attack[Any]:
+    """The attack that a plan names.
+
+    Raises:
+        BadInput: unknown name or parameters.
+    """
+    return _make(ATTACKS, entry.name, entry.settings, f"attack {entry.name!r}")
+
+
+def make_defense(entry: DefensePlan) -> Defense:
+    """The defence, or stack of defences, that a plan names.
+
+    Raises:
+        BadInput: unknown name or parameters, or defences that do not go together.
+    """
+    made = [_make(DEFENSES, part.name, part.settings, f"defense {part.name!r}") for part in entry.parts]
+    return made[0] if len(made) == 1 else stack(*made)
+
+
+def _make(registry: Registry[Any], name: str, settings: Mapping[str, Any], where: str) -> Any:
+    wrong = registry[name].problems(settings, where)
+    if wrong:
+        raise BadInput(wrong)
+    return registry[name].make(**settings)
+
+
+def _metric_problems(plan: Plan) -> list[str]:
+    known = METRICS.names()
+    found = [f"report.metrics: {m!r} is not a metric; {close_match(m, known)}." for m in plan.report.metrics if m not in known]
+    chosen = plan.report.threshold.metric
+    if chosen not in known:
+        found.append(f"report.threshold.metric: {chosen!r} is not a metric; {close_match(chosen, known)}.")
+    elif chosen not in plan.report.metrics:
+        found.append(f"report.threshold.metric: {chosen!r} is not among report.metrics; add it there.")
+    return found
+
+
+def _threat_problems(threat: ThreatPlan, where: str) -> list[str]:
+    try:
+        parse_grants(threat.grants)
+    except BadInput as wrong:
+        return [p.replace("threat.grants", f"{where}.grants", 1) for p in wrong.problems]
+    if "auxiliary" in threat.grants and threat.auxiliary is None:
+        return [f"{where}.grants: 'auxiliary' gives away nothing; set {where}.auxiliary to a data source."]
+    return []
+
+
+def _client_problems(client: ClientPlan, where: str) -> list[str]:
+    found = []
+    if client.update == "gradient" and client.local_steps * client.epochs > 1:
+        found.append(
+            f"{where}.local_steps: {client.local_steps} steps x {client.epochs} epochs need update = \"delta\"; "
+            "a gradient is sent after one step."
+        )
+    if client.clients % client.cohort:
+        found.append(f"{where}.cohort: {client.cohort} does not divide clients = {client.clients}.")
+    return found
+
+
+def _defense_problems(scenario: ScenarioPlan, where: str) -> list[str]:
+    found: list[str] = []
+    for i, entry in enumerate(scenario.defense):
+        here = f"{where}.defense.{i}"
+        if entry.name is None and entry.stack is None:
+            found.append(f"{here}: give a name, or stack = [ {{ name = ... }}, ... ].")
+            continue
+        if entry.stack is not None and (entry.name is not None or entry.model_extra):
+            found.append(f"{here}: has both a stack and a name or parameters; put the parameters inside the stack.")
+            continue
+        wrong = [p for part in entry.parts for p in _entry_problems(DEFENSES, part, here)]
+        found += wrong
+        if not wrong:
+            try:
+                make_defense(entry)
+            except BadInput as refused:
+                found += [f"{here}: {p}" for p in refused.problems]
+    return found
+
+
+def _attack_problems(plan: Plan, scenario: ScenarioPlan, where: str) -> list[str]:
+    found: list[str] = []
+    grants = set(plan.threat_of(scenario).grants)
+    for i, entry in enumerate(scenario.attack):
+        here = f"{where}.attack.{i}"
+        wrong = _entry_problems(ATTACKS, entry, here)
+        found += wrong
+        if wrong:
+            continue
+        try:
+            attack = make_attack(entry)
+        except BadInput as refused:
+            found += [f"{here}: {p}" for p in refused.problems]
+            continue
+        lacking = sorted(k.value for k in attack.needs - ALWAYS if k.value not in grants)
+        if lacking:
+            found.append(
+                f"{here}: {entry.name!r} needs the grant{'s' if len(lacking) > 1 else ''} "
+                f"{', '.join(map(repr, lacking))}; add to threat.grants, or choose another attack."
+            )
+    return found
+
+
+def _entry_problems(registry: Registry[Any], entry: Named, where: str) -> list[str]:
+    if entry.name not in registry:
+        return [f"{where}.name: {entry.name!r} is not a known {registry.noun}; {close_match(entry.name, registry.names())}."]
+    return registry[entry.name].problems(entry.settings, where)

@@ -1,0 +1,134 @@
+"""The run folder: checkpoints, results and pictures, each whole or absent, so that a killed run resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from frostglass.core.errors import BadInput
+from frostglass.core.files import write_json, write_text, written_beside
+from frostglass.core.reconstruction import Reconstruction
+from frostglass.core.state import pack, unpack
+
+S = TypeVar("S")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
+    """Tensors with a JSON note, as safetensors."""
+    note = {"frostglass": json.dumps(dict(about or {}))}
+    with written_beside(path) as beside:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, metadata=note)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, note).
+
+    Raises:
+        BadInput: the file is cut off or no safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as held:
+            note = json.loads((held.metadata() or {}).get("frostglass", "{}"))
+            return {k: held.get_tensor(k) for k in held.keys()}, note  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError) as wrong:
+        raise BadInput(f"{path.name}: cannot be read ({wrong}); delete it and run again.") from None
+
+
+class CheckpointStore:
+    """The `Store` of one attack run: one file, replaced at each save. Holds tensors and numbers, no generator state."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path = path
+        self.device = device
+
+    def save(self, step: int, state: object) -> None:
+        """Keeps `state` as of after `step` steps."""
+        tensors, skeleton = pack(state)
+        save_tensors(self.path, tensors, {"step": step, "skeleton": skeleton})
+
+    def load(self, template: S) -> tuple[int, S] | None:
+        """The last whole checkpoint, None if there is none."""
+        if not self.path.exists():
+            return None
+        tensors, note = load_tensors(self.path)
+        return int(note["step"]), unpack(template, tensors, note["skeleton"], self.device)
+
+
+class RunFolder:
+    """Where a run lives.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self, plan_toml: str, digest: str, *, resume: bool) -> None:
+        """Creates the folder, or checks that it belongs to this plan.
+
+        Raises:
+            BadInput: it belongs to another plan, is not empty, or holds this run and `resume` is off.
+        """
+        mark = self.path / "plan.toml"
+        if mark.exists():
+            same = json.loads((self.path / ".run.json").read_text()) if (self.path / ".run.json").exists() else {}
+            if same.get("plan_sha256") != digest:
+                raise BadInput(f"--out: {self.path} belongs to another plan; choose an empty folder.")
+            if not resume:
+                raise BadInput(f"--out: {self.path} already holds this run; add --resume or choose another folder.")
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise BadInput(f"--out: {self.path} exists and holds something else; choose an empty folder.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / ".run.json", {"plan_sha256": digest})
+            write_text(mark, plan_toml)
+        except OSError as wrong:
+            raise BadInput(f"--out: {self.path} cannot be written ({wrong.strerror or wrong}).") from None
+
+    def checkpoint(self, cell: str, unit: int, device: torch.device) -> CheckpointStore:
+        """Of one repetition of one cell."""
+        return CheckpointStore(self.path / "checkpoints" / f"{cell}-{unit}.safetensors", device)
+
+    def result_path(self, cell: str, unit: int) -> Path:
+        """Of a finished repetition."""
+        return self.path / "checkpoints" / f"{cell}-{unit}.done.safetensors"
+
+    def save_result(self, cell: str, unit: int, result: Reconstruction, about: Mapping[str, Any]) -> None:
+        """Keeps a finished repetition and drops its checkpoint."""
+        tensors, skeleton = pack(result)
+        save_tensors(self.result_path(cell, unit), tensors, {"skeleton": skeleton, **about})
+        (self.path / "checkpoints" / f"{cell}-{unit}.safetensors").unlink(missing_ok=True)
+
+    def load_result(self, cell: str, unit: int) -> tuple[Reconstruction, dict[str, Any]] | None:
+        """A finished repetition, None if it is not there."""
+        path = self.result_path(cell, unit)
+        if not path.exists():
+            return None
+        tensors, note = load_tensors(path)
+        like = Reconstruction(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 0.0)
+        return unpack(like, tensors, note["skeleton"]), note
+
+    def save_frame(self, cell: str, step: int, images: Tensor) -> None:
+        """One picture of the filmstrip (only ever called when the plan shows images)."""
+        save_tensors(self.path / "checkpoints" / "film" / f"{cell}-{step:06d}.safetensors", {"images": images})
+
+    def frames(self, cell: str) -> dict[int, Tensor]:
+        """All pictures of a cell's filmstrip by step."""
+        found = {}
+        for path in sorted((self.path / "checkpoints" / "film").glob(f"{cell}-??????.safetensors")):
+            found[int(path.name[len(cell) + 1 : len(cell) + 7])] = load_tensors(path)[0]["images"]
+        return found
+
+    def drop_frames(self) -> None:
+        """The filmstrip is in pictures.safetensors now."""
+        shutil.rmtree(self.path / "checkpoints" / "film", ignore_errors=True)

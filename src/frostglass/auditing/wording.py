@@ -1,0 +1,215 @@
+"""Numbers and sentences that the report and the terminal share, so that both say a result in the same words.
+
+Two rules are held here: a missing value prints as "–", and an attack that did not succeed reads "nothing shown by this
+attack", because a failed attack is no evidence of privacy.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from frostglass.auditing.scorecard import Cell, Labels, OverThreshold, Scorecard, Summary
+
+MISSING = "–"
+NOTHING = "nothing shown by this attack"
+SLACK = 1.05
+"""An objective up to 5 % above the truth's counts as having reached it."""
+
+Tone = Literal["found", "encoding", "nothing", "failed", "skipped"]
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """Fixed decimals with a true minus sign; "–" where there is no number."""
+    if value is None or math.isnan(value):
+        return MISSING
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    text = f"{value:.{digits}f}"
+    if not text.strip("-0."):
+        text = text.lstrip("-")  # -0.0 is 0.0 to a reader
+    return text.replace("-", "−")
+
+
+def significant(value: float | None) -> str:
+    """Three significant digits, for losses and budgets."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    return f"{value:.3g}".replace("-", "−")
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as a percentage."""
+    return MISSING if share is None or math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def spread(median: float | None, worst: float | None, best: float | None, digits: int = 1, to: str = " to ") -> str:
+    """`median [worst to best]`; a dash where an unmatched image stands below every score."""
+    if all(number(v) == MISSING for v in (median, worst, best)):
+        return MISSING
+    return f"{number(median, digits)} [{number(worst, digits)}{to}{number(best, digits)}]"
+
+
+def duration(seconds: float) -> str:
+    """Wall time in at most two units."""
+    if seconds < 0.95:
+        return "<1 s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def plural(count: int, word: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}{'es' if word.endswith('h') else 's'}"
+
+
+def value_text(value: Any) -> str:
+    """Any JSON value for a reader: "–" for missing, yes and no for booleans."""
+    if value is None or value in ("", "nan", [], {}):
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return MISSING if math.isnan(value) else f"{value:.6g}".replace("inf", "∞")
+    if isinstance(value, list | tuple):
+        return ", ".join(value_text(v) for v in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}: {value_text(v)}" for k, v in value.items())
+    return str(value)
+
+
+def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as (dotted name, text) rows."""
+    for key, value in values.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{name}.")
+        else:
+            yield name, value_text(value)
+
+
+def threshold(over: OverThreshold) -> str:
+    """`PSNR 20 dB`: the score from which an image counts as recovered."""
+    metric = over.metric.lower()
+    name = {"psnr": "PSNR", "ssim": "SSIM"}.get(metric, over.metric)
+    return f"{name} {over.value:g}{' dB' if metric == 'psnr' else ''}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell shows: a tone for colour, a word for a chip, and a sentence.
+
+    Args:
+        tone: its class.
+        word: one to five words.
+        sentence: the result with its n.
+    """
+
+    tone: Tone
+    word: str
+    sentence: str
+
+
+def outcome(cell: Cell) -> Outcome:
+    """Reads a cell without ever turning a failure into good news."""
+    if cell.status == "failed":
+        return Outcome("failed", "failed, no result", "This cell broke and has no result. A broken run shows nothing.")
+    if cell.status == "skipped" or cell.summary is None:
+        word = "skipped" if cell.status == "skipped" else "no score"
+        return Outcome("skipped", word, "This cell was not scored. It shows nothing in either direction.")
+    found, n, proved = cell.summary.over_threshold.count, cell.summary.images, cell.summary.proved
+    bar = threshold(cell.summary.over_threshold)
+    reach = f"{found} of {plural(n, 'private image')} reach {bar}, fixed before the run as recognisable"
+    if proved:
+        verb = "is" if proved == 1 else "are"
+        more = f"; {proved} of {n} {verb} proved: the attack verified {'it' if proved == 1 else 'them'} algebraically."
+        return Outcome("found", "recovered, proved" if found else "proved", reach + more)
+    if found:
+        return Outcome("found", "recovered", reach + ".")
+    coded = cell.encoding_summary
+    if coded and (coded.proved or coded.over_threshold.count):
+        hits = f"{coded.over_threshold.count} of {coded.images} reach {threshold(coded.over_threshold)}"
+        more = f" and {coded.proved} {'is' if coded.proved == 1 else 'are'} proved" if coded.proved else ""
+        return Outcome("encoding", "encodings only", f"{reach}; of the encodings that were trained on, {hits}{more}.")
+    return Outcome("nothing", NOTHING, f"{reach}. Other attacks may recover more.")
+
+
+def subline(scorecard: Scorecard) -> str:
+    """The headline's plain-language second sentence: how many cells ended how."""
+    tones = Counter(outcome(c).tone for c in scorecard.cells)
+    ends = {
+        "found": "recovered at least one private image",
+        "encoding": "recovered encodings but no private image",
+        "nothing": "showed nothing with the attack that was run",
+        "failed": "failed and have no result" if tones["failed"] != 1 else "failed and has no result",
+        "skipped": "were not scored" if tones["skipped"] != 1 else "was not scored",
+    }
+    parts = [f"{tones[tone]} {text}" for tone, text in ends.items() if tones[tone]]
+    return f"Of {plural(len(scorecard.cells), 'cell')}, {', '.join(parts)}." if parts else "No cell was run."
+
+
+def objective_words(cell: Cell) -> str:
+    """Whether the optimiser did its work, told from the attack's loss at its end and at the truth."""
+    end, truth = cell.objective, cell.objective_at_truth
+    if end is None or math.isnan(end):
+        return "This attack reports no objective, so there is no optimiser whose failure could be mistaken for privacy."
+    if truth is None or math.isnan(truth):
+        return (
+            f"The attack ended at an objective of {significant(end)}. The objective at the truth was not computed, "
+            "so an optimiser failure cannot be told apart from privacy."
+        )
+    both = f"at {significant(end)}, and the private batch itself scores {significant(truth)}"
+    if end > truth + (SLACK - 1) * abs(truth) + 1e-12:
+        if outcome(cell).tone in ("found", "encoding"):
+            return f"The optimiser ended {both}: it stopped above the truth, and a better one could recover more."
+        return f"The optimiser ended above the truth’s objective ({both}): the attack failed, privacy was not shown."
+    if outcome(cell).tone == "found":
+        return f"The optimiser ended {both}: it got as low as the truth does."
+    return (
+        f"The optimiser ended {both}: it got as low as the truth does with other pictures. "
+        "This objective does not single out the private images; another one may."
+    )
+
+
+def labels_words(labels: Labels, batches: int, show: bool) -> str:
+    """How the attack came by the labels; the labels themselves only where the plan shows pictures too."""
+    over = "" if batches == 1 else f" (means over {batches} batches)"
+    if labels.source == "granted":
+        return "The labels were granted, in no particular order; a real server would have to restore them."
+    if labels.source == "unused":
+        return "This attack uses no labels."
+    scores = [
+        (labels.set_accuracy, "of the classes present were named (set accuracy)"),
+        (labels.count_accuracy, "of the labels were right with their multiplicity (count accuracy)"),
+    ]
+    told = "; ".join(f"{percent(value)} {text}" for value, text in scores if value is not None)
+    words = "The attack restored the labels from the update"
+    words += f": {told}{over}" if told else "; no accuracy was recorded"
+    if labels.no_gradient_guess is not None:
+        words += f". Guessing without the update reaches {percent(labels.no_gradient_guess)}"
+    if labels.restored and not show:
+        words += ". The labels themselves are withheld here, like the pictures"
+    elif labels.restored:
+        counts = sorted(Counter(labels.restored).items())
+        words += f". Restored{'' if batches == 1 else ' in the first batch'}: " + ", ".join(
+            f"class {k}" + (f" × {m}" if m > 1 else "") for k, m in counts
+        )
+    return words + "."
+
+
+def batch_words(summary: Summary) -> str:
+    """The spread between independent batches, or that there is none to give."""
+    means: Sequence[float] = summary.psnr_batch_means
+    if len(means) < 2:
+        return "one batch: no spread between batches can be given"
+    shown = ", ".join(number(m) for m in means[:6]) + (", …" if len(means) > 6 else "")
+    return f"batch means {shown} dB; standard deviation {number(statistics.stdev(means))}"

@@ -1,0 +1,92 @@
+"""A defence is a named tuple of pure functions; a channel is what stands between clients and server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from frostglass.core.batch import Batch
+from frostglass.core.errors import BadInput
+from frostglass.core.randomness import Randomness
+from frostglass.core.update import LocalPlan, Update
+
+if TYPE_CHECKING:
+    from torch import nn
+
+GradientFn: TypeAlias = "Callable[[nn.Module, Batch, LocalPlan, Randomness], Update]"
+"""Computes the update itself, for defences that need per-example gradients."""
+
+Channel: TypeAlias = Callable[[Sequence[Update]], Sequence[Update]]
+"""Direct, or a secure sum of a cohort."""
+
+
+def _same_batch(batch: Batch, _: Randomness) -> Batch:
+    return batch
+
+
+def _same_update(update: Update, _: Randomness) -> Update:
+    return update
+
+
+@dataclass(frozen=True)
+class Defense:
+    """What a client does to hide its images.
+
+    Args:
+        name: as in a plan.
+        encode: the batch that is trained on instead of the private one (InstaHide, Mixup).
+        gradient: replaces the client step where per-example work is needed (DP-SGD); None for the ordinary step.
+        protect: what is done to the finished update (pruning, noise).
+        claim: "proof" where a theorem stands behind it, else "heuristic"; "none" for the identity.
+        settings: its parameters, for reports.
+        encodes: True if `encode` changes what is in a row, so that rows no longer are private images.
+    """
+
+    name: str
+    encode: Callable[[Batch, Randomness], Batch] = _same_batch
+    gradient: GradientFn | None = None
+    protect: Callable[[Update, Randomness], Update] = _same_update
+    claim: Literal["none", "heuristic", "proof"] = "heuristic"
+    settings: dict[str, Any] = field(default_factory=dict)
+    encodes: bool = False
+
+
+def stack(*defenses: Defense) -> Defense:
+    """Several defences as one, applied in the order given; associative.
+
+    Raises:
+        BadInput: two of them replace the client step, or an encoding is combined with per-example clipping
+            (a mixed row holds several images, so one image would count more than once and the epsilon be false).
+    """
+    flat = list(defenses)
+    steps = [d for d in flat if d.gradient is not None]
+    if len(steps) > 1:
+        raise BadInput(f"defense: {steps[0].name!r} and {steps[1].name!r} both replace the client step; stack one.")
+    if steps and any(d.encodes for d in flat):
+        mixer = next(d for d in flat if d.encodes)
+        raise BadInput(
+            f"defense: {mixer.name!r} mixes images, so the per-example sensitivity of {steps[0].name!r} and the epsilon "
+            "it prints would be false; use one of them."
+        )
+
+    def encode(batch: Batch, randomness: Randomness) -> Batch:
+        for d in flat:
+            batch = d.encode(batch, randomness)
+        return batch
+
+    def protect(update: Update, randomness: Randomness) -> Update:
+        for d in flat:
+            update = d.protect(update, randomness)
+        return update
+
+    claims = [d.claim for d in flat]
+    return Defense(
+        name="+".join(d.name for d in flat) or "none",
+        encode=encode,
+        gradient=steps[0].gradient if steps else None,
+        protect=protect,
+        claim="proof" if "proof" in claims else "heuristic" if "heuristic" in claims else "none",
+        settings={d.name: d.settings for d in flat},
+        encodes=any(d.encodes for d in flat),
+    )

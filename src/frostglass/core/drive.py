@@ -1,0 +1,143 @@
+"""The one loop: it alone steps attacks, emits their events, writes their checkpoints and stops them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
+
+from torch import Tensor
+
+from frostglass.core.errors import AttackFailed
+from frostglass.core.events import Emit, Event, silent
+from frostglass.core.reconstruction import Reconstruction
+from frostglass.core.runtime import Runtime
+from frostglass.core.threat import Knows, Observation
+
+S = TypeVar("S")
+Scalars: TypeAlias = Mapping[str, "Tensor | float"]
+"""What a step measured. Tensors stay on their device until the loop reports them: no host synchronisation a step."""
+
+
+@runtime_checkable
+class Attack(Protocol[S]):
+    """Something that reads an observation. A pair of pure functions plus `read`; holds no loop, prints nothing.
+
+    Attributes:
+        name: as registered.
+        needs: grants without which it cannot work; a plan that withholds one is refused before any compute.
+        steps: how often `step` is called at the most.
+        every: steps between two reports (and finite checks).
+    """
+
+    @property
+    def name(self) -> str:
+        """As registered."""
+
+    @property
+    def needs(self) -> frozenset[Knows]:
+        """Grants it cannot do without."""
+
+    @property
+    def steps(self) -> int:
+        """Upper limit of steps."""
+
+    @property
+    def every(self) -> int:
+        """Steps between two reports."""
+
+    def check(self, seen: Observation) -> list[str]:
+        """Sentences on why this observation cannot be attacked (missing layer, ...); empty if it can."""
+
+    def init(self, seen: Observation, run: Runtime) -> S:
+        """The state before the first step."""
+
+    def step(self, seen: Observation, state: S, run: Runtime, t: int) -> tuple[S, Scalars]:
+        """Step t (from 0); `run.rng` is the same at every step, so draws are addressed by t."""
+
+    def done(self, state: S) -> bool:
+        """True if further steps cannot help; asked at every report."""
+
+    def read(self, seen: Observation, state: S) -> Reconstruction:
+        """What has been found so far."""
+
+
+class Store(Protocol):
+    """Where checkpoints go."""
+
+    def save(self, step: int, state: object) -> None:
+        """Keeps `state` as of after `step` steps, replacing the one before."""
+
+    def load(self, template: S) -> tuple[int, S] | None:
+        """(steps done, state), or None if there is nothing to resume from."""
+
+
+def film_steps(steps: int, frames: int = 10) -> frozenset[int]:
+    """Steps at which the filmstrip takes a picture: the start, then ever longer gaps, then the end."""
+    if steps < frames:
+        return frozenset(range(steps + 1))
+    return frozenset({0, steps} | {round(steps * (i / (frames - 1)) ** 2) for i in range(1, frames - 1)})
+
+
+def drive(
+    attack: Attack[S],
+    seen: Observation,
+    run: Runtime,
+    *,
+    emit: Emit = silent,
+    store: Store | None = None,
+    save_every: int = 200,
+    film: Collection[int] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Reconstruction:
+    """Runs `attack` on `seen` to its end and returns what it read.
+
+    Args:
+        attack: what to run.
+        seen: all that it may look at.
+        run: its randomness, device and ranks.
+        emit: told of progress at every `attack.every` steps.
+        store: where checkpoints are written every `save_every` steps; if it holds one, the run goes on from there
+            and ends as the uninterrupted run would (draws are addressed by step, never by generator state).
+        film: steps after which a `candidate` event carries the current images.
+        stop: asked at every report; True ends the run early with what there is.
+
+    Raises:
+        AttackFailed: a reported value is not finite: such a run has no result.
+    """
+    state = attack.init(seen, run)
+    start = 0
+    kept = store.load(state) if store else None
+    if kept is not None:
+        start, state = kept
+    emit(Event("attack_started", attack.name, start, attack.steps))
+    if start == 0 and 0 in film:
+        _show(attack, seen, state, 0, emit)
+    t = start
+    ended = attack.done(state)
+    while t < attack.steps and not ended:
+        state, scalars = attack.step(seen, state, run, t)
+        t += 1
+        if t % attack.every == 0 or t == attack.steps:
+            values = {name: float(value) for name, value in scalars.items()}
+            emit(Event("progress", attack.name, t, attack.steps, values))
+            _check_finite(attack.name, t, values)
+            ended = attack.done(state) or stop()
+        if store and (t % save_every == 0) and t < attack.steps:
+            store.save(t, state)
+            emit(Event("checkpoint", attack.name, t, attack.steps))
+        if t in film or (film and (ended or t == attack.steps)):
+            _show(attack, seen, state, t, emit)
+    result = attack.read(seen, state)
+    emit(Event("attack_finished", attack.name, t, attack.steps, {"objective": result.objective}))
+    return result
+
+
+def _show(attack: Attack[S], seen: Observation, state: S, t: int, emit: Emit) -> None:
+    emit(Event("candidate", attack.name, t, attack.steps, tensors={"images": attack.read(seen, state).images}))
+
+
+def _check_finite(name: str, t: int, values: Mapping[str, float]) -> None:
+    wrong = [k for k, v in values.items() if not math.isfinite(v)]
+    if wrong:
+        raise AttackFailed(f"{name}: {', '.join(wrong)} became non-finite at step {t}; lower lr or the term's weight.")

@@ -1,0 +1,133 @@
+"""Named things found by their existing: a module that registers an attack is all it takes to add one."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from frostglass.core.errors import BadInput, close_match
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """One registered maker.
+
+    Args:
+        name: as in a plan.
+        make: called with keyword parameters only.
+        summary: the first line of its docstring.
+        paper: its source, if it has one.
+        about: further facts (what it needs, what it claims).
+    """
+
+    name: str
+    make: Callable[..., T]
+    summary: str
+    paper: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """Keyword parameters of the maker, by name."""
+        return dict(inspect.signature(self.make).parameters)
+
+    def problems(self, settings: Mapping[str, Any], where: str) -> list[str]:
+        """What is wrong with `settings` as parameters of this entry, a sentence each."""
+        found = []
+        known = self.parameters
+        hints = typing.get_type_hints(self.make)
+        for key, value in settings.items():
+            if key not in known:
+                found.append(f"{where}.{key}: unknown parameter of {self.name!r}; {close_match(key, known)}.")
+            elif not _fits(value, hints.get(key, Any)):
+                want = _spell(hints[key])
+                found.append(f"{where}.{key}: {value!r} is not {want}, which {self.name!r} takes there.")
+        for key, parameter in known.items():
+            if parameter.default is inspect.Parameter.empty and key not in settings:
+                found.append(f"{where}.{key}: missing; {self.name!r} needs it.")
+        return found
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if origin in (list, tuple) or (isinstance(origin, type) and issubclass(origin, typing.Sequence)):  # type: ignore[arg-type]
+        args = [a for a in typing.get_args(hint) if a is not Ellipsis]
+        return isinstance(value, list | tuple) and all(any(_fits(v, a) for a in args) for v in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is None or hint is type(None):
+        return value is None
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _spell(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+    return words.get(hint, str(hint).replace("typing.", ""))
+
+
+class Registry(Generic[T]):
+    """Makers by name; the packages in `homes` are imported on first use, so that a new file is found by existing."""
+
+    def __init__(self, noun: str, *homes: str) -> None:
+        self.noun = noun
+        self._homes = homes
+        self._entries: dict[str, Entry[T]] = {}
+        self._scanned = False
+
+    def register(self, name: str | None = None, *, paper: str = "", **about: Any) -> Callable[..., Any]:
+        """Decorator for a maker; the name defaults to the function's own."""
+
+        def keep(make: Callable[..., T]) -> Callable[..., T]:
+            key = name or make.__name__
+            if key in self._entries and self._entries[key].make.__module__ != make.__module__:
+                raise ValueError(f"two {self.noun}s are called {key!r}")
+            doc = inspect.getdoc(make) or ""
+            self._entries[key] = Entry(key, make, doc.split("\n", 1)[0].rstrip("."), paper, about)
+            return make
+
+        return keep
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        self._scanned = True
+        for home in self._homes:
+            package = importlib.import_module(home)
+            for module in pkgutil.walk_packages(package.__path__, home + "."):
+                importlib.import_module(module.name)
+
+    def __iter__(self) -> Iterator[Entry[T]]:
+        self._scan()
+        return iter(sorted(self._entries.values(), key=lambda e: e.name))
+
+    def __contains__(self, name: object) -> bool:
+        self._scan()
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Entry[T]:
+        self._scan()
+        if name not in self._entries:
+            raise BadInput(f"{self.noun}: {name!r} is not known; {close_match(name, self._entries)}.")
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return [entry.name for entry in self]

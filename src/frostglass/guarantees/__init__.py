@@ -1,0 +1,1 @@
+"""Theory: bounds and accounting, no tensors trained."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions: the hot code, tested and benchmarked one by one."""

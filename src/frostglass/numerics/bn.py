@@ -1,0 +1,79 @@
+"""Statistics that BatchNorm layers see: recorded on the current graph, without hooks that outlive the call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from frostglass.core.update import BNStatistics
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def bn_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """BatchNorm layers by module name, in module order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BATCH_NORMS)}
+
+
+def batch_statistics(x: Tensor) -> BNStatistics:
+    """Mean and biased variance per channel (dimension 1) of a layer's input, on the graph of `x`."""
+    dims = [d for d in range(x.ndim) if d != 1]
+    var, mean = torch.var_mean(x, dim=dims, correction=0)
+    return BNStatistics(mean=mean, var=var, count=x.numel() // x.shape[1])
+
+
+@contextmanager
+def recorded_bn(model: nn.Module) -> Iterator[dict[str, BNStatistics]]:
+    """A dict that fills with the batch statistics of every BatchNorm input while the block runs `model`.
+
+    If a layer is passed more than once, the first pass is kept.
+    """
+    seen: dict[str, BNStatistics] = {}
+
+    def hook_for(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if name not in seen:
+                seen[name] = batch_statistics(inputs[0])
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(hook_for(name)) for name, m in bn_layers(model).items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def running_statistics(model: nn.Module) -> dict[str, BNStatistics]:
+    """Running mean and variance of every BatchNorm layer that tracks them (count 0: not of one batch)."""
+    found = {}
+    for name, m in bn_layers(model).items():
+        mean, var = getattr(m, "running_mean", None), getattr(m, "running_var", None)
+        if isinstance(mean, Tensor) and isinstance(var, Tensor):
+            found[name] = BNStatistics(mean.detach().clone(), var.detach().clone(), 0)
+    return found
+
+
+def bn_distance(
+    found: Mapping[str, BNStatistics], target: Mapping[str, BNStatistics], *, relative: bool = False
+) -> Float[Tensor, ""]:
+    """sum_l ||mean - mean*||_2 + ||var - var*||_2 (Yin et al. 2021, Eq. 10); no layer is favoured.
+
+    Args:
+        found, target: statistics by layer name; layers present in both count.
+        relative: divide each norm by that of its target, so that deep layers with large statistics do not rule.
+    """
+    parts = []
+    for name, goal in target.items():
+        if name not in found:
+            continue
+        for value, wanted in ((found[name].mean, goal.mean), (found[name].var, goal.var)):
+            distance = torch.linalg.vector_norm(value - wanted)
+            parts.append(distance / (torch.linalg.vector_norm(wanted) + 1e-6) if relative else distance)
+    return torch.stack(parts).sum()

@@ -1,0 +1,209 @@
+"""What one encoding's one-time key is made of, and how each part is drawn from a keystream.
+
+A key row is (indices, coefficients, mask bits). Nothing here draws from a torch, numpy or `random` generator: their
+states can be rewound from a checkpoint or searched from published coefficients, which is how the InstaHide challenge
+fell.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Literal, NoReturn, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from frostglass.core.errors import BadInput
+from frostglass.numerics.keystream import Keystream
+
+Law: TypeAlias = Literal["folded_normal", "dirichlet"]
+
+_RAREST = 1e-3
+
+
+@dataclass(frozen=True)
+class MixLaw:
+    """How coefficients of one encoding are drawn: normalised, then whole rows rejected until both bounds hold.
+
+    Args:
+        k: images in one encoding.
+        private: how many of them are private (slots 0 .. private - 1); k for encoding inside one set.
+        c1: no coefficient exceeds it.
+        c2: the private coefficients sum to at least this; without effect if all are private.
+        law: "folded_normal" normalises k values |N(0, 1)|, as the released InstaHide does; "dirichlet" draws
+            Dirichlet(3, 1, ..., 1), which gives slot 0 more weight, as GradAttack does.
+        first: slot 0 gets at least this (used for encoded inference).
+    """
+
+    k: int = 4
+    private: int = 4
+    c1: float = 0.65
+    c2: float = 0.3
+    law: Law = "folded_normal"
+    first: float = 0.0
+
+    def check(self) -> None:
+        """Raises BadInput if no draw, or fewer than one in 1000, would be accepted: rejection must end."""
+        k, p = self.k, self.private
+        if self.law not in ("folded_normal", "dirichlet"):
+            raise BadInput(f"law: {self.law!r} is not known; use 'folded_normal' or 'dirichlet'.")
+        if k < 1 or not 1 <= p <= k:
+            raise BadInput(f"private: {p} private images among k = {k} is not possible; give 1 <= private <= k.")
+        found = []
+        if not 1 / k <= self.c1 <= 1:
+            found.append(f"c1: {self.c1} is outside [1/k, 1] = [{1 / k:.4g}, 1]; {k} coefficients sum to 1.")
+        if not 0 <= self.c2 <= 1:
+            found.append(f"c2: {self.c2} is not a share; give a number in [0, 1].")
+        elif p < k and self.c2 > p * self.c1:
+            found.append(f"c2: {self.c2} cannot be reached by {p} private coefficients of at most c1 = {self.c1}.")
+        if not 0 <= self.first <= self.c1:
+            found.append(f"min_private: {self.first} cannot be reached by a coefficient of at most c1 = {self.c1}.")
+        if found:
+            raise BadInput(found)
+        if acceptance(self) < _RAREST:
+            least = f", min_private = {self.first}" if self.first else ""
+            raise BadInput(
+                f"c1, c2: with k = {k}, private = {p}, c1 = {self.c1}, c2 = {self.c2}{least} fewer than one draw in "
+                "1000 would be accepted; raise c1 or lower the bounds on the private share."
+            )
+
+    def accepts(self, rows: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Which coefficient rows [n, k] keep the bounds (as stored, in float32)."""
+        ok: NDArray[np.bool_] = rows.max(1) <= self.c1
+        if self.private < self.k:
+            ok &= rows[:, : self.private].sum(1, dtype=np.float64) >= self.c2
+        if self.first:
+            ok &= rows[:, 0] >= self.first
+        return ok
+
+
+def _normalised(law: MixLaw, normal: NDArray[np.float64]) -> NDArray[np.float32]:
+    total: NDArray[np.float64] = normal / normal.sum(1, keepdims=True)
+    return total.astype(np.float32)
+
+
+@functools.lru_cache(maxsize=256)
+def acceptance(law: MixLaw) -> float:
+    """Share of coefficient rows that the bounds accept, estimated once from 2^16 draws (public, not key material)."""
+    g, n = np.random.Generator(np.random.Philox(key=1)), 1 << 16
+    if law.law == "dirichlet":
+        weights = g.standard_gamma([3.0] + [1.0] * (law.k - 1), (n, law.k))
+    else:
+        weights = np.abs(g.standard_normal((n, law.k)))
+    return float(law.accepts(_normalised(law, weights)).mean())
+
+
+def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.float32]:
+    """[count, k] coefficient rows under `law`, from keystream bits; rows are rejected whole.
+
+    The caller has run `law.check()`, so this ends.
+    """
+    kept: list[NDArray[np.float32]] = []
+    missing, rate = count, max(acceptance(law), _RAREST)
+    while missing > 0:
+        n = int(missing / rate * 1.05) + 8
+        if law.law == "dirichlet":  # Gamma(3) is the sum of three exponentials
+            e = stream.exponentials(n * (law.k + 2)).reshape(n, law.k + 2)
+            weights = np.concatenate([e[:, :3].sum(1, keepdims=True), e[:, 3:]], 1)
+        else:
+            weights = np.abs(stream.normals(n * law.k)).reshape(n, law.k)
+        rows = _normalised(law, weights)
+        rows = rows[law.accepts(rows)][:missing]
+        kept.append(rows)
+        missing -= len(rows)
+    return kept[0] if len(kept) == 1 else np.concatenate(kept or [np.empty((0, law.k), np.float32)])
+
+
+def draw_distinct(stream: Keystream, population: int, slots: int, count: int) -> NDArray[np.int64]:
+    """[count, slots] integers in [0, population), distinct within each row, every such row equally likely.
+
+    Slot j is a rank among the population - j values not yet used in its row, so no row is ever redrawn, whatever
+    the size of the population.
+
+    Raises:
+        BadInput: population < slots.
+    """
+    if population < slots:
+        raise BadInput(f"k: {slots} distinct partners cannot be drawn from {population} images; lower k or add images.")
+    out = np.empty((count, slots), np.int64)
+    used: list[NDArray[np.int64]] = []  # ascending within each row
+    for j in range(slots):
+        value = stream.integers(population - j, count)
+        for seen in used:
+            value = value + (value >= seen)
+        out[:, j] = carry = value
+        for i, seen in enumerate(used):
+            used[i], carry = np.minimum(seen, carry), np.maximum(seen, carry)
+        used.append(carry)
+    return out
+
+
+def draw_partner_permutations(stream: Keystream, n: int, slots: int) -> NDArray[np.int64]:
+    """[slots, n]: permutations of 0 .. n - 1 such that i, p_1[i], p_2[i], ... are distinct for every i.
+
+    The paper's partners (each image exactly once per slot and epoch), without the repeats of independent
+    permutations: conflicts are removed by random swaps. Small sets, where swaps may find no way out, get cyclic
+    shifts of one random order.
+
+    Raises:
+        BadInput: n <= slots.
+    """
+    if n <= slots:
+        raise BadInput(f"k: {slots + 1} distinct images cannot be drawn from {n}; lower k or add images.")
+    if n >= 16 * (slots + 1):
+        taken = [np.arange(n, dtype=np.int64)]
+        for _ in range(slots):
+            order = stream.permutation(n)
+            if not _swap_apart(stream, order, np.stack(taken)):
+                break
+            taken.append(order)
+        else:
+            return np.stack(taken[1:]) if slots else np.empty((0, n), np.int64)
+    order = stream.permutation(n)
+    place = np.argsort(order)
+    shifts = 1 + draw_distinct(stream, n - 1, slots, 1)[0]
+    return np.stack([order[(place + s) % n] for s in shifts]) if slots else np.empty((0, n), np.int64)
+
+
+def _swap_apart(stream: Keystream, order: NDArray[np.int64], taken: NDArray[np.int64]) -> bool:
+    """Swaps entries of `order` until it agrees nowhere with any row of `taken`; False if 100 sweeps do not do it."""
+    for _ in range(100):
+        clashes = np.flatnonzero((taken == order).any(0))
+        if not len(clashes):
+            return True
+        for i, s in zip(clashes, stream.integers(len(order), len(clashes)), strict=True):
+            if order[s] not in taken[:, i] and order[i] not in taken[:, s]:
+                order[i], order[s] = order[s], order[i]
+    return False
+
+
+@dataclass(frozen=True, repr=False)
+class KeyRows:
+    """One-time keys of b encodings. Holding them equals holding the images: never printed, pickled or kept.
+
+    Args:
+        indices: [b, k] rows of the private table (slots below `private`) or of the public one.
+        coefficients: [b, k] float32.
+        bits: [b, ceil(d / 8)] keystream of the sign mask, or None.
+    """
+
+    indices: NDArray[np.int64]
+    coefficients: NDArray[np.float32]
+    bits: NDArray[np.uint8] | None = field(default=None)
+
+    def __repr__(self) -> str:
+        return f"KeyRows({len(self.indices)} secret rows)"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("KeyRows hold key material and are never pickled, copied or saved")
+
+
+def mask_width(d: int) -> int:
+    """Bytes of keystream that the sign mask of d pixels takes."""
+    return (d + 7) // 8
+
+
+def draw_mask(stream: Keystream, count: int, d: int) -> NDArray[np.uint8]:
+    """[count, ceil(d / 8)] fresh mask bits."""
+    return stream.bytes(count * mask_width(d)).reshape(count, -1)

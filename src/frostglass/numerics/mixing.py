@@ -1,0 +1,201 @@
+"""Instance encoding as pure functions: gather, mix and mask on any device, given the keys.
+
+    x~ = mask( sum_j lambda_j x_j ),   lambda on the simplex, lambda_j <= c1      (InstaHide: Huang et al. 2020, ICML)
+
+Three paths give the same mask bits and values within 1e-5: numba for CPUs (`fused_mixing`), torch for every device, and
+a reference in plain loops for tests. The affine map of pixels to [-1, 1] is applied after the sum, which is exact
+because coefficients sum to 1 and all sources share one normalisation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from frostglass.core.errors import BadInput
+from frostglass.numerics.fused_mixing import kernel, mix_labels, mix_rows
+from frostglass.numerics.key_rows import KeyRows
+
+Mask: TypeAlias = Literal["sign", "abs", "none"]
+Backend: TypeAlias = Literal["auto", "fused", "torch", "reference"]
+Table: TypeAlias = "Tensor | NDArray[np.uint8] | NDArray[np.float32]"
+"""Images flattened to rows: [n, d], uint8 in 0 .. 255 or float32 in [0, 1]; a memory map is an array too."""
+
+
+def mask_flips(bits: UInt8[Tensor, "b m"], d: int) -> Tensor:
+    """[b, d] bool: which pixels the sign mask negates (pixel i: bit i // m of byte i % m)."""
+    planes = torch.arange(8, dtype=torch.uint8, device=bits.device).view(1, 8, 1)
+    return ((bits[:, None] >> planes) & 1).flatten(1)[:, :d].bool()
+
+
+def mask_images(images: Float[Tensor, "b d"], mask: Mask, bits: UInt8[Tensor, "b m"] | None) -> Tensor:
+    """Sign mask, absolute value, or the images themselves."""
+    if mask == "abs":
+        return images.abs()
+    if mask == "none":
+        return images
+    if bits is None:
+        raise ValueError("the sign mask needs bits")
+    return torch.where(mask_flips(bits, images.shape[1]), -images, images)
+
+
+def affine(dtype: torch.dtype | np.dtype[np.generic]) -> tuple[float, float]:
+    """(scale, shift) that take pixels as stored to [-1, 1]: uint8 from 0 .. 255, floats from [0, 1]."""
+    stored_as_bytes = dtype in (torch.uint8, np.dtype(np.uint8))
+    return (1 / 127.5 if stored_as_bytes else 2.0), -1.0
+
+
+def mix(
+    private: Table,
+    public: Table | None,
+    inside: int,
+    keys: KeyRows,
+    mask: Mask,
+    out: Float[Tensor, "b d"],
+    backend: Backend = "auto",
+) -> Tensor:
+    """Writes the encodings, in [-1, 1], to `out` and returns it.
+
+    Args:
+        private, public: source tables of one dtype; slots 0 .. inside - 1 read the private one.
+        keys: one row per encoding.
+        mask: "sign" flips each pixel by a key bit; "abs" gives |mix|, which holds exactly as much; "none" is Mixup.
+        out: float32 or bfloat16 [b, d], contiguous; its device decides where "torch" computes.
+        backend: "auto" is "fused" on CPUs that have numba, else "torch".
+
+    Raises:
+        BadInput: the tables differ in width or dtype, or "fused" was asked for and cannot be had.
+    """
+    if public is not None and (public.shape[1] != private.shape[1] or public.dtype != private.dtype):
+        raise BadInput(
+            f"public: rows of {public.shape[1]} {public.dtype} pixels do not mix with private rows of "
+            f"{private.shape[1]} {private.dtype}; store both alike."
+        )
+    fits = out.device.type == "cpu" and out.dtype in (torch.float32, torch.bfloat16) and kernel(mix_rows) is not None
+    if backend == "fused" and not fits:
+        raise BadInput("backend: 'fused' needs numba, CPU and float32 or bfloat16 output; use 'auto' or 'torch'.")
+    if backend == "reference":
+        return out.copy_(mix_reference(private, public, inside, keys, mask))
+    if backend == "torch" or not fits:
+        return out.copy_(mix_torch(private, public, inside, keys, mask, out.device))
+    _mix_fused(private, public, inside, keys, mask, out)
+    return out
+
+
+def _readonly(table: Table) -> NDArray[np.generic]:
+    """The table as an array that numba types the same way, memory map or not."""
+    plain = table.numpy() if isinstance(table, Tensor) else np.asarray(table)
+    view = plain.view(np.ndarray)
+    view.flags.writeable = False
+    return view
+
+
+_NO_BITS = np.empty((0, 0), np.uint8)
+
+
+def _mix_fused(private: Table, public: Table | None, inside: int, keys: KeyRows, mask: Mask, out: Tensor) -> None:
+    run = kernel(mix_rows)
+    assert run is not None
+    scale, shift = affine(private.dtype)
+    first = _readonly(private)
+    if mask == "sign" and keys.bits is None:
+        raise ValueError("the sign mask needs bits")
+    if out.dtype == torch.bfloat16:
+        wide, narrow = np.empty((1, out.shape[1]), np.uint32), out.view(torch.uint16).numpy()
+    else:
+        wide, narrow = out.view(torch.int32).numpy().view(np.uint32), np.empty((0, 0), np.uint16)
+    run(
+        first,
+        first if public is None else _readonly(public),
+        inside,
+        keys.indices,
+        keys.coefficients * np.float32(scale),
+        np.float32(shift),
+        keys.bits if mask == "sign" else _NO_BITS,
+        np.uint32(0x7FFFFFFF if mask == "abs" else 0xFFFFFFFF),
+        wide,
+        narrow,
+    )
+
+
+def mix_torch(
+    private: Table, public: Table | None, inside: int, keys: KeyRows, mask: Mask, device: torch.device
+) -> Float[Tensor, "b d"]:
+    """The same in torch operations, float32 on `device`: embedding_bag for float tables, a sum of gathers for uint8."""
+    scale, shift = affine(private.dtype)
+    weights = torch.from_numpy(keys.coefficients).to(device)
+    index = torch.from_numpy(keys.indices).to(device)
+    total = _weighted(private, index[:, :inside], weights[:, :inside])
+    if public is not None and inside < index.shape[1]:
+        total = total + _weighted(public, index[:, inside:], weights[:, inside:])
+    bits = None if keys.bits is None else torch.from_numpy(keys.bits).to(device)
+    return mask_images(total.mul_(scale).add_(shift), mask, bits)
+
+
+def _weighted(table: Table, index: Tensor, weights: Tensor) -> Tensor:
+    if isinstance(table, np.ndarray):  # maybe a memory map: read only the rows that are needed
+        rows = torch.from_numpy(np.ascontiguousarray(table[index.flatten().cpu().numpy()]))
+        index, table = torch.arange(index.numel(), device=index.device).view_as(index), rows.to(index.device)
+    if table.dtype != torch.uint8:
+        return torch.nn.functional.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
+    total = torch.zeros(len(index), table.shape[1], device=index.device)
+    for j in range(index.shape[1]):
+        total.addcmul_(table[index[:, j]].float(), weights[:, j, None])
+    return total
+
+
+def mix_reference(private: Table, public: Table | None, inside: int, keys: KeyRows, mask: Mask) -> Tensor:
+    """The definition in plain loops and float64; for tests."""
+    tables = [np.asarray(t, np.float64) for t in (private, private if public is None else public)]
+    scale, shift = affine(private.dtype)
+    b, d = len(keys.indices), private.shape[1]
+    out = np.zeros((b, d))
+    for r in range(b):
+        for j, (i, weight) in enumerate(zip(keys.indices[r], keys.coefficients[r], strict=True)):
+            out[r] += float(weight) * (tables[0 if j < inside else 1][i] * scale + shift)
+        for i in range(d):
+            if mask == "abs":
+                out[r, i] = abs(out[r, i])
+            elif mask == "sign" and keys.bits is not None:
+                m = (d + 7) // 8
+                out[r, i] *= -1.0 if (int(keys.bits[r, i % m]) >> (i // m)) & 1 else 1.0
+    return torch.from_numpy(out)
+
+
+def mix_targets(
+    labels: NDArray[np.int64], classes: int, inside: int, keys: KeyRows, backend: Backend = "auto"
+) -> Float[Tensor, "b classes"]:
+    """[b, classes]: coefficients of the private slots at their classes; mass below 1 where public images take a share."""
+    out = np.zeros((len(keys.indices), classes), np.float32)
+    run = kernel(mix_labels) if backend in ("auto", "fused") else None
+    if run is not None:
+        run(labels, inside, keys.indices, keys.coefficients, out)
+    else:
+        rows = np.arange(len(out))[:, None]
+        np.add.at(out, (rows, labels[keys.indices[:, :inside]]), keys.coefficients[:, :inside])
+    return torch.from_numpy(out)
+
+
+def coarse_targets(targets: Float[Tensor, "b k"], labels: Literal["exact", "quantised", "renormalised"]) -> Tensor:
+    """Targets as they leave: exact ones publish the private coefficients, which every known attack reads.
+
+    Args:
+        targets: [b, k] rows of mass m <= 1.
+        labels: "exact" as in the paper; "quantised" in quarters, by largest remainder, mass rounded alike;
+            "renormalised" to mass 1, which hides the public share but keeps the ratio of private coefficients.
+    """
+    if labels == "exact":
+        return targets
+    if labels == "renormalised":
+        return targets / targets.sum(1, keepdim=True).clamp_min(torch.finfo(targets.dtype).tiny)
+    quarters = targets.double() * 4
+    whole = quarters.floor()
+    rest = quarters - whole
+    spare = quarters.sum(1, keepdim=True).round() - whole.sum(1, keepdim=True)
+    rank = rest.argsort(1, descending=True, stable=True).argsort(1, stable=True)
+    return ((whole + (rank < spare)) / 4).to(targets.dtype)

@@ -1,0 +1,1 @@
+"""Images and networks: datasets, built-in models, weights."""

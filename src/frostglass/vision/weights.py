@@ -1,0 +1,140 @@
+"""Weights on disk: safetensors, or a torch file read without running anything that is in it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frostglass.core.errors import BadInput
+from frostglass.core.files import written_beside
+from frostglass.vision.normalise import Normalised
+
+_WRAPPERS = ("module.", "_module.", "_orig_mod.")  # DataParallel and DDP, Opacus, torch.compile
+_COUNTER = "num_batches_tracked"  # many published files leave it out; it changes nothing while momentum is set
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Fills `model`, in place, with the weights in a file; on an error it is left as it was.
+
+    Key prefixes of DataParallel, Opacus and torch.compile are dropped, and for a `Normalised` network (torchvision's)
+    the file may be one for the network inside it.
+
+    Args:
+        model: any network.
+        path: .safetensors, or .pt / .pth with a state dict (also below the key "state_dict"), read by
+            `torch.load(weights_only=True)`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        BadInput: a file that is missing, unreadable or of another kind; keys that are missing or too many; shapes
+            that differ; values that are not finite. Of each, the first three are named.
+    """
+    path = Path(path)
+    stored = _without_wrappers(_read(path))
+    target: nn.Module = model
+    own = model.state_dict()
+    if isinstance(model, Normalised) and not any(key.startswith("model.") for key in stored):
+        target, own = model.model, model.model.state_dict()
+    problems = _differences(own, stored, path)
+    if problems:
+        raise BadInput(problems)
+    target.load_state_dict(own | dict(stored))
+    return model
+
+
+def save_weights(model: nn.Module, path: str | Path) -> Path:
+    """Writes all weights and buffers to a .safetensors file, whole or not at all (folders are made).
+
+    Constants of `Normalise` are no part of them.
+
+    Raises:
+        BadInput: another extension, or a place that cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise BadInput(f"weights: {path} must end in .safetensors to be written; change the extension.")
+    # copies: safetensors refuses tensors that share memory, which tied weights do
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    try:
+        with written_beside(path) as beside:
+            save_file(tensors, beside, metadata={"format": "pt"})
+    except OSError as problem:
+        raise BadInput(f"weights: {path} cannot be written ({problem.strerror}); choose another place.") from None
+    return path
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if not path.exists():
+        raise BadInput(f"weights: file {path} does not exist; correct the path.")
+    if not path.is_file():
+        raise BadInput(f"weights: {path} is not a file; give a .safetensors, .pt or .pth file.")
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise BadInput(f"weights: {path} must be a .safetensors, .pt or .pth file; convert or rename it.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise BadInput(
+            f"weights: {path} is damaged or holds Python objects beside tensors, which are never run; "
+            "save a state dict, best as .safetensors."
+        ) from None
+    except OSError as problem:
+        raise BadInput(f"weights: {path} cannot be read ({problem.strerror or problem}); check the file.") from None
+    except Exception as problem:  # SafetensorError, and whatever damaged bytes drive torch.load into
+        line = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise BadInput(f"weights: {path} is damaged or of another format ({line}); replace it.") from None
+    return _state_dict(content, path)
+
+
+def _state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise BadInput(f"weights: {path} holds no state dict (tensors by name); save model.state_dict().")
+    return content
+
+
+def _without_wrappers(stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    for prefix in _WRAPPERS:
+        if stored and all(key.startswith(prefix) for key in stored):
+            stored = {key.removeprefix(prefix): value for key, value in stored.items()}
+    return stored
+
+
+def _differences(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: Path) -> list[str]:
+    """A sentence for each way in which the file does not fit the model."""
+    both = [key for key in own if key in stored]
+    shapes = [k for k in both if own[k].shape != stored[k].shape]
+    kinds = [k for k in both if own[k].is_floating_point() != stored[k].is_floating_point()]
+    broken = [k for k in both if stored[k].is_floating_point() and not bool(torch.isfinite(stored[k]).all())]
+    found = {
+        "lacks": [key for key in own if key not in stored and not key.endswith(_COUNTER)],
+        "has, beyond the model's own,": [key for key in stored if key not in own],
+        "has other shapes for": [f"{k} {tuple(stored[k].shape)}, not {tuple(own[k].shape)}" for k in shapes],
+        "has values of another kind for": [f"{k} {stored[k].dtype}, not {own[k].dtype}" for k in kinds],
+        "has values that are not finite in": broken,
+    }
+    return [
+        f"weights: {path} {what} {_first(keys)}; give weights of this very model."
+        for what, keys in found.items()
+        if keys
+    ]
+
+
+def _first(keys: list[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return "; ".join(keys[:3]) + more
