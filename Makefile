@@ -47,10 +47,7 @@ lint: $(DEV)  ## ruff, mypy and the layers
 	@$(BIN)/lint-imports --no-logo
 
 bench: $(DEV)  ## measure; writes bench/results/*.json
-	@for script in bench/bench_*.py; do \
-	  [ -e "$$script" ] || { echo 'bench/ holds no bench_*.py yet.'; exit 0; }; \
-	  echo "$$script"; $(BIN)/python "$$script" || exit 1; \
-	done
+	@for script in $$(grep -l __main__ bench/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 constraints:  ## resolve all requirements afresh and write constraints.txt
 	@$(check_python)

@@ -490,11 +490,8 @@ class TestParquet:
         refused(source, "a.parquet")
 
     @pytest.mark.data
-    def test_cifar(self):
-        root = os.environ.get("FROSTGLASS_DATA")
-        if not root:
-            pytest.skip("set FROSTGLASS_DATA to the folder that holds cifar10/")
-        source = f"parquet:{root}/cifar10/train-00000-of-00001.parquet"
+    def test_cifar(self, data_root):
+        source = f"parquet:{data_root}/cifar10/train-00000-of-00001.parquet"
         found = load(source, size=None, rows=[49_999, 3])
         assert (count(source), found.classes) == (50_000, 10)
         assert found.images.shape == (2, 3, 32, 32)

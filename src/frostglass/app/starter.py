@@ -1,6 +1,6 @@
 """The plan that `frostglass init` writes."""
 
-STARTER = '''\
+STARTER = """\
 # A Frostglass audit. Run it:  frostglass audit plan.toml --out run
 # Every key, with its meaning: plans/reference.toml in the project, or docs/plan.md.
 
@@ -36,4 +36,4 @@ grants = ["examples", "labels"]       # add "bn_batch" if clients send BatchNorm
 [report]
 metrics = ["psnr", "ssim"]
 show_images = false                   # true puts private images into the report
-'''
+"""

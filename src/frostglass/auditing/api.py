@@ -81,10 +81,9 @@ def audit(
             "attack": [_table(a) for a in attacks],
             "defense": [_table(d) for d in defenses],
         }
-        report = {"metrics": list(metrics), "show_images": show_images}
-        checked = parse_plan(
-            {"name": "audit", "seed": seed, "scenario": [scenario], "threat": {"grants": list(grants)}, "report": report}
-        )
+        shown = {"metrics": list(metrics), "show_images": show_images}
+        threat = {"grants": list(grants)}
+        checked = parse_plan({"name": "audit", "seed": seed, "scenario": [scenario], "threat": threat, "report": shown})
     elif isinstance(plan, Plan):
         checked = plan
     elif isinstance(plan, Mapping):

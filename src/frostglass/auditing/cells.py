@@ -50,9 +50,7 @@ def expand(plan: Plan) -> Iterator[CellPlan]:
             for attack in scenario.attack:
                 number += 1
                 slug = re.sub(r"[^a-z0-9]+", "-", f"{scenario.name} {defense.label} {attack.name}".lower()).strip("-")
-                yield CellPlan(
-                    f"{number:02d}-{slug[:60]}", index, scenario, plan.threat_of(scenario), defense, attack
-                )
+                yield CellPlan(f"{number:02d}-{slug[:60]}", index, scenario, plan.threat_of(scenario), defense, attack)
 
 
 def pitfalls(cell: CellPlan, *, units: int, repeats_images: bool, batchnorm: bool) -> list[str]:
@@ -66,11 +64,11 @@ def pitfalls(cell: CellPlan, *, units: int, repeats_images: bool, batchnorm: boo
             found.append("Upper bound: batch statistics were granted that such a client does not send.")
         else:
             found.append(
-                "Batch statistics were granted: a train-mode client sends them with its BatchNorm buffers if the server "
-                "asks for buffers after one step. Run again without the grant."
+                "Batch statistics were granted: a train-mode client sends them with its BatchNorm buffers if the "
+                "server asks for buffers after one step. Run again without the grant."
             )
     if model.mode == "eval" and batchnorm:
-        found.append("The gradient was taken in eval mode; clients that train with BatchNorm send train-mode gradients.")
+        found.append("The gradient was taken in eval mode; clients with BatchNorm usually send train-mode gradients.")
     if model.weights is None:
         found.append("The network is randomly initialised: early, middle and final checkpoints leak differently.")
     if client.local_steps * client.epochs == 1:
@@ -80,8 +78,8 @@ def pitfalls(cell: CellPlan, *, units: int, repeats_images: bool, batchnorm: boo
     if units < 30:
         images = client.batch * client.cohort * units
         found.append(
-            f"{units} batch{'es' if units > 1 else ''}, {images} image{'s' if images > 1 else ''}: too few to say that an "
-            "attack does not succeed (30 independent batches at three checkpoints are the least)."
+            f"{units} batch{'es' if units > 1 else ''}, {images} image{'s' if images > 1 else ''}: too few to say that "
+            "an attack does not succeed (30 independent batches at three checkpoints are the least)."
         )
     if repeats_images:
         found.append("There were too few images for batches without common images: repetitions are not independent.")

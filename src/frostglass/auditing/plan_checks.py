@@ -58,7 +58,8 @@ def _make(registry: Registry[Any], name: str, settings: Mapping[str, Any], where
 
 def _metric_problems(plan: Plan) -> list[str]:
     known = METRICS.names()
-    found = [f"report.metrics: {m!r} is not a metric; {close_match(m, known)}." for m in plan.report.metrics if m not in known]
+    wrong = [m for m in plan.report.metrics if m not in known]
+    found = [f"report.metrics: {m!r} is not a metric; {close_match(m, known)}." for m in wrong]
     chosen = plan.report.threshold.metric
     if chosen not in known:
         found.append(f"report.threshold.metric: {chosen!r} is not a metric; {close_match(chosen, known)}.")
@@ -81,7 +82,7 @@ def _client_problems(client: ClientPlan, where: str) -> list[str]:
     found = []
     if client.update == "gradient" and client.local_steps * client.epochs > 1:
         found.append(
-            f"{where}.local_steps: {client.local_steps} steps x {client.epochs} epochs need update = \"delta\"; "
+            f'{where}.local_steps: {client.local_steps} steps x {client.epochs} epochs need update = "delta"; '
             "a gradient is sent after one step."
         )
     if client.clients % client.cohort:
@@ -134,5 +135,6 @@ def _attack_problems(plan: Plan, scenario: ScenarioPlan, where: str) -> list[str
 
 def _entry_problems(registry: Registry[Any], entry: Named, where: str) -> list[str]:
     if entry.name not in registry:
-        return [f"{where}.name: {entry.name!r} is not a known {registry.noun}; {close_match(entry.name, registry.names())}."]
+        near = close_match(entry.name, registry.names())
+        return [f"{where}.name: {entry.name!r} is not a known {registry.noun}; {near}."]
     return registry[entry.name].problems(entry.settings, where)

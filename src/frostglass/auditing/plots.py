@@ -22,6 +22,7 @@ Rows: TypeAlias = list[Mapping[str, Any]]
 NOT_TERMS = frozenset({"kind", "where", "step", "steps", "lr", "seconds", "time", "eta", "rate"})
 MOST_TERMS = 6
 MOST_POINTS = 300
+LEAST = 1e-100  # below, a loss is zero, and log axes run out of floats
 INK, GRID = "#010101", "#020202"
 SERIES = tuple(f"#0{i}0{i}0{i}" for i in range(3, 3 + MOST_TERMS))
 """Colours that nobody would choose: each is exchanged for a CSS variable of the page."""
@@ -103,7 +104,7 @@ def _curves(batches: Mapping[str, Rows], term: str) -> list[tuple[np.ndarray, np
         points: dict[int, float] = {}
         for row in rows:  # a resumed run reports some steps twice: the later row holds
             value = row.get(term)
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and LEAST < value < math.inf:
                 points[row["step"]] = float(value)
         if points:
             steps = np.array(sorted(points))
@@ -125,6 +126,9 @@ def _draw(axes: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], series: in
 def _dress(axes: Axes) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
+    if high < 1.7 * low:  # a flat line would fill the axis with its rounding errors
+        low, high = low / 1.3, high * 1.3
+        axes.set_ylim(low, high)
     decades = math.log10(high / low)
     subs = (1.0,) if decades > 3 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 3.0, 5.0, 7.0)
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=6 if decades > 3 else 15))
@@ -143,6 +147,8 @@ def _dress(axes: Axes) -> None:
 
 
 def _tick(value: float, _: int | None = None) -> str:
+    if value <= 0:
+        return ""
     exponent = round(math.log10(value))
     if 1e-2 <= value < 1e4:
         return f"{value:g}"

@@ -48,9 +48,10 @@ def render(scorecard: Scorecard, events: list[dict[str, Any]], pictures: Mapping
     shown: Mapping[str, Tensor] = (pictures or {}) if scorecard.show_images else {}
     rows = by_cell(events, (c.id for c in scorecard.cells))
     cells = [_view(i, cell, rows[cell.id], shown) for i, cell in enumerate(scorecard.cells, start=1)]
-    return _templates().get_template("report.html.j2").render(
+    page = _templates().get_template("report.html.j2").render(
         card=scorecard, cells=cells, subline=wording.subline(scorecard)
     )  # fmt: skip
+    return page.lstrip() + "\n"
 
 
 @cache
@@ -59,14 +60,10 @@ def _templates() -> Environment:
         loader=PackageLoader("frostglass.auditing"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=_present,
     )  # fmt: skip
-    page.filters |= {
-        "number": wording.number, "significant": wording.significant, "percent": wording.percent,
-        "duration": wording.duration, "plural": wording.plural, "flat": wording.flat, "value": wording.value_text,
-    }  # fmt: skip
-    page.globals |= {
-        "spread": wording.spread, "threshold": wording.threshold, "objective_words": wording.objective_words,
-        "labels_words": wording.labels_words, "batch_words": wording.batch_words,
-    }  # fmt: skip
+    filters = [wording.number, wording.percent, wording.duration, wording.clock, wording.plural, wording.flat]
+    sentences = [wording.threshold, wording.objective_words, wording.labels_words, wording.batch_words]
+    page.filters |= {f.__name__: f for f in filters}
+    page.globals |= {f.__name__: f for f in [wording.spread, *sentences]}
     return page
 
 

@@ -148,7 +148,7 @@ def _run_cell(
             done.seconds += float(note["seconds"])
             done.iterations = max(done.iterations, int(note["iterations"]))
             done.scored.append(score(result, played, plan.report.metrics))
-            done.at_truth += _objective_at_truth(attack, played, done.scored[-1], prepared, result)
+            done.at_truth += _objective_at_truth(attack, played, done.scored[-1], prepared)
     except (FrostglassError, MemoryError, torch.OutOfMemoryError, RuntimeError) as wrong:
         if debug and not isinstance(wrong, AttackFailed):
             raise
@@ -156,7 +156,8 @@ def _run_cell(
         tell(Event("cell_failed", cell.id, values={"error": done.error}))
     row = _cell_row(plan, cell, prepared, attack, done)
     if done.error is None:
-        tell(Event("cell_finished", cell.id, values={"outcome": outcome(cell.attack.name, row.summary, row.encoding_summary), "seconds": round(done.seconds, 2)}))
+        text = outcome(cell.attack.name, row.summary, row.encoding_summary)
+        tell(Event("cell_finished", cell.id, values={"outcome": text, "seconds": round(done.seconds, 2)}))
     return row, done
 
 
@@ -207,9 +208,7 @@ def _attack_unit(
     return result, note
 
 
-def _objective_at_truth(
-    attack: Attack[Any], played: Round, scored: Scored, prepared: Prepared, result: Reconstruction
-) -> list[float]:
+def _objective_at_truth(attack: Attack[Any], played: Round, scored: Scored, prepared: Prepared) -> list[float]:
     """The attack's objective at what was trained on: far below the one reached means that the optimiser fell short."""
     measure = getattr(attack, "objective_of", None)
     if measure is None:
@@ -290,7 +289,7 @@ def _contradictions(scored: Sequence[Scored]) -> list[str]:
     wrong = [r.id for r in rows if r.psnr is None or r.psnr < 40]
     if not wrong:
         return []
-    return [f"Contradiction: {len(wrong)} rows were proved and match no image above 40 dB; please report this as a bug."]
+    return [f"Contradiction: {len(wrong)} rows were proved and match no image above 40 dB; please report this bug."]
 
 
 def _pooled_labels(each: Sequence[Labels]) -> Labels:

@@ -84,9 +84,7 @@ def _scores(
         proved = bool(order[i] >= 0 and result.proved[order[i]])
         digest = hashlib.sha256(batch.images[i].cpu().contiguous().numpy().tobytes()).hexdigest()
         psnr, ssim = got.pop("psnr"), got.pop("ssim")
-        rows.append(
-            ImageScore(id=name, sha256=digest, psnr=psnr, ssim=ssim, proved=proved, target=target, extra=got)
-        )
+        rows.append(ImageScore(id=name, sha256=digest, psnr=psnr, ssim=ssim, proved=proved, target=target, extra=got))
     return rows, order
 
 

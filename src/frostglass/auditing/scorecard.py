@@ -41,7 +41,7 @@ class ImageScore(_Strict):
     psnr: float | None
     ssim: float | None
     proved: bool
-    target: str = Field("private", description='what it was compared with: "private" or "encoding"')
+    target: str = Field("private", description='"private" or "encoding": what it was compared with')
     extra: dict[str, float | None] = Field(default_factory=dict)
 
 
@@ -72,7 +72,9 @@ class Summary(_Strict):
     ssim_best: float | None
     proved: int
     over_threshold: OverThreshold
-    psnr_batch_means: list[float] = Field(default_factory=list, description="one mean per independent batch: the spread")
+    psnr_batch_means: list[float] = Field(
+        default_factory=list, description="one mean per independent batch: the spread"
+    )
 
 
 class Cell(_Strict):

@@ -146,9 +146,7 @@ def _data(scenario: ScenarioPlan, inputs: Inputs, rng: Rng) -> datasets.ImageSet
     return datasets.load(where.source, size=where.size, channels=where.channels, rows=rows)
 
 
-def _model(
-    scenario: ScenarioPlan, inputs: Inputs, data: datasets.ImageSet, rng: Rng
-) -> tuple[nn.Module, int]:
+def _model(scenario: ScenarioPlan, inputs: Inputs, data: datasets.ImageSet, rng: Rng) -> tuple[nn.Module, int]:
     spec = scenario.model
     channels, height, width = (int(s) for s in data.images.shape[1:])
     if inputs.model is not None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from frostglass.auditing.scorecard import Cell, Scorecard
-from frostglass.auditing.wording import MISSING, NOTHING, duration, number, outcome, spread, threshold
+from frostglass.auditing.wording import MISSING, NOTHING, clock, number, outcome, spread, threshold
 
 GAP = "  "
 LEAST_NAME = 11
@@ -66,14 +66,8 @@ def _columns(cells: Sequence[Cell]) -> list[_Column]:
         ),
         _Column("SSIM", [number(s.ssim_median, 2) if s else MISSING for s in done]),
         _Column("batches", [str(s.batches) if s else MISSING for s in done]),
-        _Column("time", [_clock(c.seconds) for c in cells]),
+        _Column("time", [clock(c.seconds) for c in cells]),
     ]
-
-
-def _clock(seconds: float) -> str:
-    """The larger unit alone where two would take too much room."""
-    minutes = round(seconds / 60)
-    return duration(seconds) if seconds < 59.5 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
 
 
 def _psnr(median: float | None, worst: float | None, best: float | None) -> str:

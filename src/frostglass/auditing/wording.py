@@ -67,6 +67,12 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
+def clock(seconds: float) -> str:
+    """Wall time in one unit, for narrow columns."""
+    minutes = round(seconds / 60)
+    return duration(seconds) if seconds < 59.5 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
+
+
 def plural(count: int, word: str) -> str:
     """`1 image`, `2 images`."""
     return f"{count} {word}" if count == 1 else f"{count} {word}{'es' if word.endswith('h') else 's'}"
@@ -146,7 +152,7 @@ def outcome(cell: Cell) -> Outcome:
 def subline(scorecard: Scorecard) -> str:
     """The headline's plain-language second sentence: how many cells ended how."""
     tones = Counter(outcome(c).tone for c in scorecard.cells)
-    ends = {
+    ends: dict[Tone, str] = {
         "found": "recovered at least one private image",
         "encoding": "recovered encodings but no private image",
         "nothing": "showed nothing with the attack that was run",
@@ -161,7 +167,7 @@ def objective_words(cell: Cell) -> str:
     """Whether the optimiser did its work, told from the attack's loss at its end and at the truth."""
     end, truth = cell.objective, cell.objective_at_truth
     if end is None or math.isnan(end):
-        return "This attack reports no objective, so there is no optimiser whose failure could be mistaken for privacy."
+        return "This attack reports no objective: it optimises nothing, and there is no gap to the truth to test."
     if truth is None or math.isnan(truth):
         return (
             f"The attack ended at an objective of {significant(end)}. The objective at the truth was not computed, "
@@ -173,9 +179,9 @@ def objective_words(cell: Cell) -> str:
             return f"The optimiser ended {both}: it stopped above the truth, and a better one could recover more."
         return f"The optimiser ended above the truth’s objective ({both}): the attack failed, privacy was not shown."
     if outcome(cell).tone == "found":
-        return f"The optimiser ended {both}: it got as low as the truth does."
+        return f"The optimiser ended {both}: it got at least as low as the truth."
     return (
-        f"The optimiser ended {both}: it got as low as the truth does with other pictures. "
+        f"The optimiser ended {both}: other pictures score at least as well as the truth. "
         "This objective does not single out the private images; another one may."
     )
 

@@ -97,9 +97,7 @@ class Batch:
     def take(self, index: Sequence[int]) -> Batch:
         """The rows `index`, in that order."""
         rows = list(index)
-        return replace(
-            self, images=self.images[rows], targets=self.targets[rows], ids=tuple(self.ids[i] for i in rows)
-        )
+        return replace(self, images=self.images[rows], targets=self.targets[rows], ids=tuple(self.ids[i] for i in rows))
 
 
 def one_hot(labels: Sequence[int] | Tensor, classes: int) -> Tensor:

@@ -66,8 +66,8 @@ def stack(*defenses: Defense) -> Defense:
     if steps and any(d.encodes for d in flat):
         mixer = next(d for d in flat if d.encodes)
         raise BadInput(
-            f"defense: {mixer.name!r} mixes images, so the per-example sensitivity of {steps[0].name!r} and the epsilon "
-            "it prints would be false; use one of them."
+            f"defense: {mixer.name!r} mixes images, so the per-example sensitivity of {steps[0].name!r} and its epsilon "
+            "would be false; use one of them."
         )
 
     def encode(batch: Batch, randomness: Randomness) -> Batch:

@@ -62,6 +62,7 @@ class Attack(Protocol[S]):
         """What has been found so far."""
 
 
+@runtime_checkable
 class Store(Protocol):
     """Where checkpoints go."""
 

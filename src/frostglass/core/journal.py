@@ -30,6 +30,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, event: Event) -> None:
+        """Appends one line."""
         if event.kind == "candidate":
             return
         row = {"kind": event.kind, "where": event.where}

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 _MT_OFFSET = 24  # bytes before the 624 state words in torch's CPU generator state: seed, left, seeded, next
 
 

@@ -64,7 +64,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, a) for a in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
-    if origin in (list, tuple) or (isinstance(origin, type) and issubclass(origin, typing.Sequence)):  # type: ignore[arg-type]
+    if origin in (list, tuple) or (isinstance(origin, type) and issubclass(origin, typing.Sequence)):
         args = [a for a in typing.get_args(hint) if a is not Ellipsis]
         return isinstance(value, list | tuple) and all(any(_fits(v, a) for a in args) for v in value)
     if hint is float:

@@ -39,7 +39,7 @@ class Runtime:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto", "cpu", "cuda" or "cuda:N" -> a device that exists.
+    """ "auto", "cpu", "cuda" or "cuda:N" -> a device that exists.
 
     Raises:
         BadInput: CUDA is asked for and absent, or the name is unknown.

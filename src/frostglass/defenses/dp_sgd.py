@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ def dp_sgd(*, clipping_norm: float = 1.0, noise_multiplier: float = 1.0, delta: 
     """
     if clipping_norm <= 0 or noise_multiplier < 0 or not 0 < delta < 1:
         raise BadInput(
-            f"dp_sgd: clipping_norm = {clipping_norm} must be above 0, noise_multiplier = {noise_multiplier} at least 0 "
-            f"and delta = {delta} between 0 and 1."
+            f"dp_sgd: clipping_norm = {clipping_norm} must be above 0, noise_multiplier = {noise_multiplier} at least "
+            f"0 and delta = {delta} between 0 and 1."
         )
 
     def gradient(model: nn.Module, batch: Batch, plan: LocalPlan, randomness: Randomness) -> Update:
@@ -77,7 +77,7 @@ def _private_update(
         )
         for _ in range(plan.steps if plan.kind == "delta" else 1):
             optimizer.zero_grad()
-            soft_cross_entropy(wrapped(batch.images), batch.targets).backward()  # type: ignore[no-untyped-call]
+            soft_cross_entropy(wrapped(batch.images), batch.targets).backward()
             if plan.kind == "delta":
                 optimizer.step()
             else:
@@ -94,7 +94,7 @@ def _refuse_unsuitable(model: nn.Module) -> None:
     errors = ModuleValidator.validate(model, strict=False)
     if errors:
         raise BadInput(
-            f"defense dp_sgd: Opacus refuses this model ({str(errors[0]).rstrip('.')}); set model.fix = \"opacus\" to "
+            f'defense dp_sgd: Opacus refuses this model ({str(errors[0]).rstrip(".")}); set model.fix = "opacus" to '
             "replace such layers (BatchNorm becomes GroupNorm)."
         )
 

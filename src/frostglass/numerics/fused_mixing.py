@@ -7,6 +7,7 @@ installed. Each is self-contained because a compiled function cannot call an unc
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -100,9 +101,10 @@ def kernel(function: Callable[..., None]) -> Callable[..., None] | None:
         import numba
     except ImportError:
         return None
+    plain = inspect.unwrap(function)  # tests wrap every function in shape checks
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
-        made: Callable[..., None] = numba.njit(cache=True, **options)(function)
+        made: Callable[..., None] = numba.njit(cache=True, **options)(plain)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        made = numba.njit(**options)(function)
+        made = numba.njit(**options)(plain)
     return made

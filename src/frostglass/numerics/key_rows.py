@@ -78,9 +78,9 @@ class MixLaw:
         return ok
 
 
-def _normalised(law: MixLaw, normal: NDArray[np.float64]) -> NDArray[np.float32]:
-    total: NDArray[np.float64] = normal / normal.sum(1, keepdims=True)
-    return total.astype(np.float32)
+def _normalised(weights: NDArray[np.float64]) -> NDArray[np.float32]:
+    rows: NDArray[np.float32] = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return rows
 
 
 @functools.lru_cache(maxsize=256)
@@ -91,7 +91,7 @@ def acceptance(law: MixLaw) -> float:
         weights = g.standard_gamma([3.0] + [1.0] * (law.k - 1), (n, law.k))
     else:
         weights = np.abs(g.standard_normal((n, law.k)))
-    return float(law.accepts(_normalised(law, weights)).mean())
+    return float(law.accepts(_normalised(weights)).mean())
 
 
 def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.float32]:
@@ -108,7 +108,7 @@ def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.
             weights = np.concatenate([e[:, :3].sum(1, keepdims=True), e[:, 3:]], 1)
         else:
             weights = np.abs(stream.normals(n * law.k)).reshape(n, law.k)
-        rows = _normalised(law, weights)
+        rows = _normalised(weights)
         rows = rows[law.accepts(rows)][:missing]
         kept.append(rows)
         missing -= len(rows)

@@ -97,7 +97,7 @@ class Keystream:
         """Overwrites a contiguous uint8 array of any shape with keystream bytes."""
         if self._cipher is None:
             raise RuntimeError("this keystream has been wiped")
-        view = memoryview(out.reshape(-1))
+        view = memoryview(out.reshape(-1))  # type: ignore[arg-type]
         for start in range(0, len(view), len(_BLOCK)):
             part = view[start : start + len(_BLOCK)]
             self._cipher.update_into(_BLOCK if len(part) == len(_BLOCK) else _BLOCK[: len(part)], part)

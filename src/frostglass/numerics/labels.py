@@ -16,14 +16,16 @@ def classifier_layer(model: nn.Module, classes: int) -> str | None:
 def row_minimum(grad_weight: Float[Tensor, "k d"], examples: int) -> Int[Tensor, " examples"]:
     """The classes whose smallest weight gradient is lowest (Yin et al. 2021, Eq. 8).
 
-    Holds for distinct labels and non-negative features; at one example it is the argmin, not "< 0": a saturated
-    softmax gives a gradient of exactly 0.
+    Holds for distinct labels and non-negative features; at one example it is the argmin, not "< 0": a
+    saturated softmax gives a gradient of exactly 0.
 
     Raises:
         ValueError: more examples than classes, where the rule cannot hold.
     """
     if examples > len(grad_weight):
-        raise ValueError(f"the row-minimum rule names distinct classes: {examples} examples, {len(grad_weight)} classes")
+        raise ValueError(
+            f"the row-minimum rule names distinct classes: {examples} examples, {len(grad_weight)} classes"
+        )
     return grad_weight.amin(1).argsort()[:examples]
 
 

@@ -22,6 +22,7 @@ from frostglass.numerics.fused_mixing import kernel, mix_labels, mix_rows
 from frostglass.numerics.key_rows import KeyRows
 
 Mask: TypeAlias = Literal["sign", "abs", "none"]
+Labels: TypeAlias = Literal["exact", "quantised", "renormalised"]
 Backend: TypeAlias = Literal["auto", "fused", "torch", "reference"]
 Table: TypeAlias = "Tensor | NDArray[np.uint8] | NDArray[np.float32]"
 """Images flattened to rows: [n, d], uint8 in 0 .. 255 or float32 in [0, 1]; a memory map is an array too."""
@@ -126,9 +127,13 @@ def _mix_fused(private: Table, public: Table | None, inside: int, keys: KeyRows,
 def mix_torch(
     private: Table, public: Table | None, inside: int, keys: KeyRows, mask: Mask, device: torch.device
 ) -> Float[Tensor, "b d"]:
-    """The same in torch operations, float32 on `device`: embedding_bag for float tables, a sum of gathers for uint8."""
+    """The same in torch operations on `device`: embedding_bag for float tables, a sum of gathers for uint8.
+
+    float64 tables are mixed in float64, all others in float32.
+    """
     scale, shift = affine(private.dtype)
-    weights = torch.from_numpy(keys.coefficients).to(device)
+    exact = torch.float64 if private.dtype in (torch.float64, np.dtype(np.float64)) else torch.float32
+    weights = torch.from_numpy(keys.coefficients).to(device, exact)
     index = torch.from_numpy(keys.indices).to(device)
     total = _weighted(private, index[:, :inside], weights[:, :inside])
     if public is not None and inside < index.shape[1]:
@@ -170,7 +175,7 @@ def mix_reference(private: Table, public: Table | None, inside: int, keys: KeyRo
 def mix_targets(
     labels: NDArray[np.int64], classes: int, inside: int, keys: KeyRows, backend: Backend = "auto"
 ) -> Float[Tensor, "b classes"]:
-    """[b, classes]: coefficients of the private slots at their classes; mass below 1 where public images take a share."""
+    """[b, classes]: private coefficients at their classes; mass below 1 where public images take a share."""
     out = np.zeros((len(keys.indices), classes), np.float32)
     run = kernel(mix_labels) if backend in ("auto", "fused") else None
     if run is not None:
@@ -181,7 +186,7 @@ def mix_targets(
     return torch.from_numpy(out)
 
 
-def coarse_targets(targets: Float[Tensor, "b k"], labels: Literal["exact", "quantised", "renormalised"]) -> Tensor:
+def coarse_targets(targets: Float[Tensor, "b k"], labels: Labels) -> Float[Tensor, "b k"]:
     """Targets as they leave: exact ones publish the private coefficients, which every known attack reads.
 
     Args:
@@ -197,5 +202,6 @@ def coarse_targets(targets: Float[Tensor, "b k"], labels: Literal["exact", "quan
     whole = quarters.floor()
     rest = quarters - whole
     spare = quarters.sum(1, keepdim=True).round() - whole.sum(1, keepdim=True)
-    rank = rest.argsort(1, descending=True, stable=True).argsort(1, stable=True)
-    return ((whole + (rank < spare)) / 4).to(targets.dtype)
+    rank = rest.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    coarse: Tensor = (whole + (rank < spare)) / 4
+    return coarse.to(targets.dtype)

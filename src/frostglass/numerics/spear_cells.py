@@ -14,7 +14,8 @@ PENALTY = 10.0  # weight of the avoided directions against a Gram matrix of trac
 
 def unit_rows(x: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
     """Rows scaled to length 1; zero rows stay zero."""
-    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    lengths: Tensor = x.norm(dim=1, keepdim=True)
+    return x / lengths.clamp_min(1e-300)
 
 
 def outer_rows(x: Float[Tensor, "n r"]) -> Float[Tensor, "n rr"]:
@@ -25,7 +26,8 @@ def outer_rows(x: Float[Tensor, "n r"]) -> Float[Tensor, "n rr"]:
 def smallest_directions(weights: Float[Tensor, "n h"], outer: Float[Tensor, "h rr"], size: int) -> Float[Tensor, "n r"]:
     """Unit q that minimises sum_k weights[k] (a_k . q)^2, one per row of weights."""
     gram = (weights @ outer).view(-1, size, size)
-    return torch.linalg.eigh(_scaled(gram))[1][:, :, 0]
+    vectors: Tensor = torch.linalg.eigh(_scaled(gram))[1]
+    return vectors[:, :, 0]
 
 
 def sparse_directions(
@@ -40,8 +42,10 @@ def sparse_directions(
 ) -> Float[Tensor, "n r"]:
     """Local minima of sum_k |rows_k . q|^p on the sphere (p = 0: sum of logarithms) by reweighted least squares.
 
-    The smoothing falls geometrically from `first` to `last` (in units of |rows_k . q|, rows of length 1): a wide start passes
-    over shallow minima, the end counts zeros. `avoid` is a positive matrix per start, in force during the first half only, so
+    The smoothing falls geometrically from `first` to `last` (in units of |rows_k . q|, rows of length 1): a wide
+    start passes
+    over shallow minima, the end counts zeros. `avoid` is a positive matrix per start, in force during the first half
+    only, so
     that it moves the basin, not the minimum.
     """
     size, outer, q = rows.shape[1], outer_rows(rows), start
@@ -63,10 +67,13 @@ def fit_cells(
     start: Float[Tensor, "n r"],
     steps: int = 12,
 ) -> Float[Tensor, "n r"]:
-    """Coordinates u with u . offset = 1 whose pre-activations forward @ u + bias have the given signs (+1 active, -1 not).
+    """Coordinates u with u . offset = 1 whose pre-activations forward @ u + bias have the given signs (+1 active, -1
+    not).
 
-    Damped Newton steps on a logistic loss whose temperature falls from the median |pre-activation| to 3 % of it: ends near the
-    middle of the cell if it exists and at a compromise otherwise. The equality fixes the scale, which the signs alone leave open
+    Damped Newton steps on a logistic loss whose temperature falls from the median |pre-activation| to 3 % of it: ends
+    near the
+    middle of the cell if it exists and at a compromise otherwise. The equality fixes the scale, which the signs alone
+    leave open
     wherever the bias is small. `start` must satisfy it.
     """
     basis = torch.linalg.qr(offset[:, None], mode="complete")[0][:, 1:]

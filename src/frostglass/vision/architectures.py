@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -31,7 +32,7 @@ class _Sequence(nn.Module):
 
 
 @MODELS.register()
-def mlp(*, classes: int, channels: int, size: int, hidden: tuple[int, ...] = (512, 128)) -> nn.Module:
+def mlp(*, classes: int, channels: int, size: int, hidden: Sequence[int] = (512, 128)) -> nn.Module:
     """Fully connected layers with ReLU between them; its first layer gives its inputs away exactly.
 
     Args:

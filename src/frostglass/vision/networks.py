@@ -87,13 +87,20 @@ def fix_for_opacus(model: nn.Module) -> nn.Module:
     Weights of replaced layers are lost: the copy of a trained network needs training again.
 
     Raises:
-        BadInput: layers that Opacus still refuses, all named.
+        BadInput: layers that Opacus still refuses, and batch norms that it overlooks (frozen, without weights of
+            their own, or of a subclass), which would mix the images of a batch all the same.
     """
     from opacus.validators import ModuleValidator  # 3 s to import
 
     fixed: nn.Module = ModuleValidator.fix(model)
     with in_mode(fixed, training=True):  # in evaluation mode Opacus would report that, too
         left = ModuleValidator.validate(fixed, strict=False)
-    if left:
-        raise BadInput([f"model: Opacus refuses it ({problem}); use another network." for problem in left])
+    problems = [f"model: Opacus refuses it ({problem}); use another network." for problem in left]
+    problems += [
+        f"model: Opacus leaves the batch norm {name!r} as it is; put nn.GroupNorm there."
+        for name, module in fixed.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    if problems:
+        raise BadInput(problems)
     return fixed

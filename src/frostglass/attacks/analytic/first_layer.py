@@ -82,7 +82,7 @@ def _probe(
     outputs: dict[str, Tensor] = {}
     activated: list[Tensor] = []
 
-    def relu_spy(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def relu_spy(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
         activated.append(args[0].detach().clone())
 
     def spy(name: str):  # type: ignore[no-untyped-def]

@@ -40,7 +40,7 @@ class Proof:
 
 
 def solve_targets(seen: Observation, images: Tensor) -> Tensor | None:
-    """Targets of known images: the classifier's weight gradient is (1/b) sum_i (m_i p_i - y_i) h_i^T, linear in the rest.
+    """Targets of known images: the classifier's weight gradient is (1/b) sum_i (p_i - y_i) h_i^T, linear in the rest.
 
     Args:
         seen: its model, gradients and classes.
@@ -91,4 +91,3 @@ def prove(seen: Observation, images: Tensor) -> Proof | None:
     shared = [n for n in trace.gradients if n in seen.gradients]
     error = relative_error([trace.gradients[n] for n in shared], [seen.gradients[n] for n in shared])
     return Proof(targets, error)
-

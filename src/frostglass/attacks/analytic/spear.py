@@ -59,7 +59,9 @@ class Spear:
         problem = self._prepared(seen)[1]
         return SpearAttackState(numerics._empty(problem), 0, problem.size, 0.0)
 
-    def step(self, seen: Observation, state: SpearAttackState, run: Runtime, t: int) -> tuple[SpearAttackState, Scalars]:
+    def step(
+        self, seen: Observation, state: SpearAttackState, run: Runtime, t: int
+    ) -> tuple[SpearAttackState, Scalars]:
         """One bounded chunk of the search."""
         problem = self._prepared(seen)[1]
         generator = run.rng.at("search", t).generator()

@@ -30,7 +30,7 @@ def by_counts() -> Restore:
     """Counts from the bias gradient (n = K (p - g), uniform p); by row minimum where there is no bias."""
 
     def restore(seen: Observation) -> Tensor:
-        weight, bias = _classifier_gradients(seen)
+        _, bias = _classifier_gradients(seen)
         if bias is None:
             return by_row_minimum()(seen)
         return label_counts(bias, _examples(seen))

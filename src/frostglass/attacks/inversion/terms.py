@@ -127,4 +127,6 @@ def require(terms: tuple[Term, ...], seen: Observation) -> None:
     for term in terms:
         for need in term.needs:
             if not held.get(need, True):
-                raise BadInput(f"attack: term {term.name!r} needs {need.value!r}, and the model has no such statistics.")
+                raise BadInput(
+                    f"attack: term {term.name!r} needs {need.value!r}, and the model has no such statistics."
+                )

@@ -1,0 +1,96 @@
+"""How many encodings each private image has gone into: what decides how well InstaHide can be undone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from frostglass.core.errors import BadInput
+
+
+class ExposureLedger:
+    """Counts, for each image of one private set, the encodings it appeared in as first image and as partner.
+
+    For the owner alone: per-image counts help whoever unmixes the encodings. What may leave is `histogram`.
+
+    Args:
+        images: size of the set.
+        max_exposure: encodings that no image may exceed, both roles together; None for no limit.
+    """
+
+    def __init__(self, images: int, max_exposure: int | None = None) -> None:
+        self.max_exposure = max_exposure
+        # One slab for this process and one for each DataLoader worker: nobody writes where another does.
+        self._counts: Tensor = torch.zeros(1, 2, images, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self._counts.shape[2]
+
+    def share(self, workers: int) -> None:
+        """Puts the counts into memory shared with `workers` DataLoader workers; call it before they start."""
+        grown = torch.zeros(1 + workers, 2, len(self), dtype=torch.int64)
+        grown[: len(self._counts)] = self._counts[: len(grown)]
+        grown[0] += self._counts[len(grown) :].sum(0)
+        self._counts = grown.share_memory_()
+
+    def add(self, first: NDArray[np.int64], partners: NDArray[np.int64]) -> None:
+        """Counts encodings of the images `first` with the private `partners` [b, any], before they are released.
+
+        Raises:
+            BadInput: an image would exceed `max_exposure` (then nothing is counted), or a DataLoader worker counts
+                in a ledger that is not shared with it.
+        """
+        counts: NDArray[np.int64] = self._counts.numpy()
+        slab = counts[self._slab()]
+        others = partners.reshape(-1)
+        np.add.at(slab[0], first, 1)
+        np.add.at(slab[1], others, 1)
+        if self.max_exposure is None:
+            return
+        # Counted first, checked second: workers that add at the same time can then only refuse too early.
+        touched = np.unique(np.concatenate([first, others]))
+        over = counts[:, :, touched].sum((0, 1)) > self.max_exposure
+        if over.any():
+            np.subtract.at(slab[0], first, 1)
+            np.subtract.at(slab[1], others, 1)
+            raise BadInput(
+                f"max_exposure: {int(over.sum())} images would appear in more than {self.max_exposure} encodings; "
+                "train on the encodings that exist (reuse), or raise the limit knowing that this is what breaks them."
+            )
+
+    def _slab(self) -> int:
+        worker = get_worker_info()
+        if worker is None:
+            return 0
+        if worker.id + 1 >= len(self._counts):
+            raise BadInput(
+                f"exposure: DataLoader worker {worker.id} cannot reach the ledger of its encoder; call "
+                f"encoder.share({worker.num_workers}, ...) before the loader starts."
+            )
+        return int(worker.id) + 1
+
+    @property
+    def first(self) -> Tensor:
+        """[N] encodings with the image in slot 0."""
+        return self._counts[:, 0].sum(0)
+
+    @property
+    def partner(self) -> Tensor:
+        """[N] encodings with the image in another slot."""
+        return self._counts[:, 1].sum(0)
+
+    @property
+    def total(self) -> Tensor:
+        """[N] encodings with the image in any slot."""
+        return self._counts.sum((0, 1))
+
+    def histogram(self) -> dict[int, int]:
+        """{appearances: number of images}: the only part that goes into an encoded set or a report."""
+        values, images = self.total.unique(return_counts=True)
+        return {int(v): int(n) for v, n in zip(values, images, strict=True)}
+
+    def __repr__(self) -> str:
+        return f"ExposureLedger({len(self)} images, max_exposure={self.max_exposure})"

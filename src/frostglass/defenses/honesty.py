@@ -1,0 +1,59 @@
+"""What is said wherever InstaHide appears: what it claims, what it costs, and what it does not give."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+WARNING = (
+    "InstaHide is broken: it gives no (epsilon, delta), its sign mask adds nothing to the mixing, and encoding the "
+    "same images anew in every epoch is what lets them be recovered. Do not rely on it to keep images secret."
+)
+INFERENCE = (
+    "many encodings of one image sent to a server are themselves an attack surface: their mean square already shows it"
+)
+
+
+class PrivacyCaution(UserWarning):
+    """Something that was asked for makes an attack easier."""
+
+
+def caution(messages: Sequence[str]) -> None:
+    """One `PrivacyCaution`, placed at the code outside frostglass that asked for it."""
+    depth, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("frostglass"):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn("InstaHide: " + "; ".join(messages) + ".", PrivacyCaution, stacklevel=depth)
+
+
+def cautions_of(k: int, has_pool: bool) -> list[str]:
+    """What about these settings makes an attack easier."""
+    found = []
+    if k < 4:
+        found.append(f"k = {k} is below 4: such encodings have been inverted within a minute")
+    if not has_pool:
+        found.append("no public pool: every partner is a private image, which ties the encodings to each other")
+    return found
+
+
+def claimed_work(k: int, private: int, images: int, public: int) -> tuple[float, float]:
+    """(naive, meet-in-the-middle) tries of the paper's brute-force estimate: n^(unknown partners) and n^(k / 2)."""
+    if public:
+        return float(public) ** (k - private), float(public) ** (k / 2)
+    return float(images) ** (k - 1), float(images) ** (k / 2)
+
+
+def cost_line(k: int, private: int, images: int, public: int) -> str:
+    """The paper's claim in one line, with what it is worth."""
+    naive, middle = claimed_work(k, private, images, public)
+    return (
+        f"claimed brute-force work: {naive:.1e} tries ({middle:.1e} meet-in-the-middle); a worst-case figure for a "
+        "single encoding, which published attacks on many encodings do not pay"
+    )
+
+
+def histogram_line(histogram: dict[int, int]) -> str:
+    """Appearances and images, short: equal neighbours are not merged, long tables are cut to their ends."""
+    items = [f"{images} images in {count}" for count, images in sorted(histogram.items())]
+    return "; ".join(items if len(items) <= 8 else [*items[:4], "...", *items[-4:]])

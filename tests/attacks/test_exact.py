@@ -1,0 +1,127 @@
+"""Exact attacks: known answers, and what they must not claim."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from victims import observe
+
+from frostglass.attacks.analytic.first_layer import find_first_linear
+from frostglass.attacks.analytic.proof import prove, solve_targets
+from frostglass.attacks.registry import ATTACKS
+from frostglass.core.drive import drive
+from frostglass.core.randomness import Rng
+from frostglass.core.runtime import Runtime
+from frostglass.core.threat import GradientMessage, Knows
+from frostglass.numerics.assign import assign
+
+RUN = Runtime(Rng.from_seed(0, "exact"))
+ONLY_COUNT = frozenset({Knows.EXAMPLES})
+
+
+def worst_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    order = assign(found, truth)
+    assert bool((order >= 0).all())
+    return float((found[order] - truth).abs().max())
+
+
+def test_bias_ratio_recovers_a_single_image_exactly() -> None:
+    seen, private = observe("mlp", size=32, batch=1, knows=ONLY_COUNT)
+    found = drive(ATTACKS["linear_exact"].make(), seen, RUN)
+    assert found.proved.tolist() == [True]
+    assert worst_error(found.images, private.images) < 1e-5
+    assert found.targets is not None
+    assert torch.equal(found.targets, private.targets)
+
+
+def test_bias_ratio_shows_only_rows_that_several_units_name() -> None:
+    seen, private = observe("mlp", size=16, batch=4, knows=ONLY_COUNT, hidden=(2048, 32))
+    found = drive(ATTACKS["linear_exact"].make(min_units=3), seen, RUN)
+    order = assign(found.images, private.images)
+    hits = [float((found.images[j] - private.images[i]).abs().max()) for i, j in enumerate(order.tolist()) if j >= 0]
+    assert len(found.images) <= 4
+    assert all(error < 1e-3 for error in hits)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_spear_recovers_the_whole_batch_and_its_labels(batch: int) -> None:
+    seen, private = observe("mlp", size=32, batch=batch, knows=ONLY_COUNT, hidden=(256, 64))
+    found = drive(ATTACKS["spear"].make(), seen, RUN)
+    assert int(found.proved.sum()) == batch
+    assert worst_error(found.images, private.images) < 1e-3
+    assert found.targets is not None
+    order = assign(found.images, private.images)
+    assert torch.equal(found.targets[order], private.targets)
+    assert found.info["recomputed_gradient_error"] < 1e-4
+
+
+def test_spear_does_not_need_to_be_told_the_batch_size() -> None:
+    seen, private = observe("mlp", size=32, batch=5, knows=frozenset(), hidden=(256, 64))
+    found = drive(ATTACKS["spear"].make(), seen, RUN)
+    assert int(found.proved.sum()) == 5
+    assert worst_error(found.images, private.images) < 1e-3
+
+
+def test_spear_proves_nothing_from_a_noised_gradient_and_shows_nothing_unproved() -> None:
+    seen, _ = observe("mlp", size=32, batch=4, knows=ONLY_COUNT, hidden=(256, 64))
+    noise = Rng.from_seed(1)
+    noised = {
+        n: g + g.square().mean().sqrt() * noise.at(n).normal(g.shape, like=g) for n, g in seen.gradients.items()
+    }
+    found = drive(ATTACKS["spear"].make(steps=4), replace(seen, messages=(GradientMessage(noised, "gradient"),)), RUN)
+    assert int(found.proved.sum()) == 0
+    assert len(found.images) == 0
+
+
+def test_half_precision_is_no_defence() -> None:
+    seen, private = observe("mlp", size=32, batch=4, knows=ONLY_COUNT, hidden=(512, 64))
+    rounded = {n: g.bfloat16().float() for n, g in seen.gradients.items()}
+    found = drive(ATTACKS["spear"].make(), replace(seen, messages=(GradientMessage(rounded, "gradient"),)), RUN)
+    assert int(found.proved.sum()) == 4
+    assert worst_error(found.images, private.images) < 0.02
+
+
+def test_the_first_linear_layer_is_found_through_the_models_own_normalisation() -> None:
+    seen, _ = observe("mlp", size=16, batch=2)
+    layer, missing = find_first_linear(seen)
+    assert missing == ""
+    assert layer is not None
+    assert layer.relu
+    images = torch.rand(3, *seen.image_shape)
+    assert seen.domain.mean != (0.0,)
+    inputs = seen.domain.normalise(images).flatten(1)
+    torch.testing.assert_close(layer.to_images(inputs, seen.image_shape), images, atol=1e-5, rtol=1e-5)
+
+
+def test_models_without_such_a_layer_are_refused_in_words() -> None:
+    seen, _ = observe("small_bn_cnn", width=4)
+    for name in ("spear", "linear_exact"):
+        problems = ATTACKS[name].make().check(seen)
+        assert len(problems) == 1
+        assert "Linear" in problems[0]
+
+
+def test_spear_refuses_a_first_layer_without_relu() -> None:
+    seen, _ = observe("mlp", size=8)
+    tanh = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Tanh(), nn.ReLU(), nn.Linear(16, 10))
+    grads = {n: torch.ones_like(p) for n, p in tanh.named_parameters()}
+    other = replace(seen, model=tanh, messages=(GradientMessage(grads, "gradient"),))
+    assert any("ReLU" in p for p in ATTACKS["spear"].make().check(other))
+
+
+def test_labels_of_known_images_are_solved_exactly_and_a_wrong_image_is_noticed() -> None:
+    seen, private = observe("mlp", size=16, batch=6, hidden=(64, 32))
+    targets = solve_targets(seen, private.images)
+    assert targets is not None
+    assert torch.equal(targets, private.targets)
+    right = prove(seen, private.images)
+    assert right is not None
+    assert right.holds
+    wrong = private.images.clone()
+    wrong[2] = wrong[2].flip(-1)
+    proof = prove(seen, wrong)
+    assert proof is not None
+    assert not proof.holds

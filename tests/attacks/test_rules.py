@@ -1,0 +1,65 @@
+"""Update rules and schedules against torch and against the papers' descriptions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from frostglass.attacks.inversion import rules, schedules
+from frostglass.core.randomness import Rng
+
+
+def info(t: int, steps: int = 100) -> rules.StepInfo:
+    return rules.StepInfo(t, steps, Rng.from_seed(0).at("step", t))
+
+
+def test_adam_is_torchs_adam() -> None:
+    target = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    theirs = torch.zeros_like(target).requires_grad_(True)
+    optimizer = torch.optim.Adam([theirs], lr=0.1)
+    ours, rule = torch.zeros_like(target), rules.chain(rules.adam(), rules.scale(0.1))
+    state = rule.init(ours)
+    for t in range(25):
+        optimizer.zero_grad()
+        ((theirs - target) ** 4).sum().backward()
+        optimizer.step()
+        change, state = rule.apply(4 * (ours - target) ** 3, state, info(t))
+        ours = ours + change
+    torch.testing.assert_close(ours, theirs.detach())
+
+
+def test_with_zero_gradient_the_pixels_move_by_lr_times_noise() -> None:
+    """Published code adds the noise to the gradient, where Adam normalises it away; it belongs on the pixels."""
+    rule = rules.chain(rules.adam(), rules.pixel_noise(0.2), rules.scale(0.1))
+    zero = torch.zeros(4, 3, 64, 64)
+    change, _ = rule.apply(zero, rule.init(zero), info(0))
+    assert float(change.std()) == pytest.approx(0.1 * 0.2, rel=0.02)
+    assert float(change.mean()) == pytest.approx(0, abs=1e-3)
+
+
+def test_noise_is_new_at_every_step_and_repeats_with_the_key() -> None:
+    rule = rules.pixel_noise(1.0)
+    zero = torch.zeros(1, 1, 8, 8)
+    first, again, later = (rule.apply(zero, (), info(t))[0] for t in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+
+
+def test_sign_and_clip() -> None:
+    g = torch.tensor([[[[3.0, -4.0]]], [[[0.3, 0.4]]]])
+    assert torch.equal(rules.sign().apply(g, (), info(0))[0], g.sign())
+    clipped = rules.clip_norm(1.0).apply(g, (), info(0))[0]
+    assert clipped.flatten(1).norm(dim=1).tolist() == pytest.approx([1.0, 0.5])
+
+
+def test_schedules_reach_their_stated_values() -> None:
+    decay = schedules.step_decay(0.1, at=(3 / 8, 5 / 8, 7 / 8), factor=0.1)
+    values = [decay(t, 4800) for t in (0, 1799, 1800, 3000, 4200)]
+    assert values == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.0001])
+    wave = schedules.cosine(0.1, warmup=50)
+    assert wave(0, 1000) < 0.01
+    assert wave(50, 1000) == pytest.approx(0.1)
+    assert wave(999, 1000) < 1e-5
+    assert all(wave(t + 1, 1000) <= wave(t, 1000) for t in range(50, 999))
+    fall = schedules.geometric(1.0, 1e-4)
+    assert [fall(t, 5) for t in range(5)] == pytest.approx([1, 0.1, 0.01, 1e-3, 1e-4])

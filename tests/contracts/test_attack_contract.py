@@ -1,0 +1,150 @@
+"""What every registered attack must hold to; a new file below frostglass/attacks is tested by existing."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from victims import frozen_copy, observe
+
+from frostglass.attacks.registry import ATTACKS
+from frostglass.auditing.plan import parse_plan
+from frostglass.auditing.store import CheckpointStore
+from frostglass.core.drive import Attack, drive
+from frostglass.core.errors import AttackFailed, BadInput
+from frostglass.core.randomness import Rng
+from frostglass.core.runtime import Runtime
+from frostglass.core.threat import ALWAYS, GradientMessage, Knows, Observation
+
+RUN = Runtime(Rng.from_seed(3, "contract"))
+VICTIMS = [("mlp", {"hidden": (64, 32)}), ("small_bn_cnn", {"width": 8}), ("lenet", {})]
+
+
+def short(name: str) -> Attack[Any]:
+    """The attack with few steps, where it has any to set."""
+    entry = ATTACKS[name]
+    wanted = {"steps": 12, "every": 4}
+    return entry.make(**{k: v for k, v in wanted.items() if k in entry.parameters})
+
+
+def victim_for(attack: Attack[Any]) -> Observation:
+    """The first victim that the attack accepts."""
+    refusals = []
+    for name, options in VICTIMS:
+        seen, _ = observe(name, **options)
+        problems = attack.check(seen)
+        if not problems:
+            return seen
+        refusals += problems
+    raise AssertionError(f"{attack.name} refuses every victim: {refusals}")
+
+
+@pytest.fixture(params=ATTACKS.names())
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_it_has_a_summary_and_a_source(name: str) -> None:
+    entry = ATTACKS[name]
+    assert len(entry.summary) > 20
+    assert entry.paper
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in entry.parameters.values())
+
+
+def test_result_has_the_shape_and_range_of_images(name: str) -> None:
+    attack = short(name)
+    seen = victim_for(attack)
+    found = drive(attack, seen, RUN)
+    assert found.images.shape[1:] == seen.image_shape
+    assert found.images.dtype == torch.float32
+    assert len(found.proved) == len(found.images)
+    assert found.proved.dtype == torch.bool
+    assert bool((found.images >= seen.domain.low).all())
+    assert bool((found.images <= seen.domain.high).all())
+
+
+def test_it_leaves_the_observation_and_the_model_unchanged(name: str) -> None:
+    attack = short(name)
+    seen = victim_for(attack)
+    before, training = frozen_copy(seen), [m.training for m in seen.model.modules()]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in seen.model.modules())
+    drive(attack, seen, RUN)
+    after = frozen_copy(seen)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert training == [m.training for m in seen.model.modules()]
+    assert all(p.requires_grad for p in seen.model.parameters())
+    assert all(p.grad is None for p in seen.model.parameters())
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in seen.model.modules())
+
+
+def test_the_same_run_twice_gives_the_same_result(name: str) -> None:
+    results = []
+    for _ in range(2):
+        attack = short(name)
+        results.append(drive(attack, victim_for(attack), RUN))
+    assert torch.equal(results[0].images, results[1].images)
+    assert torch.equal(results[0].proved, results[1].proved)
+
+
+def test_resumed_equals_uninterrupted(name: str, tmp_path: Any) -> None:
+    whole = drive(short(name), victim_for(short(name)), RUN)
+    attack = short(name)
+    store = CheckpointStore(tmp_path / "c.safetensors", torch.device("cpu"))
+
+    class Killed(Exception):
+        pass
+
+    def kill(event: Any) -> None:
+        if event.kind == "checkpoint" and event.step == 5:
+            raise Killed
+
+    resumable = attack.steps > 5 and not isinstance(whole, type(None))
+    try:
+        drive(attack, victim_for(attack), RUN, emit=kill, store=store, save_every=5)
+    except Killed:
+        assert resumable
+    again = short(name)
+    resumed = drive(again, victim_for(again), RUN, store=store, save_every=5)
+    assert torch.equal(whole.images, resumed.images)
+    assert torch.equal(whole.proved, resumed.proved)
+
+
+def test_values_that_are_not_finite_end_as_a_failed_run(name: str) -> None:
+    attack = short(name)
+    seen = victim_for(attack)
+    broken = {n: g.clone() for n, g in seen.gradients.items()}
+    for g in broken.values():
+        g.view(-1)[0] = float("nan")
+    poisoned = replace(seen, messages=(GradientMessage(broken, "gradient"),))
+    with pytest.raises(AttackFailed):
+        drive(short(name), poisoned, RUN)
+
+
+def test_an_update_of_zeros_ends_as_a_failed_run(name: str) -> None:
+    seen = victim_for(short(name))
+    zeros = {n: torch.zeros_like(g) for n, g in seen.gradients.items()}
+    with pytest.raises(AttackFailed):
+        drive(short(name), replace(seen, messages=(GradientMessage(zeros, "gradient"),)), RUN)
+
+
+def test_a_plan_that_grants_too_little_is_refused_before_compute(name: str) -> None:
+    needs = short(name).needs - ALWAYS
+    if not needs:
+        pytest.skip(f"{name} needs nothing beyond what every server holds")
+    scenario = {"attack": [{"name": name}]}
+    with pytest.raises(BadInput, match="needs the grant"):
+        parse_plan({"scenario": [scenario], "threat": {"grants": []}})
+    parse_plan({"scenario": [scenario], "threat": {"grants": [k.value for k in needs]}})
+
+
+def test_it_runs_without_the_grants_that_it_does_not_need(name: str) -> None:
+    attack = short(name)
+    for victim, options in VICTIMS:
+        seen, _ = observe(victim, knows=attack.needs | {Knows.EXAMPLES}, **options)
+        if not attack.check(seen):
+            drive(attack, seen, RUN)
+            return
+    pytest.fail(f"{name} needs more than it says")

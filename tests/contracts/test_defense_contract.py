@@ -1,0 +1,107 @@
+"""What every registered defence must hold to; a new file below frostglass/defenses is tested by existing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from victims import photo_batch
+
+from frostglass.core.batch import Batch
+from frostglass.core.defense import Defense, stack
+from frostglass.core.errors import BadInput
+from frostglass.core.randomness import Insecure, Rng
+from frostglass.core.update import LocalPlan, Update
+from frostglass.defenses.registry import DEFENSES
+from frostglass.numerics.local_update import local_update
+from frostglass.vision import networks
+
+SEED = Insecure(7)
+
+
+@pytest.fixture(params=DEFENSES.names())
+def defense(request: pytest.FixtureRequest) -> Defense:
+    return DEFENSES[request.param].make()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return photo_batch(16, 6)
+
+
+def sent(defense: Defense, batch: Batch, randomness: Insecure) -> tuple[Batch, Update]:
+    """What a client with this defence trains on and sends."""
+    model = networks.build(
+        "small_bn_cnn",
+        classes=10,
+        channels=3,
+        size=16,
+        options={"width": 8, "norm": "group"},
+        rng=Rng.from_seed(0),
+    )
+    plan = LocalPlan()
+    encoded = defense.encode(batch, randomness)
+    if defense.gradient is not None:
+        update = defense.gradient(model, encoded, plan, randomness)
+    else:
+        trace = local_update(model, encoded.images, encoded.targets, plan)
+        update = Update(trace.gradients, trace.bn, len(encoded), plan)
+    return encoded, defense.protect(update, randomness)
+
+
+def test_it_says_what_it_claims(defense: Defense) -> None:
+    entry = DEFENSES[defense.name]
+    assert len(entry.summary) > 20
+    assert defense.claim in ("none", "heuristic", "proof")
+
+
+def test_same_randomness_same_result_and_the_input_is_untouched(defense: Defense, batch: Batch) -> None:
+    images, targets = batch.images.clone(), batch.targets.clone()
+    first, second = sent(defense, batch, SEED), sent(defense, batch, SEED)
+    assert torch.equal(first[0].images, second[0].images)
+    for name, g in first[1].gradients.items():
+        assert torch.equal(g, second[1].gradients[name])
+    assert torch.equal(batch.images, images)
+    assert torch.equal(batch.targets, targets)
+
+
+def test_other_randomness_gives_another_result_or_none_was_used(defense: Defense, batch: Batch) -> None:
+    first, other = sent(defense, batch, SEED), sent(defense, batch, Insecure(8))
+    same = torch.equal(first[0].images, other[0].images) and all(
+        torch.equal(g, other[1].gradients[n]) for n, g in first[1].gradients.items()
+    )
+    assert same == (defense.claim == "none")
+
+
+def test_encodings_lie_in_their_domain_and_labels_keep_their_mass(defense: Defense, batch: Batch) -> None:
+    encoded = defense.encode(batch, SEED)
+    assert encoded.images.shape == batch.images.shape
+    assert bool((encoded.images >= encoded.domain.low - 1e-6).all())
+    assert bool((encoded.images <= encoded.domain.high + 1e-6).all())
+    assert bool((encoded.targets >= 0).all())
+    assert bool((encoded.targets.sum(1) <= 1 + 1e-5).all())
+    assert defense.encodes == (not torch.equal(encoded.images, batch.images))
+
+
+def test_gradients_keep_their_names_and_shapes(defense: Defense, batch: Batch) -> None:
+    _, update = sent(defense, batch, SEED)
+    _, plain = sent(DEFENSES["none"].make(), batch, SEED)
+    assert {n: g.shape for n, g in update.gradients.items()} == {n: g.shape for n, g in plain.gradients.items()}
+    assert update.examples == len(batch)
+
+
+def test_stacking_is_associative(defense: Defense, batch: Batch) -> None:
+    none = DEFENSES["none"].make()
+    left = sent(stack(stack(none, defense), none), batch, SEED)
+    right = sent(stack(none, stack(defense, none)), batch, SEED)
+    assert torch.equal(left[0].images, right[0].images)
+    assert all(torch.equal(g, right[1].gradients[n]) for n, g in left[1].gradients.items())
+
+
+def test_mixing_images_under_per_example_clipping_is_refused() -> None:
+    mixers = [e.make() for e in DEFENSES if e.make().encodes]
+    clippers = [e.make() for e in DEFENSES if e.make().gradient is not None]
+    assert clippers
+    for mixer in mixers:
+        for clipper in clippers:
+            with pytest.raises(BadInput, match="sensitivity"):
+                stack(mixer, clipper)

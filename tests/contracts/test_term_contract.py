@@ -1,0 +1,74 @@
+"""What every term of an inversion objective must hold to: scalar, right gradient in float64, 0 at the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from victims import observe
+
+from frostglass.attacks.inversion import terms
+from frostglass.attacks.inversion.target import Target, lay_out
+from frostglass.core.batch import Batch
+from frostglass.core.runtime import Runtime
+from frostglass.core.threat import Knows
+from frostglass.numerics.local_update import local_update
+
+TERMS: dict[str, Callable[[], terms.Term]] = {
+    "cosine": terms.match_cosine,
+    "layer_norms": terms.match_layer_norms,
+    "squared": terms.match_squared,
+    "tv": lambda: terms.total_variation(1.0),
+    "bn": lambda: terms.bn_statistics(1.0, Knows.BN_BATCH),
+    "bn_relative": lambda: terms.bn_statistics(1.0, Knows.BN_BATCH, relative=True),
+}
+ZERO_AT_TRUTH = {"cosine", "layer_norms", "squared", "bn", "bn_relative"}
+
+
+@pytest.fixture(scope="module")
+def setting() -> tuple[Target, Batch]:
+    seen, private = observe("small_bn_cnn", size=8, batch=2, width=2, dtype=torch.float64)
+    return lay_out(seen, Runtime(dtype=torch.float64)), private
+
+
+def evaluate(name: str, z: Tensor, target: Target, private: Batch) -> Tensor:
+    images = target.seen.domain.denormalise(z)
+    trace = local_update(target.model, images, private.targets, target.plan, differentiable=True)
+    return TERMS[name]().value(terms.Candidate(z, images, private.targets, trace, target))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_it_is_a_scalar_whose_gradient_reaches_the_image(name: str, setting: tuple[Target, Batch]) -> None:
+    target, private = setting
+    z = torch.randn(private.images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z.requires_grad_(True)
+    value = evaluate(name, z, target, private)
+    assert value.shape == ()
+    gradient = torch.autograd.grad(value, z)[0]
+    assert float(gradient.abs().max()) > 0
+    direction = torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    step = 1e-7
+    with torch.no_grad():
+        ends = [float(evaluate(name, z + s * step * direction, target, private)) for s in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * step)
+    assert float((gradient * direction).sum()) == pytest.approx(expected, rel=2e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(ZERO_AT_TRUTH))
+def test_it_is_zero_at_the_truth(name: str, setting: tuple[Target, Batch]) -> None:
+    target, private = setting
+    z = target.seen.domain.normalise(private.images)
+    assert float(evaluate(name, z, target, private).detach()) == pytest.approx(0, abs=1e-7)
+
+
+def test_the_layer_norm_loss_answers_linearly_to_one_layer(setting: tuple[Target, Batch]) -> None:
+    """Eq. 3 sums unsquared norms: scaling one layer's difference by 3 triples that layer's part."""
+    from frostglass.numerics.distance import layer_norms
+
+    a = [torch.ones(3), torch.ones(5)]
+    b = [torch.zeros(3), torch.zeros(5)]
+    base = float(layer_norms(a, b))
+    grown = float(layer_norms([3 * a[0], a[1]], b))
+    assert grown - base == pytest.approx(2 * 3**0.5)

@@ -1,0 +1,286 @@
+"""Coefficients, partners and masks keep their laws; every path computes the same encodings."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from frostglass.core.errors import BadInput
+from frostglass.core.randomness import Insecure
+from frostglass.numerics import mixing
+from frostglass.numerics.fused_mixing import kernel, mix_rows
+from frostglass.numerics.key_rows import (
+    KeyRows,
+    MixLaw,
+    acceptance,
+    draw_coefficients,
+    draw_distinct,
+    draw_mask,
+    draw_partner_permutations,
+)
+from frostglass.numerics.keystream import Keystream, Secret
+
+PATHS = ("torch", "fused")
+
+
+def stream(seed: int = 0) -> Keystream:
+    return Secret.draw(Insecure(seed)).stream("test")
+
+
+# ---- coefficients
+
+
+def test_folded_normal_has_the_checked_moments() -> None:
+    """instahide.md 1.2: acceptance .93 and .56-.57, one lambda .25 +- .15, E[private mass] .435, P(< .05) .075."""
+    inside, cross = MixLaw(4, 4), MixLaw(6, 2)
+    assert acceptance(inside) == pytest.approx(0.93, abs=0.005)
+    assert 0.555 <= acceptance(cross) <= 0.575
+    rows = draw_coefficients(stream(), inside, 60_000)
+    assert rows.mean(0) == pytest.approx([0.25] * 4, abs=0.003)
+    assert rows.std() == pytest.approx(0.15, abs=0.005)
+    rows = draw_coefficients(stream(1), cross, 60_000)
+    assert rows[:, :2].sum(1).mean() == pytest.approx(0.435, abs=0.003)
+    assert (rows[:, 0] < 0.05).mean() == pytest.approx(0.075, abs=0.005)
+
+
+def test_dirichlet_is_that_of_gradattack() -> None:
+    """Dirichlet(3, 1, 1, 1): means 1/2, 1/6, 1/6, 1/6 before rejection; without a bound nothing is rejected."""
+    law = MixLaw(4, 4, c1=1.0, law="dirichlet")
+    rows = draw_coefficients(stream(), law, 40_000)
+    assert acceptance(law) == 1.0
+    assert rows.mean(0) == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6], abs=0.003)
+    assert stats.kstest(rows[:, 0], stats.beta(3, 3).cdf).pvalue > 1e-4
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.floats(0.2, 1.0),
+    st.floats(0.0, 0.9),
+    st.sampled_from(["folded_normal", "dirichlet"]),
+    st.integers(0, 99),
+)
+@settings(max_examples=60)
+def test_bounds_hold_exactly(k: int, private: int, c1: float, c2: float, law: str, seed: int) -> None:
+    mix_law = MixLaw(k, private, c1, c2, law)
+    try:
+        mix_law.check()
+    except BadInput:
+        assume(False)
+    rows = draw_coefficients(stream(seed), mix_law, 50)
+    assert rows.shape == (50, k)
+    assert rows.dtype == np.float32
+    assert rows.max() <= c1
+    assert (rows > 0).all()
+    assert rows.sum(1) == pytest.approx(np.ones(50), abs=1e-5)
+    if private < k:
+        assert (rows[:, :private].sum(1, dtype=np.float64) >= c2).all()
+
+
+@pytest.mark.parametrize(
+    ("law", "reason"),
+    [
+        (MixLaw(4, 4, c1=0.2), "outside"),
+        (MixLaw(4, 4, c1=1.5), "outside"),
+        (MixLaw(4, 4, c1=0.25), "fewer than one draw in 1000"),
+        (MixLaw(6, 1, c1=0.4, c2=0.5), "cannot be reached"),
+        (MixLaw(6, 2, c2=1.2), "not a share"),
+        (MixLaw(8, 1, c1=0.65, c2=0.64), "fewer than one draw in 1000"),
+        (MixLaw(4, 5), "not possible"),
+        (MixLaw(0, 0), "not possible"),
+        (MixLaw(4, 4, first=0.7), "cannot be reached"),
+    ],
+)
+def test_impossible_laws_are_refused_beforehand(law: MixLaw, reason: str) -> None:
+    with pytest.raises(BadInput, match=reason):
+        law.check()
+
+
+# ---- partners
+
+
+@given(st.integers(1, 7), st.integers(0, 40), st.integers(1, 60), st.integers(0, 99))
+def test_partners_are_distinct_even_if_there_are_no_more(slots: int, spare: int, count: int, seed: int) -> None:
+    rows = draw_distinct(stream(seed), slots + spare, slots, count)
+    assert rows.shape == (count, slots)
+    assert ((rows >= 0) & (rows < slots + spare)).all()
+    assert all(len(set(r)) == slots for r in rows.tolist())
+
+
+def test_every_ordered_choice_is_equally_likely() -> None:
+    rows = draw_distinct(stream(), 4, 3, 24_000)
+    counts = [int((rows == want).all(1).sum()) for want in itertools.permutations(range(4), 3)]
+    assert stats.chisquare(counts).pvalue > 1e-4
+
+
+@given(st.integers(1, 6), st.integers(1, 200), st.integers(0, 99))
+def test_partner_permutations_never_collide(slots: int, spare: int, seed: int) -> None:
+    n = slots + spare
+    orders = draw_partner_permutations(stream(seed), n, slots)
+    assert all(np.array_equal(np.sort(o), np.arange(n)) for o in orders)
+    table = np.concatenate([np.arange(n)[None], orders])
+    assert all(len(set(column)) == slots + 1 for column in table.T.tolist())
+
+
+def test_independent_permutations_would_collide() -> None:
+    """The defect is real: about C(6, 2) = 15 repeats an epoch, so the test above is not empty."""
+    source = stream()
+    table = np.stack([source.permutation(2000) for _ in range(6)])
+    assert 4 <= sum(len(set(column)) < 6 for column in table.T.tolist()) <= 35
+
+
+@pytest.mark.parametrize("draw", [lambda s: draw_distinct(s, 3, 4, 1), lambda s: draw_partner_permutations(s, 4, 4)])
+def test_too_few_images_are_refused(draw) -> None:
+    with pytest.raises(BadInput, match="cannot be drawn"):
+        draw(stream())
+
+
+# ---- mixing
+
+
+def keys_for(b: int, k: int, inside: int, n: int, m: int, d: int, seed: int, bits: bool = True) -> KeyRows:
+    s = stream(seed)
+    index = draw_distinct(s, n, inside, b)
+    if inside < k:
+        index = np.concatenate([index, draw_distinct(s, m, k - inside, b)], 1)
+    weights = draw_coefficients(s, MixLaw(k, k, c1=1.0), b)
+    return KeyRows(index, weights, draw_mask(s, b, d) if bits else None)
+
+
+def table(n: int, d: int, dtype: torch.dtype) -> torch.Tensor:
+    made = torch.randint(0, 256, (n, d), dtype=torch.uint8)
+    return made if dtype == torch.uint8 else made.to(dtype) / 255
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(0, 5),
+    st.sampled_from([1, 7, 16, 35, 48, 192]),
+    st.sampled_from([torch.uint8, torch.float32]),
+    st.sampled_from(["sign", "abs", "none"]),
+    st.integers(0, 99),
+)
+@settings(max_examples=80)
+def test_all_paths_agree(k: int, outside: int, d: int, dtype: torch.dtype, mask: str, seed: int) -> None:
+    inside = max(1, k - outside)
+    private, public = table(12, d, dtype), table(9, d, dtype) if inside < k else None
+    keys = keys_for(5, k, inside, 12, 9, d, seed)
+    want = mixing.mix_reference(private, public, inside, keys, mask)
+    for path in PATHS:
+        got = mixing.mix(private, public, inside, keys, mask, torch.empty(5, d), path)
+        assert torch.allclose(got.double(), want, atol=1e-5, rtol=0)
+        clear = want.abs() > 1e-5
+        assert torch.equal(got.signbit()[clear], want.signbit()[clear])
+        half = mixing.mix(private, public, inside, keys, mask, torch.empty(5, d, dtype=torch.bfloat16), path)
+        assert torch.equal(half, got.bfloat16())  # rounded to nearest even, bit for bit
+    assert want.abs().max() <= 1 + 1e-6
+
+
+def test_the_mask_is_keystream_bits_alike_on_every_path() -> None:
+    """Mixing a constant 1 leaves nothing but the mask."""
+    d, bits = 35, stream().bytes(4 * 5).reshape(4, 5)
+    keys = KeyRows(np.zeros((4, 1), np.int64), np.ones((4, 1), np.float32), bits)
+    want = 1 - 2 * np.array([[(row[i % 5] >> (i // 5)) & 1 for i in range(d)] for row in bits.astype(int)])
+    for path in (*PATHS, "reference"):
+        got = mixing.mix(torch.full((1, d), 255, dtype=torch.uint8), None, 1, keys, "sign", torch.empty(4, d), path)
+        assert torch.equal(got, torch.from_numpy(want).float())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_abs_is_the_absolute_value_of_sign_exactly(path) -> None:
+    private, keys = table(20, 48, torch.uint8), keys_for(30, 4, 4, 20, 0, 48, 1)
+    sign, mag, none = (mixing.mix(private, None, 4, keys, m, torch.empty(30, 48), path) for m in ("sign", "abs", "none"))
+    assert torch.equal(sign.abs(), mag)
+    assert torch.equal(none.abs(), mag)
+    flips = mixing.mask_flips(torch.from_numpy(keys.bits), 48)
+    assert torch.equal(torch.where(flips, -none, none), sign)
+    assert 0.4 < flips.float().mean() < 0.6
+
+
+def test_memory_maps_mix_like_memory(tmp_path) -> None:
+    private = table(20, 48, torch.uint8)
+    np.save(tmp_path / "x.npy", private.numpy())
+    mapped, keys = np.load(tmp_path / "x.npy", mmap_mode="r"), keys_for(6, 4, 4, 20, 0, 48, 1)
+    for path in PATHS:
+        both = [mixing.mix(t, None, 4, keys, "sign", torch.empty(6, 48), path) for t in (private, mapped)]
+        assert torch.equal(*both)
+
+
+def test_float64_batches_mix_in_float64() -> None:
+    private, keys = table(20, 48, torch.float64), keys_for(6, 4, 4, 20, 0, 48, 1)
+    got = mixing.mix_torch(private, None, 4, keys, "none", torch.device("cpu"))
+    assert torch.allclose(got, mixing.mix_reference(private, None, 4, keys, "none"), atol=1e-6)
+    assert got.dtype == torch.float64
+
+
+def test_without_numba_torch_does_the_work(monkeypatch) -> None:
+    private, keys = table(20, 48, torch.uint8), keys_for(6, 4, 4, 20, 0, 48, 1)
+    labels = np.arange(20) % 3
+    want = mixing.mix(private, None, 4, keys, "sign", torch.empty(6, 48)), mixing.mix_targets(labels, 3, 2, keys)
+    monkeypatch.setattr(mixing, "kernel", lambda _: None)
+    assert torch.allclose(mixing.mix(private, None, 4, keys, "sign", torch.empty(6, 48)), want[0], atol=1e-6)
+    assert torch.allclose(mixing.mix_targets(labels, 3, 2, keys), want[1])
+    with pytest.raises(BadInput, match="needs numba"):
+        mixing.mix(private, None, 4, keys, "sign", torch.empty(6, 48), "fused")
+
+
+def test_the_kernel_is_plain_python_too() -> None:
+    """The uncompiled function gives the bits of the compiled one (without fused multiply-add: to 1e-6)."""
+    private, keys = table(8, 19, torch.uint8).numpy(), keys_for(3, 6, 6, 8, 0, 19, 1)
+    weights, wide = keys.coefficients / np.float32(127.5), [np.empty((3, 19), np.uint32) for _ in range(2)]
+    for run, out in zip((mix_rows, kernel(mix_rows)), wide, strict=True):
+        rest = np.float32(-1), keys.bits, np.uint32(0xFFFFFFFF), out, np.empty((0, 0), np.uint16)
+        run(private, private, 6, keys.indices, weights, *rest)
+    assert np.allclose(wide[0].view(np.float32), wide[1].view(np.float32), atol=1e-6)
+
+
+def test_tables_that_do_not_go_together_are_refused() -> None:
+    keys = keys_for(2, 4, 2, 5, 5, 48, 0)
+    for public in (table(5, 47, torch.uint8), table(5, 48, torch.float32)):
+        with pytest.raises(BadInput, match="do not mix"):
+            mixing.mix(table(5, 48, torch.uint8), public, 2, keys, "abs", torch.empty(2, 48))
+
+
+def test_key_rows_are_not_pickled_copied_or_printed() -> None:
+    keys = keys_for(2, 4, 2, 5, 5, 48, 0)
+    for leak in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="key material"):
+            leak(keys)
+    assert repr(keys) == "KeyRows(2 secret rows)"
+
+
+# ---- labels
+
+
+def test_targets_take_the_private_share_of_each_class() -> None:
+    keys = KeyRows(np.array([[0, 2, 1, 0]]), np.array([[0.4, 0.2, 0.3, 0.1]], np.float32))
+    for path in PATHS:
+        got = mixing.mix_targets(np.array([1, 0, 1]), 3, 2, keys, path)
+        assert got[0].tolist() == pytest.approx([0, 0.6, 0])
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
+def test_quantised_labels_are_quarters_of_about_the_same_mass(k: int, private: int, seed: int) -> None:
+    private = min(private, k)
+    keys = keys_for(20, k, k, 8, 0, 8, seed, bits=False)
+    exact = mixing.mix_targets(np.arange(8) % 4, 4, private, keys)
+    coarse = mixing.coarse_targets(exact, "quantised")
+    assert torch.equal(coarse * 4, (coarse * 4).round())
+    assert torch.equal(coarse.sum(1), (exact.double().sum(1) * 4).round().float() / 4)
+    assert (coarse >= 0).all()
+    assert (coarse - exact).abs().max() < 0.25 + 1e-6
+
+
+def test_label_modes() -> None:
+    exact = torch.tensor([[0.3, 0.1, 0.0]])
+    assert mixing.coarse_targets(exact, "exact") is exact
+    assert torch.allclose(mixing.coarse_targets(exact, "renormalised"), torch.tensor([[0.75, 0.25, 0.0]]))
+    assert mixing.coarse_targets(exact, "quantised").tolist() == [[0.25, 0.25, 0.0]]

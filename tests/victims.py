@@ -1,0 +1,66 @@
+"""Small real observations that tests attack: built by the same code as audits, from bundled images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frostglass.core.batch import Batch, one_hot
+from frostglass.core.randomness import Rng
+from frostglass.core.threat import Facts, Knows, Observation, ThreatModel
+from frostglass.core.update import LocalPlan, Update
+from frostglass.numerics.bn import running_statistics
+from frostglass.numerics.local_update import local_update
+from frostglass.vision import datasets, networks
+
+ALL = frozenset(Knows)
+
+
+def photo_batch(size: int, batch: int) -> Batch:
+    """The first bundled photographs."""
+    held = datasets.load("photos", size=size, rows=range(batch))
+    domain = networks.domain_of(networks.build("mlp", classes=10, channels=3, size=size, rng=Rng.from_seed(0)))
+    return Batch(held.images, one_hot(held.labels, 10), domain, held.names)
+
+
+def observe(
+    name: str,
+    *,
+    size: int = 16,
+    batch: int = 2,
+    mode: str = "train",
+    knows: frozenset[Knows] = ALL,
+    plan: LocalPlan | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> tuple[Observation, Batch]:
+    """(what a server sees, the private batch) of an undefended client."""
+    private = photo_batch(size, batch)
+    model = networks.build(name, classes=10, channels=3, size=size, options=options, rng=Rng.from_seed(1)).to(dtype)
+    private = replace(private, images=private.images.to(dtype), targets=private.targets.to(dtype))
+    model.train(mode == "train")
+    local = plan or LocalPlan(mode="train" if mode == "train" else "eval")
+    trace = local_update(model, private.images, private.targets, local)
+    update = Update(trace.gradients, trace.bn, batch, local)
+    facts = Facts(
+        domain=networks.domain_of(model),
+        mode=mode,
+        image_shape=private.image_shape,
+        classes=10,
+        labels=private.targets,
+        local_plan=local,
+        bn_running=running_statistics(model),
+    )
+    return ThreatModel("test", knows).observe(model, [update], facts), private
+
+
+def frozen_copy(seen: Observation) -> dict[str, Tensor]:
+    """All tensors of an observation, to compare with later."""
+    kept = {f"model.{k}": v.clone() for k, v in seen.model.state_dict().items()}
+    kept |= {f"gradient.{k}": v.clone() for k, v in seen.gradients.items()}
+    if seen.labels is not None:
+        kept["labels"] = seen.labels.clone()
+    return kept
