@@ -189,7 +189,7 @@ def test_order_of_the_parts() -> None:
     text = Words(full_page()).text
     parts = [
         "2 of 3 images were recovered.", "Of 7 cells", "Overview", "Cell 1 of 7", "What the attacker was granted",
-        "Before and after", "From noise to picture", "Did the optimiser do its work?", "Labels", "Privacy spent",
+        "Before and after", "From noise to picture", "Progress of the attack", "Labels", "Privacy spent",
         "Cell 7 of 7", "What this report cannot say", "How this was made",
     ]  # fmt: skip
     places = [text.index(p) for p in parts]
@@ -251,6 +251,7 @@ def test_failed_and_skipped_cells_show_their_error_and_no_score() -> None:
     assert "dlg: loss is <b>failed</b>" in text
     assert "A broken run shows nothing." in text
     assert "Did the optimiser" not in text
+    assert "Progress of the attack" not in text
     assert "<b>failed" not in page
 
 
@@ -372,15 +373,16 @@ def test_plot_draws_positive_terms_and_names_the_others() -> None:
     assert convergence({}, 0.05, "p1") is None
 
 
-def test_plot_survives_one_point_flat_lines_repeated_steps_and_huge_ranges() -> None:
+def test_plot_survives_flat_lines_repeated_steps_and_huge_ranges() -> None:
     def row(step: int, value: float) -> dict[str, Any]:
         return {"kind": "progress", "where": "c", "step": step, "steps": 9, "loss": value, "again": True}
 
-    for rows in ([row(1, 1.0)], [row(1, 2.0), row(2, 2.0)], [row(1, 1e-30), row(2, 1e30)]):
+    for rows in ([row(1, 2.0), row(2, 2.0)], [row(1, 1e-30), row(2, 1e30)]):
         plot = convergence({"c": rows}, None, "p")
         assert plot is not None
         assert plot.terms == ("loss",)
-    assert convergence({"c": [row(0, 5e-324), row(1, -1.0)]}, None, "p") is None
+    for empty in ([row(0, 5e-324), row(1, -1.0)], [row(1, 2.0)]):
+        assert convergence({"c": empty}, None, "p") is None
     resumed = convergence({"c": [row(1, 9.0), row(2, 5.0), row(2, 4.0)]}, None, "p")
     assert resumed is not None
     assert "from 9 to 4" in resumed.alt
@@ -456,6 +458,9 @@ def test_browser_shows_the_page(tmp_path: Path, side: int) -> None:
             assert min(widths) > 0
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate("[...document.querySelectorAll('svg.plot')].every(s => s.getBBox().width > 200)")
+            for other in (1161, 1160, 860, 600, 320):
+                page.set_viewport_size({"width": other, "height": 900})
+                assert page.evaluate("document.documentElement.scrollWidth") <= other
             page.close()
         browser.close()
     assert not wrong

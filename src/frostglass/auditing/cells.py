@@ -20,37 +20,54 @@ class CellPlan:
     threat: ThreatPlan
     defense: DefensePlan
     attack: Named
+    title: str
 
     @property
     def upper_bound(self) -> bool:
-        """True where the grants exceed what such a client really sends.
-
-        Batch statistics leave a client only in the buffers of a model that it trains in train mode, alone in its
-        message; from anyone else they are a gift to the attacker.
-        """
-        realistic = self.scenario.model.mode == "train" and self.scenario.client.cohort == 1
-        return "bn_batch" in self.threat.grants and not realistic
-
-    @property
-    def title(self) -> str:
-        """For a person."""
-        told = f"{self.scenario.name}: {self.attack.name} against {_defended(self.defense)}"
-        return f"{told} (upper bound)" if self.upper_bound else told
+        """True where the grants exceed what such a client really sends."""
+        return _beyond_reality(self.threat, self.scenario)
 
 
-def _defended(defense: DefensePlan) -> str:
-    return "no defence" if defense.label == "none" else defense.label
+def _beyond_reality(threat: ThreatPlan, scenario: ScenarioPlan) -> bool:
+    """Batch statistics leave a client only in the buffers of a model that it trains in train mode, alone in its message.
+
+    From anyone else they are a gift to the attacker.
+    """
+    realistic = scenario.model.mode == "train" and scenario.client.cohort == 1
+    return "bn_batch" in threat.grants and not realistic
 
 
 def expand(plan: Plan) -> Iterator[CellPlan]:
     """All cells of a plan, in its order."""
     number = 0
     for index, scenario in enumerate(plan.scenario):
-        for defense in scenario.defense:
-            for attack in scenario.attack:
+        threat = plan.threat_of(scenario)
+        defenses = _told_apart([_defended(d) for d in scenario.defense], [_told(*d.parts) for d in scenario.defense])
+        attacks = _told_apart([a.name for a in scenario.attack], [_told(a) for a in scenario.attack])
+        bound = " (upper bound)" if _beyond_reality(threat, scenario) else ""
+        for defense, against in zip(scenario.defense, defenses, strict=True):
+            for attack, name in zip(scenario.attack, attacks, strict=True):
                 number += 1
-                slug = re.sub(r"[^a-z0-9]+", "-", f"{scenario.name} {defense.label} {attack.name}".lower()).strip("-")
-                yield CellPlan(f"{number:02d}-{slug[:60]}", index, scenario, plan.threat_of(scenario), defense, attack)
+                slug = re.sub(r"[^a-z0-9]+", "-", f"{scenario.name} {defense.label} {attack.name}".lower())
+                key = f"{number:02d}-{slug.strip('-')[:60]}".strip("-")
+                title = f"{scenario.name}: {name} against {against}{bound}"
+                yield CellPlan(key, index, scenario, threat, defense, attack, title)
+
+
+def _told_apart(names: list[str], settings: list[str]) -> list[str]:
+    """Names; those that occur more than once with their settings."""
+    return [
+        f"{name} ({more})" if names.count(name) > 1 and more else name
+        for name, more in zip(names, settings, strict=True)
+    ]
+
+
+def _told(*entries: Named) -> str:
+    return ", ".join(f"{k} = {v}" for entry in entries for k, v in entry.settings.items())
+
+
+def _defended(defense: DefensePlan) -> str:
+    return "no defence" if defense.label == "none" else defense.label
 
 
 def pitfalls(cell: CellPlan, *, units: int, repeats_images: bool, batchnorm: bool) -> list[str]:
@@ -91,11 +108,12 @@ def outcome(attack: str, summary: Summary | None, encoding: Summary | None) -> s
     if summary is None:
         return "the run failed"
     total = summary.images
+    over = summary.over_threshold
     if encoding is not None and encoding.proved:
-        return f"{encoding.proved} of {total} encodings recovered exactly, no private image directly"
+        private = f"{over.count} of the private images recognisable" if over.count else "no private image directly"
+        return f"{encoding.proved} of {total} encodings recovered exactly, {private}"
     if summary.proved:
         return f"{summary.proved} of {total} images recovered exactly"
-    over = summary.over_threshold
     if over.count:
         return f"{over.count} of {total} images recognisable ({over.metric.upper()} at least {over.value:g})"
     return f"nothing shown by {attack} on {total} images"

@@ -23,7 +23,7 @@ from frostglass.auditing.wording import number
 SMOOTH_FROM = 96
 """From this many pixels a picture is smoothed when scaled; below, its pixels are shown as they are."""
 LARGEST, LARGEST_FRAME = 320, 96
-FILM_ROWS, FILM_FRAMES = 4, 12
+FILM_ROWS, FILM_FRAMES, LEAST_FRAMES = 4, 12, 3
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def film(cell: Cell, pictures: Mapping[str, Tensor]) -> Film | None:
     start = f"{cell.id}/film/"
     kept = {int(k[len(start) :]): v for k, v in pictures.items() if k.startswith(start) and k[len(start) :].isdigit()}
     steps = sorted(step for step, frames in kept.items() if len(frames))
-    if not steps:
-        return None
+    if len(steps) < LEAST_FRAMES:
+        return None  # an attack of one step makes no film
     pick = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), FILM_FRAMES)).round().astype(int))
     steps = [steps[i] for i in pick]
     private = pictures.get(f"{cell.id}/private")

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from frostglass.core.errors import BadInput, close_match
+from frostglass.auditing.plan_reading import read_values, sentences, without_errors
+from frostglass.core.errors import BadInput
+
+FROM_PYTHON = "python"
+"""`python:CLASS` as a model and `python` as a data source: given as objects to `frostglass.audit`, not by the plan."""
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("use one line of printable letters")
+    return text
+
+
+Title = Annotated[str, Field(max_length=200), AfterValidator(_one_line)]
+"""What reports, tables and terminals print."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # no coercion: "8" is no number, true is no 1
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class DataPlan(_Strict):
@@ -60,7 +74,7 @@ class Named(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str
+    name: str = Field(description="`frostglass list` names all; further keys are its parameters")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -73,8 +87,8 @@ class DefensePlan(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str | None = None
-    stack: list[Named] | None = None
+    name: str | None = Field(None, description="`frostglass list defenses` names all; further keys are its parameters")
+    stack: list[Named] | None = Field(None, description="several at once, in this order, instead of a name")
 
     @property
     def parts(self) -> list[Named]:
@@ -92,7 +106,7 @@ class DefensePlan(BaseModel):
 class ThreatPlan(_Strict):
     """What the attacker knows beyond the model and the update."""
 
-    name: str = Field("honest-but-curious server", description="for the report")
+    name: Title = Field("honest-but-curious server", description="for the report")
     grants: list[str] = Field(default_factory=lambda: ["examples"], description="strings of the grants enum")
     auxiliary: str | None = Field(None, description="a data source whose images the grant 'auxiliary' gives away")
 
@@ -100,8 +114,8 @@ class ThreatPlan(_Strict):
 class ThresholdPlan(_Strict):
     """What counts as recognisable; fixed before the run."""
 
-    metric: str = "ssim"
-    value: float = 0.5
+    metric: str = Field("ssim", description="one of report.metrics")
+    value: float = Field(0.5, description="score that counts as recognisable")
 
 
 class ReportPlan(_Strict):
@@ -109,41 +123,49 @@ class ReportPlan(_Strict):
 
     metrics: list[str] = Field(default_factory=lambda: ["psnr", "ssim"], description="names of metrics")
     show_images: bool = Field(False, description="true puts private images into the report")
-    threshold: ThresholdPlan = Field(default_factory=ThresholdPlan)
+    threshold: ThresholdPlan = Field(default_factory=ThresholdPlan, description="what counts as recognisable")
 
 
 class ScenarioPlan(_Strict):
     """One client set-up; every combination of its defences and attacks is a cell."""
 
-    name: str = ""
-    data: DataPlan = Field(default_factory=DataPlan)
-    model: ModelPlan = Field(default_factory=ModelPlan)
-    client: ClientPlan = Field(default_factory=ClientPlan)
-    defense: list[DefensePlan] = Field(default_factory=lambda: [DefensePlan(name="none")], min_length=1)
-    attack: list[Named] = Field(min_length=1)
+    name: Title = Field("", description="for titles; its position if left out")
+    data: DataPlan = Field(default_factory=DataPlan, description="the private images")
+    model: ModelPlan = Field(default_factory=ModelPlan, description="the network")
+    client: ClientPlan = Field(default_factory=ClientPlan, description="what a client does")
+    defense: list[DefensePlan] = Field(
+        default_factory=lambda: [DefensePlan(name="none")], min_length=1, description="each is tried alone"
+    )
+    attack: list[Named] = Field(min_length=1, description="each is run against each defence")
     threat: ThreatPlan | None = Field(None, description="replaces the plan's [threat] for this scenario")
 
 
 class Plan(_Strict):
     """A whole audit."""
 
-    name: str = Field("audit", min_length=1, max_length=200)
-    seed: int = Field(0, ge=0)
-    scenario: list[ScenarioPlan] = Field(min_length=1)
-    threat: ThreatPlan = Field(default_factory=ThreatPlan)
-    report: ReportPlan = Field(default_factory=ReportPlan)
+    name: Title = Field("audit", min_length=1, description="of the audit, for the report")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything random; the same plan and seed, the same result")
+    scenario: list[ScenarioPlan] = Field(min_length=1, description="client set-ups")
+    threat: ThreatPlan = Field(default_factory=ThreatPlan, description="of every scenario without one of its own")
+    report: ReportPlan = Field(default_factory=ReportPlan, description="what is measured and shown")
 
     def threat_of(self, scenario: ScenarioPlan) -> ThreatPlan:
         """The scenario's own threat model, or the plan's."""
         return scenario.threat or self.threat
 
     def to_toml(self) -> str:
-        """The resolved plan: every key with its value."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True))
+        """The resolved plan: every key with its value; what is None stays out, as TOML has no such value."""
+        return tomli_w.dumps(_without_none(self.model_dump()))
 
     def digest(self) -> str:
         """SHA-256 of the resolved plan: a run belongs to it."""
         return hashlib.sha256(self.to_toml().encode()).hexdigest()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def parse_plan(values: Mapping[str, Any]) -> Plan:
@@ -157,13 +179,35 @@ def parse_plan(values: Mapping[str, Any]) -> Plan:
     try:
         plan = Plan.model_validate(values)
     except ValidationError as wrong:
-        raise BadInput(_sentences(wrong)) from None
-    for i, scenario in enumerate(plan.scenario, 1):
-        scenario.name = scenario.name or f"scenario {i}"
-    problems = semantic_problems(plan)
+        raise BadInput(sentences(wrong, Plan) + _further_problems(values, wrong)) from None
+    problems = semantic_problems(_named(plan))
     if problems:
         raise BadInput(problems)
+    try:
+        plan.to_toml()  # a run keeps its plan, so each value must be one that TOML has
+    except (TypeError, ValueError) as wrong:
+        raise BadInput(f"plan: holds a value that TOML does not have ({wrong}).") from None
     return plan
+
+
+def _named(plan: Plan) -> Plan:
+    for i, scenario in enumerate(plan.scenario, 1):
+        scenario.name = scenario.name or f"scenario {i}"
+    return plan
+
+
+def _further_problems(values: Mapping[str, Any], wrong: ValidationError) -> list[str]:
+    """What else is wrong, judged without the parts that the schema refused."""
+    from frostglass.auditing.plan_checks import semantic_problems
+
+    kept = without_errors(values, wrong)
+    try:
+        found = semantic_problems(_named(Plan.model_validate(kept))) if kept is not None else []
+    except ValidationError:
+        return []
+    # a grant may be lacking only because the table that gives it was refused
+    in_threat = any("threat" in error["loc"] for error in wrong.errors())
+    return [f for f in found if not (in_threat and "needs the grant" in f)]
 
 
 def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
@@ -177,100 +221,4 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     Raises:
         BadInput: the file is missing or no TOML, an override does not parse, or the plan is wrong.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"plan: {path} does not exist; `frostglass init` writes one.") from None
-    except (OSError, UnicodeDecodeError) as wrong:
-        raise BadInput(f"plan: {path} cannot be read ({wrong}).") from None
-    except tomllib.TOMLDecodeError as wrong:
-        raise BadInput(f"plan: {path} is not valid TOML ({wrong}).") from None
-    for override in overrides:
-        _override(values, override)
-    _anchor_paths(values, path.parent)
-    return parse_plan(values)
-
-
-def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
-    """Makes `folder:`, `parquet:` and weights paths relative to the plan, so that a plan works from anywhere."""
-
-    def anchored(text: str) -> str:
-        kind, colon, rest = text.partition(":")
-        if colon and kind in ("folder", "parquet") and not Path(rest).is_absolute():
-            return f"{kind}:{(folder / rest).resolve().as_posix()}"
-        return text
-
-    tables = [s for s in values.get("scenario", []) if isinstance(s, dict)]
-    for scenario in tables:
-        data, model = scenario.get("data"), scenario.get("model")
-        if isinstance(data, dict) and isinstance(data.get("source"), str):
-            data["source"] = anchored(data["source"])
-        if isinstance(model, dict) and isinstance(model.get("weights"), str):
-            model["weights"] = (folder / model["weights"]).resolve().as_posix()
-    for threat in [values.get("threat"), *(s.get("threat") for s in tables)]:
-        if isinstance(threat, dict) and isinstance(threat.get("auxiliary"), str):
-            threat["auxiliary"] = anchored(threat["auxiliary"])
-
-
-def _override(values: dict[str, Any], text: str) -> None:
-    key, equals, raw = text.partition("=")
-    if not equals or not key.strip():
-        raise BadInput(f"--set: {text!r} must read key=value, as in scenario.client.batch=8.")
-    try:
-        value = tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    _assign(values, key.strip().split("."), value, text)
-
-
-def _assign(node: Any, path: list[str], value: Any, text: str) -> None:
-    head, rest = path[0], path[1:]
-    if isinstance(node, list):
-        if head.isdigit():
-            if int(head) >= len(node):
-                raise BadInput(f"--set: {text!r} names entry {head} of {len(node)}; count from 0.")
-            targets, rest_path = [node[int(head)]], rest
-        else:
-            targets, rest_path = node, path
-        for target in targets:
-            _assign(target, rest_path, value, text)
-        return
-    if not isinstance(node, dict):
-        raise BadInput(f"--set: {text!r} goes into a value that is no table.")
-    if rest:
-        _assign(node.setdefault(head, {}), rest, value, text)
-    else:
-        node[head] = value
-
-
-def _sentences(wrong: ValidationError) -> list[str]:
-    return [_sentence(e["loc"], e["type"], e["msg"], e.get("input")) for e in wrong.errors()]
-
-
-def _sentence(loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
-    where = ".".join(str(part) for part in loc)
-    if kind == "extra_forbidden":
-        return f"{where}: unknown key; {close_match(str(loc[-1]), _siblings(loc))}."
-    if kind == "missing":
-        return f"{where}: missing; give it a value."
-    if kind == "too_short" and value == []:
-        return f"{where}: empty; give at least one."
-    words = message[0].lower() + message[1:]
-    return f"{where}: {value!r} is not valid: {words}."
-
-
-def _siblings(loc: tuple[int | str, ...]) -> Iterator[str]:
-    model: type[BaseModel] = Plan
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        model = next((a for a in _models_in(annotation)), model)
-    yield from model.model_fields
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in getattr(annotation, "__args__", ()):
-        yield from _models_in(inner)
+    return parse_plan(read_values(path, overrides))

@@ -7,23 +7,39 @@ from typing import Any
 
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.metrics.registry import METRICS
-from frostglass.auditing.plan import ClientPlan, DefensePlan, Named, Plan, ScenarioPlan, ThreatPlan
+from frostglass.auditing.plan import (
+    FROM_PYTHON,
+    ClientPlan,
+    DefensePlan,
+    ModelPlan,
+    Named,
+    Plan,
+    ScenarioPlan,
+    ThreatPlan,
+)
 from frostglass.core.defense import Defense, stack
 from frostglass.core.drive import Attack
 from frostglass.core.errors import BadInput, close_match
 from frostglass.core.registry import Registry
 from frostglass.core.threat import ALWAYS, parse_grants
 from frostglass.defenses.registry import DEFENSES
+from frostglass.vision.datasets import DATASETS
+from frostglass.vision.networks import MODELS
 
 
 def semantic_problems(plan: Plan) -> list[str]:
     """All sentences about `plan` together."""
     found = _metric_problems(plan)
     found += _threat_problems(plan.threat, "threat")
+    names = [scenario.name for scenario in plan.scenario]
     for i, scenario in enumerate(plan.scenario):
         where = f"scenario.{i}"
+        if scenario.name in names[:i]:
+            found.append(f"{where}.name: {scenario.name!r} is taken by another scenario; give each a name of its own.")
         if scenario.threat is not None:
             found += _threat_problems(scenario.threat, f"{where}.threat")
+        found += _source_problems(scenario.data.source, f"{where}.data.source")
+        found += _model_problems(scenario.model, f"{where}.model")
         found += _client_problems(scenario.client, f"{where}.client")
         found += _defense_problems(scenario, where)
         found += _attack_problems(plan, scenario, where)
@@ -75,7 +91,33 @@ def _threat_problems(threat: ThreatPlan, where: str) -> list[str]:
         return [p.replace("threat.grants", f"{where}.grants", 1) for p in wrong.problems]
     if "auxiliary" in threat.grants and threat.auxiliary is None:
         return [f"{where}.grants: 'auxiliary' gives away nothing; set {where}.auxiliary to a data source."]
+    return _source_problems(threat.auxiliary, f"{where}.auxiliary") if threat.auxiliary is not None else []
+
+
+def _source_problems(source: str, where: str) -> list[str]:
+    kind, colon, path = source.partition(":")
+    if kind == FROM_PYTHON:
+        return []
+    if kind not in DATASETS:
+        return [f"{where}: {source!r} is not a known source; {close_match(kind, DATASETS.names())}."]
+    wants = "path" in DATASETS[kind].parameters
+    if wants and not path:
+        return [f"{where}: {source!r} lacks a path; write {kind + ':PATH'!r}."]
+    if colon and not wants:
+        return [f"{where}: {kind!r} takes no path; write {kind!r}."]
     return []
+
+
+def _model_problems(model: ModelPlan, where: str) -> list[str]:
+    if ":" in model.name:  # torchvision's, a factory, or given from Python: known when it is built
+        return []
+    if model.name not in MODELS:
+        near = close_match(model.name, MODELS.names())
+        others = "or torchvision:NAME, or package.module:factory"
+        return [f"{where}.name: {model.name!r} is not a known model; {near}, {others}."]
+    entry, shape = MODELS[model.name], {"classes": 2, "channels": 3, "size": 32}
+    taken = [f"{where}.options.{k}: set by the data; leave it out of the options." for k in model.options if k in shape]
+    return taken or entry.problems({**shape, **model.options}, f"{where}.options")
 
 
 def _client_problems(client: ClientPlan, where: str) -> list[str]:

@@ -74,8 +74,8 @@ def convergence(batches: Mapping[str, Rows], at_truth: float | None, prefix: str
     curves = {term: _curves(batches, term) for term in _terms(batches.values())}
     drawable = [term for term, lines in curves.items() if lines]
     shown = tuple(drawable[:MOST_TERMS])
-    if not shown:
-        return None
+    if not any(len(steps) > 1 for term in shown for steps, _ in curves[term]):
+        return None  # an attack of one step has no course to draw
     figure = Figure(figsize=(6.0, 2.9))
     axes = figure.add_axes((0.105, 0.165, 0.875, 0.805))
     for i, term in enumerate(shown):

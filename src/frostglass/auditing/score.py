@@ -92,7 +92,7 @@ def _labels(result: Reconstruction, played: Round, truth: Truth) -> Labels:
     counts = truth.trained.targets.sum(0).cpu()
     guess = label_rules.no_gradient_guess(counts)
     if result.label_counts is not None:
-        found = result.label_counts.to(counts.dtype)
+        found = result.label_counts.to(counts)
         whole = bool((counts == counts.round()).all())
         restored = torch.repeat_interleave(torch.arange(len(found)), found.round().long()).tolist()
         return Labels(

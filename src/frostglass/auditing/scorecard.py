@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from frostglass.core.errors import BadInput
+
 SCHEMA_VERSION = "1.0"
 
 
@@ -169,5 +171,15 @@ class AuditReport:
 
 
 def load_scorecard(path: Path) -> Scorecard:
-    """Reads and checks `scorecard.json`."""
-    return Scorecard.model_validate_json(path.read_text(encoding="utf-8"))
+    """Reads and checks `scorecard.json`.
+
+    Raises:
+        BadInput: it cannot be read, or is no scorecard of this version.
+    """
+    try:
+        return Scorecard.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as wrong:
+        raise BadInput(f"{path}: cannot be read ({wrong.strerror or wrong}).") from None
+    except ValueError as wrong:  # no UTF-8, no JSON, or no scorecard
+        what = str(wrong).splitlines()[0]
+        raise BadInput(f"{path}: is no scorecard of version {SCHEMA_VERSION} ({what}).") from None

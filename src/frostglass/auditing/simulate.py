@@ -5,37 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from frostglass.auditing.plan import ClientPlan, Plan, ScenarioPlan, ThreatPlan
-from frostglass.core.batch import Batch, Domain, Sealed, one_hot
+from frostglass.auditing.plan import ClientPlan
+from frostglass.auditing.prepare import Prepared
+from frostglass.core.batch import Batch, Sealed, one_hot
 from frostglass.core.defense import Defense
-from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure, Rng
 from frostglass.core.threat import Facts, Observation, ThreatModel, parse_grants
 from frostglass.core.update import LocalPlan, PrivacySpent, Update
 from frostglass.defenses.channels import direct, secure_sum
 from frostglass.numerics.bn import running_statistics
 from frostglass.numerics.local_update import local_update
-from frostglass.vision import datasets, networks, weights
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The user's own objects, instead of what a plan names.
-
-    Args:
-        model: takes images in [0, 1] and normalises inside.
-        images: [n, c, h, w] in [0, 1].
-        labels: [n] class indices.
-    """
-
-    model: nn.Module | None = None
-    images: Tensor | None = None
-    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,135 +42,6 @@ class Round:
     truth: Sealed[Truth]
     spent: PrivacySpent | None
     plan: LocalPlan
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A scenario, ready to be played.
-
-    Args:
-        scenario: its plan.
-        model: the global model.
-        images: all private images, [0, 1].
-        names: one an image.
-        notes: what was converted on the way.
-        rng: root of the client side; attacks cannot reach it.
-        auxiliary: images that the threat model gives away, or None.
-    """
-
-    scenario: ScenarioPlan
-    model: nn.Module
-    data: datasets.ImageSet
-    classes: int
-    threat: ThreatPlan
-    rng: Rng
-    auxiliary: Tensor | None
-    device: torch.device
-
-    @property
-    def units(self) -> int:
-        """Messages that are attacked: repetitions x cohorts in each."""
-        client = self.scenario.client
-        return client.batches * (client.clients // client.cohort)
-
-    @property
-    def per_message(self) -> int:
-        """Images in one message."""
-        return self.scenario.client.batch * self.scenario.client.cohort
-
-    @property
-    def repeats_images(self) -> bool:
-        """True if there are too few images for batches without common images."""
-        return self.units * self.per_message > len(self.data.images)
-
-
-def prepare(plan: Plan, index: int, device: torch.device, inputs: Inputs | None = None) -> Prepared:
-    """Loads the images and builds the model of scenario `index`.
-
-    Raises:
-        BadInput: images, model or weights cannot be used as the plan says.
-    """
-    scenario = plan.scenario[index]
-    inputs = inputs or Inputs()
-    rng = Rng.from_seed(plan.seed, "client side", str(index))
-    data = _data(scenario, inputs, rng)
-    client = scenario.client
-    needed = client.batch * client.cohort
-    if needed > len(data.images):
-        raise BadInput(
-            f"{scenario.name}: client.batch = {client.batch} x cohort = {client.cohort} is more than the "
-            f"{len(data.images)} images of {data.source}; lower it or add images."
-        )
-    model, classes = _model(scenario, inputs, data, rng)
-    threat = plan.threat_of(scenario)
-    size = int(data.images.shape[-1])
-    auxiliary = None
-    if threat.auxiliary is not None and "auxiliary" in threat.grants:
-        auxiliary = datasets.load(threat.auxiliary, size=size, channels=int(data.images.shape[1])).images
-    return Prepared(scenario, model.to(device), data, classes, threat, rng, auxiliary, device)
-
-
-def _data(scenario: ScenarioPlan, inputs: Inputs, rng: Rng) -> datasets.ImageSet:
-    if inputs.images is not None:
-        x = inputs.images
-        if x.ndim != 4 or not bool(x.isfinite().all()) or float(x.min()) < 0 or float(x.max()) > 1:
-            raise BadInput(f"images: shape {tuple(x.shape)} must be [n, c, h, w], values finite and in [0, 1].")
-        y = inputs.labels if inputs.labels is not None else torch.arange(len(x)) % 10
-        names = tuple(f"image {i}" for i in range(len(x)))
-        classes = int(y.max()) + 1 if len(y) else 0
-        return datasets.ImageSet(x.float(), y.long(), names, classes, (), "memory")
-    where = scenario.data
-    total = datasets.count(where.source)
-    client = scenario.client
-    wanted = client.batch * client.cohort * client.batches * (client.clients // client.cohort)
-    rows = None
-    if total > 4 * wanted + 64:  # a large set: decode only the images that the repetitions will use
-        rows = sorted(rng.at("rows").permutation(total)[: max(wanted, client.batch)].tolist())
-    return datasets.load(where.source, size=where.size, channels=where.channels, rows=rows)
-
-
-def _model(scenario: ScenarioPlan, inputs: Inputs, data: datasets.ImageSet, rng: Rng) -> tuple[nn.Module, int]:
-    spec = scenario.model
-    channels, height, width = (int(s) for s in data.images.shape[1:])
-    if inputs.model is not None:
-        model: nn.Module = inputs.model
-    else:
-        if height != width:
-            raise BadInput(f"{scenario.name}: images are {height} x {width}; set data.size for a square crop.")
-        classes = spec.classes or data.classes
-        model = networks.build(
-            spec.name, classes=classes, channels=channels, size=height, options=spec.options, rng=rng.at("model")
-        )
-    if spec.fix == "opacus":
-        model = networks.fix_for_opacus(model)
-    if spec.weights:
-        weights.load_weights(model, Path(spec.weights))
-    model.train(spec.mode == "train")
-    outputs = _outputs(scenario, model, data.images[: max(2, min(2, len(data.images)))])
-    if len(data.labels) and int(data.labels.max()) >= outputs:
-        raise BadInput(
-            f"{scenario.name}: labels reach {int(data.labels.max())} and the model has {outputs} outputs; set "
-            "model.classes."
-        )
-    return model, outputs
-
-
-def _outputs(scenario: ScenarioPlan, model: nn.Module, probe: Tensor) -> int:
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            out = model(probe)
-    except Exception as wrong:
-        raise BadInput(
-            f"{scenario.name}: the model does not take images of shape {tuple(probe.shape[1:])} "
-            f"({type(wrong).__name__}: {str(wrong).splitlines()[0]}); set data.size or data.channels."
-        ) from wrong
-    finally:
-        model.train(was)
-    if not isinstance(out, Tensor) or out.ndim != 2:
-        raise BadInput(f"{scenario.name}: the model must return logits [batch, classes].")
-    return int(out.shape[1])
 
 
 def play(prepared: Prepared, defense: Defense, unit: int) -> Round:
@@ -246,14 +100,9 @@ def _draw(prepared: Prepared, unit: int, member: int) -> Batch:
     return Batch(
         prepared.data.images[rows],
         one_hot(prepared.data.labels[rows], prepared.classes),
-        domain_of(prepared),
+        prepared.domain,
         tuple(prepared.data.names[i] for i in index),
     ).to(prepared.device)
-
-
-def domain_of(prepared: Prepared) -> Domain:
-    """Pixel bounds and the model's own normalisation."""
-    return networks.domain_of(prepared.model)
 
 
 def _augmented(batch: Batch, client: ClientPlan, rng: Rng) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +18,9 @@ from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.state import pack, unpack
 
 S = TypeVar("S")
+
+MARK = ".run.json"
+"""Says to which plan a run folder belongs."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
@@ -59,7 +61,15 @@ class CheckpointStore:
         if not self.path.exists():
             return None
         tensors, note = load_tensors(self.path)
-        return int(note["step"]), unpack(template, tensors, note["skeleton"], self.device)
+        try:
+            return int(note["step"]), unpack(template, tensors, note["skeleton"], self.device)
+        except (KeyError, ValueError, TypeError) as wrong:
+            raise BadInput(f"{self.path.name}: is of another version ({wrong}); delete it and run again.") from None
+
+
+def _left_over(path: Path) -> bool:
+    """What a kill in the middle of `written_beside` leaves behind."""
+    return path.name.startswith(".") and path.name.endswith(".part")
 
 
 class RunFolder:
@@ -72,28 +82,62 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def open(self, plan_toml: str, digest: str, *, resume: bool) -> None:
-        """Creates the folder, or checks that it belongs to this plan.
+    def check(self, plan_sha256: str, *, resume: bool) -> None:
+        """Before any compute, and without touching anything: may this plan be run here?
 
         Raises:
-            BadInput: it belongs to another plan, is not empty, or holds this run and `resume` is off.
+            BadInput: it belongs to another plan, holds something else, or holds this run and `resume` is off.
         """
-        mark = self.path / "plan.toml"
-        if mark.exists():
-            same = json.loads((self.path / ".run.json").read_text()) if (self.path / ".run.json").exists() else {}
-            if same.get("plan_sha256") != digest:
-                raise BadInput(f"--out: {self.path} belongs to another plan; choose an empty folder.")
-            if not resume:
-                raise BadInput(f"--out: {self.path} already holds this run; add --resume or choose another folder.")
-            return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        try:
+            held = self._mark()
+            others = [p for p in self.path.iterdir() if not _left_over(p)] if self.path.is_dir() else []
+        except OSError as wrong:
+            raise BadInput(f"--out: {self.path} cannot be read ({wrong.strerror or wrong}).") from None
+        if held is None and (others or (self.path.exists() and not self.path.is_dir())):
             raise BadInput(f"--out: {self.path} exists and holds something else; choose an empty folder.")
+        if held is not None and held.get("plan_sha256") != plan_sha256:
+            raise BadInput(f"--out: {self.path} belongs to another plan; choose an empty folder.")
+        if held is not None and not resume:
+            raise BadInput(f"--out: {self.path} already holds this run; add --resume or choose another folder.")
+
+    def open(self, plan_toml: str, plan_sha256: str, data_sha256: str, *, resume: bool) -> None:
+        """Creates the folder, or goes on in it.
+
+        Args:
+            plan_toml: the resolved plan.
+            plan_sha256: its digest.
+            data_sha256: of all images, labels and weights that it names.
+            resume: the folder may hold this run.
+
+        Raises:
+            BadInput: as `check`; its run began with other images, labels or weights; it cannot be written.
+        """
+        self.check(plan_sha256, resume=resume)
+        held = self._mark()
+        if held is not None and held.get("data_sha256") != data_sha256:
+            raise BadInput(
+                f"--resume: the images, labels or weights are not those that {self.path} began with; choose an empty "
+                "folder."
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / ".run.json", {"plan_sha256": digest})
-            write_text(mark, plan_toml)
+            for stray in filter(_left_over, list(self.path.rglob(".*.part"))):
+                stray.unlink(missing_ok=True)
+            write_json(self.path / MARK, {"plan_sha256": plan_sha256, "data_sha256": data_sha256})
+            write_text(self.path / "plan.toml", plan_toml)
         except OSError as wrong:
             raise BadInput(f"--out: {self.path} cannot be written ({wrong.strerror or wrong}).") from None
+
+    def _mark(self) -> dict[str, Any] | None:
+        """What says whose folder this is, None if nothing does."""
+        mark = self.path / MARK
+        if not mark.is_file():
+            return None
+        try:
+            held = json.loads(mark.read_text(encoding="utf-8"))
+        except ValueError:
+            held = None
+        return held if isinstance(held, dict) else {}
 
     def checkpoint(self, cell: str, unit: int, device: torch.device) -> CheckpointStore:
         """Of one repetition of one cell."""
@@ -125,10 +169,6 @@ class RunFolder:
     def frames(self, cell: str) -> dict[int, Tensor]:
         """All pictures of a cell's filmstrip by step."""
         found = {}
-        for path in sorted((self.path / "checkpoints" / "film").glob(f"{cell}-??????.safetensors")):
-            found[int(path.name[len(cell) + 1 : len(cell) + 7])] = load_tensors(path)[0]["images"]
-        return found
-
-    def drop_frames(self) -> None:
-        """The filmstrip is in pictures.safetensors now."""
-        shutil.rmtree(self.path / "checkpoints" / "film", ignore_errors=True)
+        for path in (self.path / "checkpoints" / "film").glob(f"{cell}-*.safetensors"):
+            found[int(path.stem.rpartition("-")[2])] = load_tensors(path)[0]["images"]
+        return dict(sorted(found.items()))

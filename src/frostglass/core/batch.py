@@ -32,7 +32,7 @@ class Domain:
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise BadInput(f"domain: low = {self.low} must be below high = {self.high}.")
-        if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
+        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
             raise BadInput(f"domain: std = {self.std} must be positive and as long as mean = {self.mean}.")
 
     def clamp(self, images: Tensor) -> Tensor:
@@ -104,9 +104,12 @@ def one_hot(labels: Sequence[int] | Tensor, classes: int) -> Tensor:
     """Class indices -> [b, classes] float targets.
 
     Raises:
-        BadInput: a label outside 0 .. classes - 1.
+        BadInput: labels that are no list of whole numbers, or one outside 0 .. classes - 1.
     """
-    index = torch.as_tensor(labels, dtype=torch.long)
+    given = torch.as_tensor(labels)
+    if given.ndim != 1 or given.is_complex() or not bool((given == given.long()).all()):
+        raise BadInput(f"labels: shape {tuple(given.shape)}, {given.dtype} must be whole numbers, one an image.")
+    index = given.long()
     if len(index) and (int(index.min()) < 0 or int(index.max()) >= classes):
         raise BadInput(
             f"labels: values {int(index.min())} to {int(index.max())} do not fit a model with {classes} outputs; "

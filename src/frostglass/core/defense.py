@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from frostglass.core.batch import Batch
 from frostglass.core.errors import BadInput
-from frostglass.core.randomness import Randomness
+from frostglass.core.randomness import Insecure, Randomness
 from frostglass.core.update import LocalPlan, Update
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Defense:
         claim: "proof" where a theorem stands behind it, else "heuristic"; "none" for the identity.
         settings: its parameters, for reports.
         encodes: True if `encode` changes what is in a row, so that rows no longer are private images.
+        parts: of a stack, in order; empty for a single defence.
     """
 
     name: str
@@ -50,43 +51,59 @@ class Defense:
     claim: Literal["none", "heuristic", "proof"] = "heuristic"
     settings: dict[str, Any] = field(default_factory=dict)
     encodes: bool = False
+    parts: tuple[Defense, ...] = ()
 
 
 def stack(*defenses: Defense) -> Defense:
-    """Several defences as one, applied in the order given; associative.
+    """Several defences as one, applied in the order given; associative, stacks inside it being laid flat.
+
+    Each part draws from a key of its own, so that two of one kind do not repeat each other's noise.
 
     Raises:
         BadInput: two of them replace the client step, or an encoding is combined with per-example clipping
             (a mixed row holds several images, so one image would count more than once and the epsilon be false).
     """
-    flat = list(defenses)
-    steps = [d for d in flat if d.gradient is not None]
-    if len(steps) > 1:
-        raise BadInput(f"defense: {steps[0].name!r} and {steps[1].name!r} both replace the client step; stack one.")
-    if steps and any(d.encodes for d in flat):
-        mixer = next(d for d in flat if d.encodes)
-        raise BadInput(
-            f"defense: {mixer.name!r} mixes images, so the per-example sensitivity of {steps[0].name!r} and its epsilon "
-            "would be false; use one of them."
-        )
+    flat = [part for d in defenses for part in (d.parts or (d,))]
+    if len(flat) == 1:
+        return flat[0]
+    _refuse_clashes(flat)
+    paths = [("part", d.name, sum(e.name == d.name for e in flat[:i])) for i, d in enumerate(flat)]
 
     def encode(batch: Batch, randomness: Randomness) -> Batch:
-        for d in flat:
-            batch = d.encode(batch, randomness)
+        for d, path in zip(flat, paths, strict=True):
+            batch = d.encode(batch, _below(randomness, path))
         return batch
 
     def protect(update: Update, randomness: Randomness) -> Update:
-        for d in flat:
-            update = d.protect(update, randomness)
+        for d, path in zip(flat, paths, strict=True):
+            update = d.protect(update, _below(randomness, path))
         return update
 
     claims = [d.claim for d in flat]
     return Defense(
         name="+".join(d.name for d in flat) or "none",
         encode=encode,
-        gradient=steps[0].gradient if steps else None,
+        gradient=next((d.gradient for d in flat if d.gradient is not None), None),
         protect=protect,
         claim="proof" if "proof" in claims else "heuristic" if "heuristic" in claims else "none",
         settings={d.name: d.settings for d in flat},
         encodes=any(d.encodes for d in flat),
+        parts=tuple(flat),
     )
+
+
+def _refuse_clashes(flat: Sequence[Defense]) -> None:
+    steps = [d for d in flat if d.gradient is not None]
+    if len(steps) > 1:
+        raise BadInput(f"defense: {steps[0].name!r} and {steps[1].name!r} both replace the client step; stack one.")
+    mixer = next((d for d in flat if d.encodes), None)
+    if steps and mixer is not None:
+        raise BadInput(
+            f"defense: {mixer.name!r} mixes images, so the per-example sensitivity of {steps[0].name!r} and its "
+            "epsilon would be false; use one of them."
+        )
+
+
+def _below(randomness: Randomness, path: tuple[str | int, ...]) -> Randomness:
+    """Keys of the operating system are fresh at each call anyway."""
+    return Insecure(randomness.rng().at(*path)) if isinstance(randomness, Insecure) else randomness

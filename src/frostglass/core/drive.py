@@ -104,7 +104,7 @@ def drive(
         stop: asked at every report; True ends the run early with what there is.
 
     Raises:
-        AttackFailed: a reported value is not finite: such a run has no result.
+        AttackFailed: a reported value or a pixel of the result is not finite: such a run has no result.
     """
     state = attack.init(seen, run)
     start = 0
@@ -130,6 +130,10 @@ def drive(
         if t in film or (film and (ended or t == attack.steps)):
             _show(attack, seen, state, t, emit)
     result = attack.read(seen, state)
+    if not bool(result.images.isfinite().all()):
+        raise AttackFailed(
+            f"{attack.name}: the result holds values that are not finite; lower lr or the term's weight."
+        )
     emit(Event("attack_finished", attack.name, t, attack.steps, {"objective": result.objective}))
     return result
 

@@ -6,6 +6,7 @@ torch's CPU generator keeps 32 bits of a seed, so it is not used for anything th
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,15 @@ def _digest(*parts: bytes) -> bytes:
         h.update(len(part).to_bytes(8, "big"))  # length-prefixed: ("ab", "c") differs from ("a", "bc")
         h.update(part)
     return h.digest()
+
+
+def _spelled(part: str | int | bytes) -> bytes:
+    """A step of a path with its kind, so that 1, "1" and b"1" lead to different keys, and numpy's 1 where 1 leads."""
+    if isinstance(part, bytes):
+        return b"bytes:" + part
+    if isinstance(part, str):
+        return b"str:" + str(part).encode("utf-8", "surrogatepass")
+    return b"int:" + str(operator.index(part)).encode()
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,7 @@ class Rng:
 
     def at(self, *path: str | int | bytes) -> Rng:
         """The key at `path` below this one."""
-        parts = [p if isinstance(p, bytes) else f"{type(p).__name__}:{p}".encode() for p in path]
-        return Rng(_digest(self.key, *parts))
+        return Rng(_digest(self.key, *(_spelled(part) for part in path)))
 
     def numpy(self) -> np.random.Generator:
         """A counter-based generator (Philox, keyed with 128 bits of this key)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 import types
 import typing
@@ -63,12 +64,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, a) for a in typing.get_args(hint))
     if origin is typing.Literal:
-        return value in typing.get_args(hint)
+        return any(type(value) is type(a) and value == a for a in typing.get_args(hint))  # True is not 1
     if origin in (list, tuple) or (isinstance(origin, type) and issubclass(origin, typing.Sequence)):
         args = [a for a in typing.get_args(hint) if a is not Ellipsis]
         return isinstance(value, list | tuple) and all(any(_fits(v, a) for a in args) for v in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float:  # a plan may spell nan and inf; no parameter means them, and scorecard.json cannot hold them
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is None or hint is type(None):

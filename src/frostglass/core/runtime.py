@@ -54,4 +54,6 @@ def pick_device(name: str) -> torch.device:
         raise BadInput(f"device: {name!r} is not supported; use auto, cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"device: {name!r} was asked for and torch sees no CUDA device; use auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"device: {name!r} does not exist; this machine has {torch.cuda.device_count()}, from cuda:0.")
     return device

@@ -247,7 +247,7 @@ class RowEncoder:
             out = torch.empty(shape, dtype=self.dtype, device=data.device)
         elif tuple(out.shape) != shape or out.dtype != self.dtype or not out.is_contiguous():
             raise BadInput(f"out: give contiguous memory of shape {shape} and {self.dtype}.")
-        self._mix(data, ring, indices, weights, epoch, out.view(len(rows), -1))
+        self._mix(data, ring, indices, weights, epoch, out.flatten(1))
         return Encoded(out, coarse_targets(soft, self.labels).to(out.device), encoded_domain(shape[1]), self.insecure)
 
     def _mix(

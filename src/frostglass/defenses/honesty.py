@@ -15,6 +15,9 @@ INFERENCE = (
 )
 
 
+_NOT_THE_CALLER = ("frostglass.", "jaxtyping.", "beartype.")  # the latter two wrap functions in tests
+
+
 class PrivacyCaution(UserWarning):
     """Something that was asked for makes an attack easier."""
 
@@ -22,7 +25,7 @@ class PrivacyCaution(UserWarning):
 def caution(messages: Sequence[str]) -> None:
     """One `PrivacyCaution`, placed at the code outside frostglass that asked for it."""
     depth, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("frostglass"):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(_NOT_THE_CALLER):
         depth, frame = depth + 1, frame.f_back
     warnings.warn("InstaHide: " + "; ".join(messages) + ".", PrivacyCaution, stacklevel=depth)
 

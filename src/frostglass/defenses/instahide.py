@@ -207,7 +207,10 @@ class InstaHide(RowEncoder):
             lines.append("exposure: nothing has been encoded yet")
         else:
             total, first, partner = (t.float() for t in (self.ledger.total, self.ledger.first, self.ledger.partner))
-            lines.append(f"exposure of {images} images (images in encodings): " + histogram_line(self.ledger.histogram()))
+            lines.append(
+                f"exposure of {images} private images, beside {public} public ones (images in encodings): "
+                + histogram_line(self.ledger.histogram())
+            )
             lines.append(
                 f"encodings per image: mean {total.mean():.1f}, most {total.max():.0f}; as first image "
                 f"{first.mean():.1f}, as partner {partner.mean():.1f}"

@@ -88,7 +88,9 @@ class KeyRing:
         elif len(block) < count:
             block = np.concatenate([block, draw(max(count - len(block), self.ahead))])
         self._blocks[name] = block[count:]
-        return block[:count]
+        taken = block[:count].copy()
+        block[:count] = 0  # used once, and gone from here
+        return taken
 
     def wipe(self) -> None:
         """Overwrites keys drawn ahead and forgets the streams."""

@@ -106,7 +106,7 @@ class PrivateSet:
         Raises:
             BadInput: a row is not in the set.
         """
-        index = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+        index = np.asarray(rows.cpu().numpy() if isinstance(rows, Tensor) else rows)
         if index.ndim != 1 or (len(index) and index.dtype.kind not in "iu"):
             raise BadInput("rows: give a list of row numbers of the private set.")
         if len(index) and not (int(index.min()) >= 0 and int(index.max()) < len(self)):
@@ -151,9 +151,10 @@ def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
 def _class_indices(
     targets: Tensor | NDArray[np.int64] | Sequence[int], classes: int | None
 ) -> tuple[NDArray[np.int64], int]:
-    values = np.array(
-        targets.detach().cpu() if isinstance(targets, Tensor) else targets
-    )  # a copy: nobody else writes it
+    if isinstance(targets, Tensor):
+        plain = targets.detach().cpu()
+        targets = (plain.double() if plain.is_floating_point() else plain).numpy()
+    values = np.array(targets)  # a copy: what was checked here must stay so, the compiled code trusts it
     if values.ndim == 2:
         hard = ((values == 0) | (values == 1)).all() and (values.sum(1) == 1).all()
         if not hard:

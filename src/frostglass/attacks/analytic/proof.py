@@ -11,6 +11,7 @@ from torch import Tensor
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import LocalPlan
 from frostglass.numerics.distance import relative_error
+from frostglass.numerics.label_solve import labels_from
 from frostglass.numerics.labels import classifier_layer
 from frostglass.numerics.local_update import in_mode, local_update
 
@@ -63,14 +64,16 @@ def solve_targets(seen: Observation, images: Tensor) -> Tensor | None:
             logits = torch.func.functional_call(model, buffers, (images,))
     finally:
         handle.remove()
-    features, p = kept[0].double(), torch.softmax(logits.double(), 1)
-    bias = seen.gradients.get(f"{name}.bias")
-    known = [seen.gradients[f"{name}.weight"].double().T] + ([bias.double()[None]] if bias is not None else [])
-    design = torch.cat([features.T] + ([torch.ones(1, len(images)).to(features)] if bias is not None else []))
-    residual = torch.linalg.lstsq(design.cpu(), len(images) * torch.cat(known).cpu(), driver="gelsd").solution
-    targets = p.cpu() - residual  # rows of mass 1: p - y; InstaHide's exact labels have mass 1 inside one data set
-    hard = torch.nn.functional.one_hot(targets.argmax(1), seen.classes).double()
-    return torch.where((targets - hard).abs().amax(1, keepdim=True) < 0.05, hard, targets.clamp_min(0)).float()
+    gradient, bias = seen.gradients[f"{name}.weight"].cpu(), seen.gradients.get(f"{name}.bias")
+    try:
+        solved = labels_from(
+            gradient, None if bias is None else bias.cpu(), kept[0].cpu(), torch.softmax(logits, 1).cpu()
+        )
+    except ValueError:
+        return None  # repeated images or too few features: the labels are not determined
+    hard = torch.nn.functional.one_hot(solved.labels, seen.classes).double()
+    whole = (solved.targets - hard).abs().amax(1, keepdim=True) < 0.05
+    return torch.where(whole, hard, solved.targets.clamp_min(0)).float()
 
 
 def prove(seen: Observation, images: Tensor) -> Proof | None:

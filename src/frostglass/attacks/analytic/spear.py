@@ -17,6 +17,7 @@ from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
 from frostglass.numerics import spear as numerics
+from frostglass.numerics.spear_proof import empty_state
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Spear:
     def init(self, seen: Observation, run: Runtime) -> SpearAttackState:
         """Factors the gradient; nothing is searched yet."""
         problem = self._prepared(seen)[1]
-        return SpearAttackState(numerics._empty(problem), 0, problem.size, 0.0)
+        return SpearAttackState(empty_state(problem), 0, problem.size, 0.0)
 
     def step(
         self, seen: Observation, state: SpearAttackState, run: Runtime, t: int
@@ -91,6 +92,7 @@ class Spear:
             "proved": int(proved.sum()),
             "merged_or_below_noise": result.missing,
             "gradient_noise": problem.noise,
+            "expected_pixel_error": _largest(result.deviation[keep]),
             "layer": layer.name,
         }
         if proof is not None:
@@ -124,8 +126,13 @@ class Spear:
         return self._problems[seen]
 
 
+def _largest(values: torch.Tensor) -> float:
+    """In the layer's input space; 0 if there is no row."""
+    return float(values.max()) if len(values) else 0.0
+
+
 @ATTACKS.register(paper="Dimitrov et al. 2024, NeurIPS (SPEAR); search by sparse directions", family="analytic")
-def spear(*, steps: int = 60, samples: int | None = None) -> Spear:
+def spear(*, steps: int = 20, samples: int | None = None) -> Spear:
     """Exact recovery of a whole batch from a first Linear-ReLU layer: low rank and ReLU sparsity; proves what it shows.
 
     Args:
