@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -213,6 +215,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: errors become one sentence each on stderr and an exit code, without a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if debug:  # wherever it stands
+        arguments = ["--debug", *(a for a in arguments if a != "--debug")]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without a letter is no reason to fail
     sys.exit(_guarded(lambda: cli.main(arguments, prog_name="frostglass", standalone_mode=False), debug))
 
 
@@ -224,7 +231,7 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
         wrong.show()
         return BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted. The same command with --resume goes on from the last checkpoint.", err=True)
+        click.echo("Interrupted. `frostglass audit` with the same arguments and --resume goes on.", err=True)
         return 130
     except BadInput as wrong:
         for problem in wrong.problems:
@@ -233,7 +240,8 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     except FrostglassError as wrong:
         click.echo(f"error: {wrong}", err=True)
         code = INTERNAL
-    except BrokenPipeError:
+    except BrokenPipeError:  # `frostglass list | head`: nobody reads on, and Python's own flush at exit must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except Exception as wrong:
         text = str(wrong).splitlines()[0] if str(wrong) else ""

@@ -6,8 +6,7 @@ from typing import Any
 
 from frostglass.auditing.plan import Plan, parse_plan
 
-BN_STEPS = 1000
-GN_STEPS = 600
+STEPS = 800
 
 
 def demo_plan(*, show_images: bool = True) -> Plan:
@@ -43,7 +42,7 @@ def _batchnorm_cnn() -> dict[str, Any]:
         "data": _photos(32),
         "model": {"name": "small_bn_cnn", "mode": "train"},
         "client": {"batch": 4},
-        "attack": [{"name": "thaw", "steps": BN_STEPS}],
+        "attack": [{"name": "thaw", "steps": STEPS}],
         "threat": {"grants": ["examples", "labels", "bn_batch"]},
     }
 
@@ -67,6 +66,6 @@ def _groupnorm_cnn() -> dict[str, Any]:
         "model": {"name": "small_bn_cnn", "mode": "train", "fix": "opacus"},
         "client": {"batch": 4},
         "defense": [{"name": "none"}, {"name": "dp_sgd", "clipping_norm": 1.0, "noise_multiplier": 1.0}],
-        "attack": [{"name": "thaw", "steps": GN_STEPS}],
+        "attack": [{"name": "thaw", "steps": STEPS}],
         "threat": {"grants": ["examples", "labels"]},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frostglass.auditing.plan import Plan, load_plan, parse_plan
+from frostglass.auditing.plan import FROM_PYTHON, DataPlan, Plan, load_plan, parse_plan
+from frostglass.auditing.prepare import Inputs
 from frostglass.auditing.run import run_plan
 from frostglass.auditing.scorecard import AuditReport
-from frostglass.auditing.simulate import Inputs
 from frostglass.core.errors import BadInput
 from frostglass.core.events import Emit, silent
 from frostglass.core.runtime import pick_device
@@ -28,14 +29,14 @@ def audit(
     model: nn.Module | None = None,
     images: Tensor | None = None,
     labels: Tensor | Sequence[int] | None = None,
-    attacks: Sequence[Entry] = ("thaw",),
-    defenses: Sequence[Entry] = ("none",),
-    grants: Sequence[str] = ("examples",),
+    attacks: Entry | Sequence[Entry] = ("thaw",),
+    defenses: Entry | Sequence[Entry] = ("none",),
+    grants: str | Sequence[str] = ("examples",),
     batch: int | None = None,
     batches: int = 1,
     mode: str = "train",
     seed: int = 0,
-    metrics: Sequence[str] = ("psnr", "ssim"),
+    metrics: str | Sequence[str] = ("psnr", "ssim"),
     show_images: bool = False,
     out: str | Path | None = None,
     device: str = "auto",
@@ -51,10 +52,10 @@ def audit(
     Args:
         plan: what to run; the keywords from `attacks` to `show_images` are then taken from it.
         model: takes images in [0, 1] and normalises inside (wrap it with `frostglass.vision.networks.Normalised`
-            if it expects normalised ones); returns logits. Replaces the plan's model.
+            if it expects normalised ones); returns logits. Replaces the plan's model; a copy is used.
         images: [n, c, h, w] in [0, 1]. Replaces the plan's data.
         labels: [n] class indices; arbitrary ones are taken if left out.
-        attacks, defenses: names, or tables with parameters.
+        attacks, defenses: names, or tables with parameters, as in a plan.
         grants: what the attacker knows beyond the model and the update.
         batch: images of one client; all of them if left out.
         batches: independent repetitions.
@@ -73,28 +74,66 @@ def audit(
     if plan is None:
         if model is None or images is None:
             raise BadInput("audit: give a plan, or a model and images.")
-        scenario = {
-            "name": type(model).__name__,
-            "data": {"source": "photos"},
-            "model": {"name": type(model).__name__, "mode": mode},
-            "client": {"batch": batch or len(images), "batches": batches},
-            "attack": [_table(a) for a in attacks],
-            "defense": [_table(d) for d in defenses],
-        }
-        shown = {"metrics": list(metrics), "show_images": show_images}
-        threat = {"grants": list(grants)}
-        checked = parse_plan({"name": "audit", "seed": seed, "scenario": [scenario], "threat": threat, "report": shown})
+        checked = parse_plan(
+            {
+                "name": "audit",
+                "seed": seed,
+                "scenario": [
+                    {
+                        "name": type(model).__name__,
+                        "data": {"source": FROM_PYTHON},
+                        "model": {"name": _called(model), "mode": mode},
+                        "client": {"batch": len(images) if batch is None else batch, "batches": batches},
+                        "attack": _tables(attacks),
+                        "defense": _tables(defenses),
+                    }
+                ],
+                "threat": {"grants": _names(grants)},
+                "report": {"metrics": _names(metrics), "show_images": show_images},
+            }
+        )
     elif isinstance(plan, Plan):
-        checked = plan
+        checked = parse_plan(plan.model_dump())
     elif isinstance(plan, Mapping):
         checked = parse_plan(plan)
     else:
         checked = load_plan(Path(plan))
-    index = None if labels is None else torch.as_tensor(labels)
-    inputs = None if model is None and images is None else Inputs(model, images, index)
-    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="frostglass-")) / "run"
-    return run_plan(checked, folder, device=pick_device(device), resume=resume, emit=emit, inputs=inputs)
+    inputs = Inputs(model, images, labels)
+    return _run(_with_inputs(checked, inputs), out, pick_device(device), resume, emit, inputs)
 
 
-def _table(entry: Entry) -> dict[str, Any]:
-    return {"name": entry} if isinstance(entry, str) else dict(entry)
+def _run(
+    plan: Plan, out: str | Path | None, device: torch.device, resume: bool, emit: Emit, inputs: Inputs
+) -> AuditReport:
+    if out is not None:
+        return run_plan(plan, Path(out), device=device, resume=resume, emit=emit, inputs=inputs)
+    folder = Path(tempfile.mkdtemp(prefix="frostglass-"))
+    try:
+        return run_plan(plan, folder, device=device, emit=emit, inputs=inputs)
+    except BadInput:
+        shutil.rmtree(folder)  # ours, and empty: a refused request leaves nothing behind
+        raise
+
+
+def _with_inputs(plan: Plan, inputs: Inputs) -> Plan:
+    """The plan that says what is really run: the user's objects in place of what it named."""
+    changed = plan.model_copy(deep=True)
+    for scenario in changed.scenario:
+        if inputs.images is not None:
+            scenario.data = DataPlan(source=FROM_PYTHON)
+        if inputs.model is not None:
+            scenario.model.name, scenario.model.options = _called(inputs.model), {}
+    return changed
+
+
+def _called(model: Any) -> str:
+    return f"{FROM_PYTHON}:{type(model).__name__}"
+
+
+def _names(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _tables(given: Entry | Sequence[Entry]) -> list[dict[str, Any]]:
+    entries = [given] if isinstance(given, str | Mapping) else given
+    return [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in entries]

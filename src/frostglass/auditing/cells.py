@@ -29,7 +29,7 @@ class CellPlan:
 
 
 def _beyond_reality(threat: ThreatPlan, scenario: ScenarioPlan) -> bool:
-    """Batch statistics leave a client only in the buffers of a model that it trains in train mode, alone in its message.
+    """Batch statistics leave a client only in the buffers of a model that it trains in train mode, alone in a message.
 
     From anyone else they are a gift to the attacker.
     """

@@ -61,7 +61,8 @@ def _templates() -> Environment:
         trim_blocks=True, lstrip_blocks=True, finalize=_present,
     )  # fmt: skip
     filters = [wording.number, wording.percent, wording.duration, wording.clock, wording.plural, wording.flat]
-    sentences = [wording.threshold, wording.objective_words, wording.labels_words, wording.batch_words]
+    sentences = [wording.threshold, wording.objective_title, wording.objective_words, wording.labels_words]
+    sentences.append(wording.batch_words)
     page.filters |= {f.__name__: f for f in filters}
     page.globals |= {f.__name__: f for f in [wording.spread, *sentences]}
     return page

@@ -27,7 +27,7 @@ class AttackFailed(FrostglassError):
 
 
 def close_match(word: str, known: Iterable[str]) -> str:
-    """Text naming the closest known word, for the end of an error sentence: `` (did you mean 'x'?)`` or the list."""
+    """The closest known word, or the list, for the end of an error sentence: "did you mean 'x'" or "known: x, y"."""
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+    return f"did you mean {near[0]!r}" if near else f"known: {', '.join(names) or 'none'}"

@@ -67,13 +67,16 @@ def bn_distance(
 
     Args:
         found, target: statistics by layer name; layers present in both count.
-        relative: divide each norm by that of its target, so that deep layers with large statistics do not rule.
+        relative: divide by ||sqrt(var*)||_2 and ||var*||_2, so that deep layers with large statistics do not rule.
     """
     parts = []
     for name, goal in target.items():
         if name not in found:
             continue
-        for value, wanted in ((found[name].mean, goal.mean), (found[name].var, goal.var)):
-            distance = torch.linalg.vector_norm(value - wanted)
-            parts.append(distance / (torch.linalg.vector_norm(wanted) + 1e-6) if relative else distance)
+        means = torch.linalg.vector_norm(found[name].mean - goal.mean)
+        variances = torch.linalg.vector_norm(found[name].var - goal.var)
+        if relative:  # a mean is measured in standard deviations, as it may be 0
+            means = means / (goal.var.sum().sqrt() + 1e-6)
+            variances = variances / (torch.linalg.vector_norm(goal.var) + 1e-6)
+        parts += [means, variances]
     return torch.stack(parts).sum()

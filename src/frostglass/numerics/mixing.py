@@ -19,7 +19,7 @@ from torch import Tensor
 
 from frostglass.core.errors import BadInput
 from frostglass.numerics.fused_mixing import kernel, mix_labels, mix_rows
-from frostglass.numerics.key_rows import KeyRows
+from frostglass.numerics.key_rows import KeyRows, mask_width
 
 Mask: TypeAlias = Literal["sign", "abs", "none"]
 Labels: TypeAlias = Literal["exact", "quantised", "renormalised"]
@@ -96,9 +96,6 @@ def _readonly(table: Table) -> NDArray[np.generic]:
     return view
 
 
-_NO_BITS = np.empty((0, 0), np.uint8)
-
-
 def _mix_fused(private: Table, public: Table | None, inside: int, keys: KeyRows, mask: Mask, out: Tensor) -> None:
     run = kernel(mix_rows)
     assert run is not None
@@ -117,7 +114,7 @@ def _mix_fused(private: Table, public: Table | None, inside: int, keys: KeyRows,
         keys.indices,
         keys.coefficients * np.float32(scale),
         np.float32(shift),
-        keys.bits if mask == "sign" else _NO_BITS,
+        keys.bits if mask == "sign" else np.zeros((1, mask_width(out.shape[1])), np.uint8),
         np.uint32(0x7FFFFFFF if mask == "abs" else 0xFFFFFFFF),
         wide,
         narrow,
@@ -167,7 +164,7 @@ def mix_reference(private: Table, public: Table | None, inside: int, keys: KeyRo
             if mask == "abs":
                 out[r, i] = abs(out[r, i])
             elif mask == "sign" and keys.bits is not None:
-                m = (d + 7) // 8
+                m = mask_width(d)
                 out[r, i] *= -1.0 if (int(keys.bits[r, i % m]) >> (i // m)) & 1 else 1.0
     return torch.from_numpy(out)
 

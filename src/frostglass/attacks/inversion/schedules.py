@@ -15,6 +15,15 @@ def constant(value: float) -> Schedule:
     return lambda t, steps: value
 
 
+def falling(start: float, end: float) -> Schedule:
+    """From `start` to `end` on a logarithmic scale along half a cosine: slow, fast, slow."""
+
+    def value(t: int, steps: int) -> float:
+        return end * (start / end) ** (0.5 * (1 + math.cos(math.pi * t / max(1, steps))))
+
+    return value
+
+
 def cosine(peak: float, *, warmup: int = 0, floor: float = 0.0) -> Schedule:
     """Linear rise over `warmup` steps, then half a cosine from `peak` down to `floor`."""
 

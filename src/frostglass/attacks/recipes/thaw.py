@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from frostglass.attacks.inversion.machine import Inversion
 from frostglass.attacks.inversion.rules import adam, chain, scale
-from frostglass.attacks.inversion.schedules import cosine
+from frostglass.attacks.inversion.schedules import cosine, falling
 from frostglass.attacks.inversion.terms import Term, available_bn, bn_statistics, match_cosine, total_variation
 from frostglass.attacks.registry import ATTACKS
 from frostglass.core.threat import Knows, Observation
@@ -13,20 +13,25 @@ from frostglass.core.threat import Knows, Observation
 @ATTACKS.register(paper="Frostglass; after Geiping et al. 2020 and Yin et al. 2021", family="inversion")
 def thaw(
     *,
-    steps: int = 1200,
-    lr: float = 0.1,
-    tv: float = 3e-3,
-    bn_batch: float = 1e-2,
-    bn_running: float = 3e-3,
+    steps: int = 600,
+    lr: float = 0.5,
+    tv: float = 1e-3,
+    tv_start: float = 0.2,
+    bn_batch: float = 0.1,
+    bn_running: float = 0.03,
     seeds: int = 1,
     every: int = 50,
 ) -> Inversion:
-    """Cosine matching, total variation and whatever BatchNorm statistics are granted; plain Adam, cosine decay.
+    """Cosine matching, falling total variation and whatever BatchNorm statistics are granted; plain Adam, cosine decay.
+
+    A large learning rate under a strong prior that is then withdrawn: on public proxy images this gained 6 to 8 dB over
+    constant weights. Constants were tuned on CIFAR-10 training images, never on audited ones.
 
     Args:
         steps: iterations.
         lr: peak learning rate, reached after 20 iterations, 0 at the end.
-        tv: weight of the total variation; 0 on encodings, whose neighbouring pixels are unrelated.
+        tv, tv_start: weight of the total variation at the end and at the start; set tv to 0 on encodings, whose
+            neighbouring pixels are unrelated.
         bn_batch: weight of the BatchNorm term with the statistics of the target batch.
         bn_running: the same with running statistics.
         seeds: independent starts; the lowest objective is returned.
@@ -37,9 +42,10 @@ def thaw(
         source = available_bn(seen)
         found = [match_cosine()]
         if tv:
-            found.append(total_variation(tv))
+            found.append(total_variation(falling(max(tv_start, tv), tv)))
         if source is not None:
-            found.append(bn_statistics(bn_batch if source is Knows.BN_BATCH else bn_running, source))
+            weight = bn_batch if source is Knows.BN_BATCH else bn_running
+            found.append(bn_statistics(weight, source, relative=True))
         return tuple(found)
 
     return Inversion(

@@ -1,0 +1,199 @@
+"""How fast a complete InstaHide encoding is: fresh key, coefficients, gather, mix, mask, labels and ledger, one thread.
+
+    python bench/encode.py [--seconds 4] [--out bench/results/encode.json]
+
+Compared, turn by turn, with: memcpy of the same bytes (traffic / 2 each way), once between two fixed buffers and once
+from places spread over the image table; a plain torch path (embedding_bag, mask by table, the same kind of keys); the
+torch path of this library; and the released algorithm's step, written anew from its description (python row loop for
+the coefficients, per-slot permuted gather, randint mask).
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from frostglass.defenses.honesty import PrivacyCaution
+from frostglass.defenses.instahide import InstaHide
+from frostglass.numerics.key_rows import KeyRows, MixLaw, draw_coefficients, draw_distinct, draw_mask
+from frostglass.numerics.keystream import Keystream, Secret
+from frostglass.numerics.mixing import mix
+
+SEED = 0
+KINDS = {"float32 -> float32": (4, 4), "uint8 -> float32": (1, 4), "uint8 -> bfloat16": (1, 2)}
+SIZES = ((32, 128, 5000), (32, 5000, 5000), (224, 128, 256))
+
+
+def released_step(x: torch.Tensor, k: int, rows: torch.Tensor) -> torch.Tensor:
+    """The released algorithm, from its description."""
+    weights = np.abs(np.random.normal(size=(len(rows), k)))
+    for i in range(len(rows)):
+        weights[i] /= weights[i].sum()
+        while weights[i].max() > 0.65:
+            weights[i] = np.abs(np.random.normal(size=k))
+            weights[i] /= weights[i].sum()
+    lam = torch.from_numpy(weights).float().view(-1, k, 1)
+    mixed = lam[:, 0] * x[rows]
+    for j in range(1, k):
+        order = torch.randperm(len(x))
+        mixed += lam[:, j] * x[order[rows]]
+    return mixed * (torch.randint(0, 2, mixed.shape, dtype=torch.float32) * 2 - 1)
+
+
+class PlainTorch:
+    """embedding_bag on a float32 table and a mask by table look-up, with keys of the same quality."""
+
+    def __init__(self, x: torch.Tensor, k: int) -> None:
+        self.x, self.law = x, MixLaw(k, k)
+        self.stream: Keystream = Secret.draw().stream("bench")
+        flips = (torch.arange(256)[:, None] >> torch.arange(8) & 1).to(torch.int32)
+        self.table = flips << 31
+
+    def __call__(self, rows: np.ndarray) -> torch.Tensor:
+        b, d = len(rows), self.x.shape[1]
+        ranks = draw_distinct(self.stream, len(self.x) - 1, self.law.k - 1, b)
+        index = torch.from_numpy(np.concatenate([rows[:, None], ranks + (ranks >= rows[:, None])], 1))
+        weights = torch.from_numpy(draw_coefficients(self.stream, self.law, b))
+        mixed = torch.nn.functional.embedding_bag(index, self.x, mode="sum", per_sample_weights=weights)
+        bits = torch.from_numpy(draw_mask(self.stream, b, d))
+        flips = self.table[bits.int()].view(b, d)
+        return mixed.mul_(2).sub_(1).view(torch.int32).bitwise_xor_(flips).view(torch.float32)
+
+
+def contestants(size: int, batch: int, n: int, k: int, kind: str) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name; each call makes `batch` encodings or moves as many bytes."""
+    d, (width_in, width_out) = 3 * size * size, KINDS[kind]
+    made = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
+    floats = made.float().div_(255)
+    x, flat = (made if width_in == 1 else floats), floats.flatten(1)
+    y = torch.arange(n) % 10
+    dtype = torch.bfloat16 if width_out == 2 else torch.float32
+    out = torch.empty(batch, 3, size, size, dtype=dtype)
+    orders = np.random.default_rng(SEED)
+    pick = {n: lambda: orders.permutation(n)[:batch]}[n]
+    encoders = {b: InstaHide(k=k, dtype=dtype, backend=b) for b in ("fused", "torch")}
+    plain = PlainTorch(flat, k)
+    s = Secret.draw().stream("bench")
+    keys = KeyRows(draw_distinct(s, n, k, batch), draw_coefficients(s, MixLaw(k, k), batch), draw_mask(s, batch, d))
+    half = batch * d * (k * width_in + width_out) // 2
+    source, target = np.ones(half, np.uint8), np.empty(half, np.uint8)
+    spread = np.ones(max(half, n * d * width_in), np.uint8)
+    block, places = d * width_in, len(spread) // (d * width_in)
+
+    def memcpy_spread() -> None:
+        for i, place in enumerate(orders.integers(0, places, half // block)):
+            target[i * block : (i + 1) * block] = spread[place * block : (place + 1) * block]
+
+    rows = pick()
+    return {
+        "complete": lambda: encoders["fused"].encode_rows(x, y, rows, num_classes=10, out=out),
+        "complete, new memory": lambda: encoders["fused"].encode_rows(x, y, rows, num_classes=10),
+        "mixing alone": lambda: mix(x.flatten(1), None, k, keys, "sign", out.flatten(1), "fused"),
+        "memcpy": lambda: np.copyto(target, source),
+        "memcpy, spread": memcpy_spread,
+        "plain torch": lambda: plain(rows),
+        "torch backend": lambda: encoders["torch"].encode_rows(x, y, rows, num_classes=10, out=out),
+        "released step": lambda: released_step(flat, k, torch.from_numpy(rows)),
+    }
+
+
+def measure(turns: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, float]]:
+    """Seconds per call: all contestants take turns, so that other load on the machine meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for run in turns.values():
+        run()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["complete"]) < 5:
+        for name, run in turns.items():
+            repeats = 1 if "released" in name or "torch" in name else 3
+            for _ in range(repeats):
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "best": min(t),
+            "median": statistics.median(t),
+            "p10": float(np.quantile(t, 0.1)),
+            "p90": float(np.quantile(t, 0.9)),
+            "repeats": len(t),
+        }
+        for name, t in times.items()
+    }
+
+
+def ratios(times: dict[str, dict[str, float]], by: str) -> dict[str, float]:
+    own = times["complete"][by]
+    return {
+        "fraction of memcpy": times["memcpy"][by] / own,
+        "fraction of memcpy, spread": times["memcpy, spread"][by] / own,
+        "mixing alone, fraction of memcpy": times["memcpy"][by] / times["mixing alone"][by],
+        "times plain torch": times["plain torch"][by] / own,
+        "times released step": times["released step"][by] / own,
+    }
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=4.0, help="per case")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "encode.json")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", PrivacyCaution)
+    torch.manual_seed(SEED), np.random.seed(SEED)
+    cases = []
+    load = os.getloadavg()[0]
+    for size, batch, n in SIZES:
+        for k in (4, 6):
+            for kind in KINDS:
+                times = measure(contestants(size, batch, n, k, kind), asked.seconds)
+                case = {"size": size, "batch": batch, "images": n, "k": k, "kind": kind, "seconds per call": times}
+                case["images per second"] = {name: batch / t["median"] for name, t in times.items()}
+                case["ratios of medians"], case["ratios of bests"] = ratios(times, "median"), ratios(times, "best")
+                cases.append(case)
+                short = ", ".join(f"{v:.2f} {k_}" for k_, v in case["ratios of medians"].items())
+                print(
+                    f"{size} px, {batch} of {n}, k = {k}, {kind}: {batch / times['complete']['median']:,.0f}/s; {short}"
+                )
+    result = {
+        "what": "complete InstaHide encoding, one thread: key, coefficients, gather, mix, mask, labels, ledger",
+        "memcpy": "numpy copy of (bytes read + bytes written) / 2; spread: row-sized blocks from all over the table",
+        "seed": SEED,
+        "keys": "operating system",
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "load average": [load, os.getloadavg()[0]],
+        "versions": {p: version(p) for p in ("torch", "numpy", "numba", "cryptography")}
+        | {"python": platform.python_version()},
+        "cases": cases,
+    }
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Files are whole or absent; the journal survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from frostglass.core.events import Event, broadcast, silent
+from frostglass.core.files import write_json, write_text, written_beside
+from frostglass.core.journal import Journal, json_ready, read_journal
+
+KILLED = """
+import sys, os, signal
+from pathlib import Path
+from frostglass.core.files import written_beside
+with written_beside(Path(sys.argv[1])) as beside:
+    beside.write_text("half of the new")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], env=os.environ | {"PYTHONPATH": source()})
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    left = [p.name for p in tmp_path.iterdir() if p != path]
+    assert all(name.startswith(".a.txt.") and name.endswith(".part") for name in left)
+
+
+def source() -> str:
+    import frostglass
+
+    return str(Path(frostglass.__file__).parents[1])
+
+
+def test_an_error_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError), written_beside(path) as beside:
+        beside.write_text("new \ud800", encoding="utf-8")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_replaced_in_one_go(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.txt"
+    with written_beside(path) as beside:
+        beside.write_text("new")
+        assert beside.parent == path.parent, "a rename between file systems is no rename"
+        assert not path.exists()
+    assert path.read_text() == "new"
+    inode = path.stat().st_ino
+    write_text(path, "newer")
+    assert path.stat().st_ino != inode
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+    write_json(tmp_path / "a.json", {"ä": 1})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"ä": 1}
+
+
+def test_a_cut_last_line_is_passed_over_and_the_next_one_kept(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    tell = Journal(path)
+    for step in (1, 2):
+        tell(Event("progress", "a", step, 9, {"loss": 0.5}))
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        before = read_journal(path)
+        assert before == read_journal(path)[: len(before)]
+        Journal(path)(Event("note", "after"))
+        after = read_journal(path)
+        assert after[-1] == {"kind": "note", "where": "after"}
+        assert after[:-1] == before
+
+
+def test_a_cut_inside_a_letter_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    Journal(path)(Event("note", "ü"))
+    path.write_bytes(path.read_bytes() + '{"kind": "note", "where": "ü'.encode()[:-1])
+    assert [r["where"] for r in read_journal(path)] == ["ü"]
+
+
+def test_odd_line_ends_in_names_do_not_cut_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    name = "a\u2028b\x85c\x0bd\ne"
+    Journal(path)(Event("note", name))
+    assert [r["where"] for r in read_journal(path)] == [name]
+
+
+def test_what_json_has_no_word_for_is_spelled(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    values = {"loss": float("nan"), "n": [float("inf"), 1], "d": {1: Path("x")}, "kind": "no", "step": "no"}
+    Journal(path)(Event("progress", "a", 3, 9, values))
+    assert read_journal(path) == [
+        {"kind": "progress", "where": "a", "step": 3, "steps": 9, "loss": "nan", "n": ["inf", 1], "d": {"1": "x"}}
+    ]
+    assert json_ready((1, None, True)) == [1, None, True]
+
+
+def test_pictures_stay_out_of_the_journal(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    Journal(path)(Event("candidate", "a", tensors={"images": torch.zeros(1)}))
+    assert read_journal(path) == []
+    assert read_journal(tmp_path / "none") == []
+
+
+def test_all_listeners_are_told_in_order() -> None:
+    heard: list[str] = []
+    broadcast(silent, lambda e: heard.append(f"1{e.kind}"), lambda e: heard.append(f"2{e.kind}"))(Event("note"))
+    assert heard == ["1note", "2note"]

@@ -1,0 +1,112 @@
+"""Names and parameters: what is wrong is said with the word that was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytest
+
+from frostglass.core.errors import AttackFailed, BadInput, close_match
+from frostglass.core.registry import Registry
+
+THINGS: Registry[dict[str, Any]] = Registry("thing")
+
+
+@THINGS.register(paper="A. Author 2020", family="x")
+def widget(
+    *,
+    steps: int = 3,
+    lr: float = 0.1,
+    kind: Literal["a", "b", 1] = "a",
+    sizes: Sequence[int] = (1,),
+    limit: int | None = None,
+    fast: bool = False,
+    needed: str,
+) -> dict[str, Any]:
+    """Makes a widget.
+
+    More of it.
+    """
+    return {"steps": steps, "needed": needed}
+
+
+def problems(**settings: Any) -> list[str]:
+    return THINGS["widget"].problems({"needed": "x"} | settings, "here")
+
+
+def test_an_entry_knows_its_summary_source_and_parameters() -> None:
+    entry = THINGS["widget"]
+    assert (entry.summary, entry.paper, entry.about) == ("Makes a widget", "A. Author 2020", {"family": "x"})
+    assert next(iter(entry.parameters)) == "steps"
+    assert THINGS.names() == ["widget"]
+    assert "widget" in THINGS
+    assert "other" not in THINGS
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        {"steps": 1, "lr": 1, "kind": "b", "sizes": [1, 2], "limit": 4, "fast": True},
+        {"lr": 1e-9, "kind": 1, "sizes": (), "limit": None},
+    ],
+)
+def test_what_fits_is_taken(good: dict[str, Any]) -> None:
+    assert problems(**good) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 1.0},
+        {"steps": True},
+        {"steps": "1"},
+        {"lr": "0.1"},
+        {"lr": True},
+        {"lr": float("nan")},
+        {"lr": float("inf")},
+        {"kind": "c"},
+        {"kind": True},
+        {"kind": []},
+        {"sizes": 3},
+        {"sizes": ["a"]},
+        {"limit": 1.5},
+        {"fast": 1},
+    ],
+)
+def test_a_wrong_type_is_one_sentence(wrong: dict[str, Any]) -> None:
+    (found,) = problems(**wrong)
+    (key,) = wrong
+    assert found.startswith(f"here.{key}: {wrong[key]!r} is not ")
+    assert found.endswith("which 'widget' takes there.")
+
+
+def test_all_problems_of_an_entry_come_together() -> None:
+    found = THINGS["widget"].problems({"step": 1, "lr": "x"}, "attack")
+    assert found == [
+        "attack.step: unknown parameter of 'widget'; did you mean 'steps'.",
+        "attack.lr: 'x' is not a number, which 'widget' takes there.",
+        "attack.needed: missing; 'widget' needs it.",
+    ]
+
+
+def test_an_unknown_name_is_told_the_close_one() -> None:
+    with pytest.raises(BadInput, match="thing: 'wigdet' is not known; did you mean 'widget'"):
+        THINGS["wigdet"]
+    assert close_match("zzz", ["a", "b"]) == "known: a, b"
+    assert close_match("zzz", []) == "known: none"
+
+
+def test_two_makers_of_one_name_are_refused() -> None:
+    def other() -> int:
+        return 1
+
+    other.__module__ = "elsewhere"
+    with pytest.raises(ValueError, match="two things are called 'widget'"):
+        THINGS.register("widget")(other)
+
+
+def test_bad_input_holds_all_its_sentences() -> None:
+    assert BadInput("one").problems == ("one",)
+    assert str(BadInput(["one", "two"])) == "one\ntwo"
+    assert not issubclass(AttackFailed, BadInput)
