@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import frostglass
+from frostglass.app import commands
 from frostglass.core.errors import BadInput, FrostglassError
 
 OK, INTERNAL, BAD_INPUT = 0, 1, 2
@@ -209,6 +210,10 @@ def _fresh(out: Path) -> Path:
         number += 1
         candidate = out.with_name(f"{out.name}-{number}")
     return candidate
+
+
+for _command in commands.found():
+    cli.add_command(_command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

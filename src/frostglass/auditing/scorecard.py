@@ -6,13 +6,13 @@ Documented in docs/scorecard.md. A reader may rely on every field here within on
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from frostglass.core.errors import BadInput
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION: Literal["1.0"] = "1.0"
 
 
 class _Strict(BaseModel):
@@ -20,118 +20,121 @@ class _Strict(BaseModel):
 
 
 class Labels(_Strict):
-    """How the attack came by the labels, and how right it was.
+    """How the attack came by the labels, and how right it was. Accuracies are shares in [0, 1]."""
 
-    `source` is "granted", "restored" or "unused". Accuracies are shares in [0, 1]; None when nothing was restored.
-    """
-
-    source: str
-    restored: list[int] | None = None
-    set_accuracy: float | None = None
-    count_accuracy: float | None = None
-    no_gradient_guess: float | None = None
+    source: Literal["granted", "restored", "unused"] = Field(description="how the attack came by the labels")
+    restored: list[int] | None = Field(None, description="the restored labels of the first batch, sorted; else null")
+    set_accuracy: float | None = Field(
+        None, description="share of the classes present that were named; null: none restored"
+    )
+    count_accuracy: float | None = Field(None, description="share of labels right as a multiset; null: none restored")
+    no_gradient_guess: float | None = Field(None, description="count_accuracy of guessing every class equally often")
 
 
 class ImageScore(_Strict):
-    """One private image and the reconstruction matched to it (None: nothing was matched).
+    """One private image and the reconstruction matched to it; scores are null where nothing was matched."""
 
-    `extra` holds every further metric by name. `sha256` identifies the private image without showing it.
-    """
-
-    id: str
-    sha256: str
-    psnr: float | None
-    ssim: float | None
-    proved: bool
-    target: str = Field("private", description='"private" or "encoding": what it was compared with')
-    extra: dict[str, float | None] = Field(default_factory=dict)
+    id: str = Field(description="name of the image in its source")
+    sha256: str = Field(description="of its float32 pixels: identifies the image without showing it")
+    psnr: float | None = Field(description="dB, at most 150; higher is closer")
+    ssim: float | None = Field(description="in [-1, 1]; higher is closer")
+    proved: bool = Field(description="the attack verified this row algebraically against the observation")
+    target: Literal["private", "encoding"] = Field("private", description="what it was compared with")
+    extra: dict[str, float | None] = Field(default_factory=dict, description="further metrics by name")
 
 
 class OverThreshold(_Strict):
     """How many images reach a score that a person calls recognisable; fixed in the plan before the run."""
 
-    metric: str
-    value: float
-    count: int
+    metric: str = Field(description="its name")
+    value: float = Field(description="score that counts as recognisable")
+    count: int = Field(description="images that reach it")
 
 
 class Summary(_Strict):
-    """Over the images of one cell (all its batches).
+    """Over the images of one cell, all its finished batches.
 
-    Means are over the matched images; in medians, worst values and counts the unmatched are below every score (None).
+    Means and bests are over the matched images; in medians, worst values and counts the unmatched are below every
+    score, so that a median or worst value is null if it falls on one.
     """
 
-    images: int
-    matched: int
-    batches: int
-    psnr_mean: float | None
-    psnr_median: float | None
-    psnr_worst: float | None
-    psnr_best: float | None
-    ssim_mean: float | None
-    ssim_median: float | None
-    ssim_worst: float | None
-    ssim_best: float | None
-    proved: int
-    over_threshold: OverThreshold
+    images: int = Field(description="private images")
+    matched: int = Field(description="those that a reconstruction was matched to")
+    batches: int = Field(description="finished batches")
+    psnr_mean: float | None = Field(description="over the matched")
+    psnr_median: float | None = Field(description="over all; null if it falls on an unmatched image")
+    psnr_worst: float | None = Field(description="null if an image is unmatched")
+    psnr_best: float | None = Field(description="null if none is matched")
+    ssim_mean: float | None = Field(description="over the matched")
+    ssim_median: float | None = Field(description="over all; null if it falls on an unmatched image")
+    ssim_worst: float | None = Field(description="null if an image is unmatched")
+    ssim_best: float | None = Field(description="null if none is matched")
+    proved: int = Field(description="images whose row the attack verified")
+    over_threshold: OverThreshold = Field(description="recognisable images")
     psnr_batch_means: list[float] = Field(
-        default_factory=list, description="one mean per independent batch: the spread"
+        default_factory=list, description="one mean for each batch with a match: the spread"
     )
 
 
 class Cell(_Strict):
-    """One combination of scenario, defence and attack.
+    """One combination of scenario, defence and attack."""
 
-    `status` is "done", "failed" (see `error`) or "skipped". `objective` is the attack's own loss, never a similarity.
-    `objective_at_truth` is the same loss at the private batch, computed by scoring: if it is far below `objective`,
-    the optimiser failed, and no privacy was shown. `encoding_summary` compares with the encodings that were trained
-    on, where a defence encodes.
-    """
-
-    id: str
-    title: str
-    scenario: str
-    attack: str
-    defense: str
-    defense_claim: str
-    model: str
-    mode: str
-    threat: str
-    grants: list[str]
-    upper_bound: bool
-    batch: int
-    batches: int
-    update: str
-    status: str
-    error: str | None = None
-    seconds: float = 0.0
-    iterations: int = 0
-    objective: float | None = None
-    objective_at_truth: float | None = None
-    labels: Labels
-    images: list[ImageScore] = Field(default_factory=list)
-    summary: Summary | None = None
-    encoding_images: list[ImageScore] = Field(default_factory=list)
-    encoding_summary: Summary | None = None
-    privacy_spent: dict[str, Any] | None = None
-    info: dict[str, Any] = Field(default_factory=dict)
-    warnings: list[str] = Field(default_factory=list)
-    settings: dict[str, Any] = Field(default_factory=dict)
+    id: str = Field(description="of the cell, in file names and events")
+    title: str = Field(description='for a person; says "upper bound" where the grants exceed reality')
+    scenario: str = Field(description="its name")
+    attack: str = Field(description="its name")
+    defense: str = Field(description="its name, or those of a stack joined by +")
+    defense_claim: Literal["none", "heuristic", "proof"] = Field(description="what stands behind the defence")
+    model: str = Field(description="as in the plan; python:CLASS if it was given from Python")
+    mode: str = Field(description="of the client's model: train or eval")
+    threat: str = Field(description="name of the threat model")
+    grants: list[str] = Field(description="all that the attacker knew, sorted")
+    upper_bound: bool = Field(description="the grants exceed what such a client really sends")
+    batch: int = Field(description="images in one message")
+    batches: int = Field(description="messages that were to be attacked")
+    update: str = Field(description="gradient or delta")
+    status: Literal["done", "failed", "skipped"] = Field(
+        description="of a failed cell only finished batches are scored"
+    )
+    error: str | None = Field(None, description="why it failed, one sentence")
+    seconds: float = Field(
+        0.0, description="of the attack, all batches; the only field that differs between equal runs"
+    )
+    iterations: int = Field(0, description="steps of the longest attack")
+    objective: float | None = Field(
+        None, description="the attack's own final loss, mean over batches; never a similarity"
+    )
+    objective_at_truth: float | None = Field(
+        None, description="the same loss at what was trained on: far below `objective`, the optimiser failed"
+    )
+    labels: Labels = Field(description="how right the labels were")
+    images: list[ImageScore] = Field(default_factory=list, description="one for each private image, batch after batch")
+    summary: Summary | None = Field(None, description="over `images`; null if none was scored")
+    encoding_images: list[ImageScore] = Field(
+        default_factory=list, description="the same against the encodings that were trained on"
+    )
+    encoding_summary: Summary | None = Field(None, description="over `encoding_images`; null without an encoding")
+    privacy_spent: dict[str, Any] | None = Field(
+        None, description="(epsilon, delta) of one message, with its assumptions"
+    )
+    info: dict[str, Any] = Field(default_factory=dict, description="the attack's own account of the first batch")
+    warnings: list[str] = Field(default_factory=list, description="how this set-up can mislead, a sentence each")
+    settings: dict[str, Any] = Field(default_factory=dict, description="every parameter, defaults included")
 
 
 class Scorecard(_Strict):
     """All cells of a run with what made them."""
 
-    schema_version: str = SCHEMA_VERSION
-    name: str
-    seed: int
-    headline: str
-    frostglass: str
-    environment: dict[str, str]
-    plan_sha256: str
-    show_images: bool
-    cells: list[Cell]
-    limits: list[str]
+    schema_version: Literal["1.0"] = Field(SCHEMA_VERSION, description="of this file; another one means other fields")
+    name: str = Field(description="of the audit")
+    seed: int = Field(description="of everything random")
+    headline: str = Field(description="one sentence: the worst that was shown, under which grants")
+    frostglass: str = Field(description="version that ran")
+    environment: dict[str, str] = Field(description="python, torch, device, system, threads")
+    plan_sha256: str = Field(description="of the resolved plan.toml")
+    show_images: bool = Field(description="whether the report may hold private images")
+    cells: list[Cell] = Field(description="one for each scenario x defence x attack, in the plan's order")
+    limits: list[str] = Field(description="what a run like this cannot show")
 
     @property
     def failed(self) -> list[Cell]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from frostglass.numerics.mixing import Backend, Labels, Mask, coarse_targets, mi
 _MASK_BYTES = 1 << 16  # keystream made at a time: it is used up before it leaves the cache
 
 
+@functools.lru_cache(maxsize=16)
 def encoded_domain(channels: int) -> Domain:
     """[-1, 1] and no further normalisation: the network sees encodings as they are."""
     return Domain(-1.0, 1.0, (0.0,) * channels, (1.0,) * channels)

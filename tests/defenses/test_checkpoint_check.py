@@ -1,0 +1,89 @@
+"""Checkpoints that hold RNG state are flagged without being executed; clean ones are not."""
+
+from __future__ import annotations
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from frostglass.core.errors import BadInput
+from frostglass.defenses.checkpoint_check import generator_states
+from frostglass.defenses.instahide import InstaHide
+
+
+def clean() -> dict[str, object]:
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8))
+    opt = torch.optim.Adam(net.parameters())
+    net(torch.ones(4, 8)).sum().backward()
+    opt.step()
+    return {
+        "net": net.state_dict(),
+        "opt": opt.state_dict(),
+        "epoch": 3,
+        "random_crop": True,
+        "steps": list(range(300)),
+    }
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"rng_state": torch.zeros(3)},
+        {"a": torch.get_rng_state()},  # under an innocent name
+        {"a": {"b": [random.getstate()]}},
+        {"a": np.random.get_state()},
+        {"a": np.random.default_rng()},
+        {"a": random.Random(3)},
+        {"torch_rng": 1},
+        {"cuda_rng_state_all": []},
+    ],
+)
+def test_generator_states_are_flagged(tmp_path, state, old) -> None:
+    torch.save(clean() | state, tmp_path / "x.pt", _use_new_zipfile_serialization=not old)
+    assert generator_states(tmp_path / "x.pt")
+
+
+def test_other_formats(tmp_path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"x": random.getstate()}))
+    np.savez(tmp_path / "b.npz", rng_state=np.zeros(3), w=np.ones(2))
+    save_file({"w": torch.ones(2), "rng_state": torch.ones(2)}, tmp_path / "c.safetensors")
+    for name in ("a.pkl", "b.npz", "c.safetensors"):
+        assert generator_states(tmp_path / name)
+    save_file({"w": torch.ones(2)}, tmp_path / "d.safetensors")
+    assert generator_states(tmp_path / "d.safetensors") == []
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution")
+def test_clean_checkpoints_are_not_flagged(tmp_path, old) -> None:
+    """An encoder that is saved with the model brings no generator state."""
+    enc = InstaHide()
+    enc.encode_rows(torch.zeros(9, 1, 2, 2), range(9), range(9), num_classes=9)
+    torch.save(clean() | {"encoder": enc}, tmp_path / "x.pt", _use_new_zipfile_serialization=not old)
+    assert generator_states(tmp_path / "x.pt") == []
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (pytest.fail, ("the checkpoint was executed",))
+
+
+def test_nothing_is_executed(tmp_path) -> None:
+    torch.save({"x": Bomb(), "rng_state": 1}, tmp_path / "x.pt")
+    assert generator_states(tmp_path / "x.pt")
+
+
+def test_bad_files(tmp_path) -> None:
+    with pytest.raises(BadInput, match="no file"):
+        generator_states(tmp_path / "none.pt")
+    (tmp_path / "text").write_text("hello there, this is text")
+    (tmp_path / "cut").write_bytes(pickle.dumps(list(range(1000)))[:100])
+    (tmp_path / "st").write_bytes((20).to_bytes(8, "little") + b"{broken" + bytes(40))
+    for name in ("text", "cut", "st"):
+        with pytest.raises(BadInput):
+            generator_states(tmp_path / name)
