@@ -113,7 +113,7 @@ def test_without_an_encoding_there_are_no_encoding_scores() -> None:
 
 
 def test_rows_beyond_the_range_are_clamped_before_they_are_scored() -> None:
-    assert [r.psnr for r in scores((TRUTH.round() + (TRUTH.round() - 0.5) * 4))] == [
+    assert [r.psnr for r in scores(TRUTH.round() + (TRUTH.round() - 0.5) * 4)] == [
         r.psnr for r in scores(TRUTH.round())
     ]
 
@@ -222,7 +222,8 @@ def a_card() -> Scorecard:
     cell = Cell(
         id="01-x", title="x", scenario="x", attack="thaw", defense="none", defense_claim="none", model="mlp",
         mode="train", threat="server", grants=["model"], upper_bound=False, batch=4, batches=1, update="gradient",
-        status="done", labels=scorecard.Labels(source="unused"), images=private, summary=summarise([private], THRESHOLD),
+        status="done", labels=scorecard.Labels(source="unused"), images=private,
+        summary=summarise([private], THRESHOLD),
     )  # fmt: skip
     return Scorecard(
         name="ü", seed=2**62, headline="h", frostglass="0", environment={}, plan_sha256="0", show_images=False,

@@ -84,7 +84,7 @@ class Cell(_Strict):
     scenario: str = Field(description="its name")
     attack: str = Field(description="its name")
     defense: str = Field(description="its name, or those of a stack joined by +")
-    defense_claim: Literal["none", "heuristic", "proof"] = Field(description="what stands behind the defence")
+    defense_claim: str = Field(description="what stands behind the defence: none, heuristic or proof")
     model: str = Field(description="as in the plan; python:CLASS if it was given from Python")
     mode: str = Field(description="of the client's model: train or eval")
     threat: str = Field(description="name of the threat model")

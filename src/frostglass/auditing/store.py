@@ -159,7 +159,7 @@ class RunFolder:
         if not path.exists():
             return None
         tensors, note = load_tensors(path)
-        like = Reconstruction(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 0.0)
+        like = Reconstruction(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.bool), 0.0)
         return unpack(like, tensors, note["skeleton"]), note
 
     def save_frame(self, cell: str, step: int, images: Tensor) -> None:

@@ -124,11 +124,11 @@ def drive(
             emit(Event("progress", attack.name, t, attack.steps, values))
             _check_finite(attack.name, t, values)
             ended = attack.done(state) or stop()
+        if t in film or (film and (ended or t == attack.steps)):
+            _show(attack, seen, state, t, emit)  # before the checkpoint, or a kill between the two would lose it
         if store and (t % save_every == 0) and t < attack.steps:
             store.save(t, state)
             emit(Event("checkpoint", attack.name, t, attack.steps))
-        if t in film or (film and (ended or t == attack.steps)):
-            _show(attack, seen, state, t, emit)
     result = attack.read(seen, state)
     if not bool(result.images.isfinite().all()):
         raise AttackFailed(

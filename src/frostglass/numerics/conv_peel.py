@@ -91,7 +91,7 @@ def peel(problem: PeelProblem, relative: float) -> Peeled:
     noise = 2 * (-outputs).amax((1, 2, 3), keepdim=True)
     active = outputs > noise.clamp_min(relative * float(outputs.max()))
     dy = problem.above * active
-    xhat, deviation = _first_guess(layer, outputs, active), problem.deviation
+    xhat, deviation = first_guess(layer, outputs, active), problem.deviation
     right = problem.grad_weight.permute(0, 2, 3, 1).flatten(0, 2)
     for _ in range(ITERATIONS):
         dz = layer.backward(dy, xhat, deviation)
@@ -111,9 +111,7 @@ def peel(problem: PeelProblem, relative: float) -> Peeled:
     return Peeled(inputs, dz, fit, forward)
 
 
-def design(
-    dz: Float[Tensor, "b o i j"], layer: ConvLayer, size: tuple[int, int]
-) -> Float[Tensor, "o*kh*kw b*h*w"]:
+def design(dz: Float[Tensor, "b o i j"], layer: ConvLayer, size: tuple[int, int]) -> Float[Tensor, "equations unknowns"]:
     """The matrix that takes one input channel of all images to its part of the weight gradient."""
     b, o = dz.shape[:2]
     kh, kw = layer.weight.shape[2:]
@@ -129,19 +127,14 @@ def design(
     return placed.view(b, o * kh * kw, size[0] * size[1]).transpose(0, 1).reshape(o * kh * kw, -1)
 
 
-def known_output(layer: ConvLayer, outputs: Tensor, active: Bool[Tensor, "b o i j"]) -> Tensor:
-    """xhat where the ReLU is on, 0 elsewhere."""
-    return torch.where(active, layer.unscaled(outputs), torch.zeros((), dtype=outputs.dtype, device=outputs.device))
-
-
 def with_hidden(layer: ConvLayer, xhat: Tensor, y: Tensor, active: Tensor) -> Tensor:
     """`xhat` with its hidden entries taken from an estimate `y` of the ReLU's input, which is not positive there."""
     return torch.where(active, xhat, layer.unscaled(y.clamp_max(0)))
 
 
-def _first_guess(layer: ConvLayer, outputs: Tensor, active: Tensor) -> Tensor:
+def first_guess(layer: ConvLayer, outputs: Tensor, active: Tensor) -> Tensor:
     """xhat with one constant for the hidden entries of a channel; under "batch" the mean of xhat is known to be 0."""
-    xhat = known_output(layer, outputs, active)
+    xhat = torch.where(active, layer.unscaled(outputs), torch.zeros_like(outputs))
     if layer.norm == "batch":
         hidden = -xhat.sum((0, 2, 3)) / (~active).sum((0, 2, 3)).clamp_min(1)
     else:

@@ -122,9 +122,7 @@ def inputs_of(problem: HeadProblem, mixing: Float[Tensor, "b b"]) -> Float[Tenso
     return mixing @ problem.rows
 
 
-def label_candidates(
-    grad_bias: Float[Tensor, " c"], examples: int, limit: int = 24
-) -> list[Float[Tensor, " c"]]:
+def label_candidates(grad_bias: Float[Tensor, " c"], examples: int, limit: int = 24) -> list[Float[Tensor, " c"]]:
     """Label counts that a bias gradient allows, the likeliest first.
 
     g_k = mean_i p_ik - n_k / b and p >= 0, so n_k >= -b g_k: most labels are certain, and what is left over is

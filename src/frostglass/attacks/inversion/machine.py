@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from frostglass.attacks.inversion import ranks, seeds
+from frostglass.attacks.inversion.consensus import Consensus, find_anchor
+from frostglass.attacks.inversion.engine import Engine, Evaluation, Objective, evaluate
 from frostglass.attacks.inversion.restore import Restore, by_counts, targets_of
 from frostglass.attacks.inversion.rules import Rule, StepInfo
-from frostglass.attacks.inversion.schedules import as_schedule
+from frostglass.attacks.inversion.spaces import Jitter, Space, pixels
+from frostglass.attacks.inversion.state import InversionState, per_seed
 from frostglass.attacks.inversion.target import Target, lay_out, update_problems
-from frostglass.attacks.inversion.terms import Candidate, Term, require
+from frostglass.attacks.inversion.terms import Term, live, require
 from frostglass.core.drive import Scalars
 from frostglass.core.errors import BadInput
+from frostglass.core.randomness import Rng
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
-from frostglass.numerics.local_update import local_update
 
-
-@dataclass(frozen=True)
-class InversionState:
-    """Of all seeds together.
-
-    Args:
-        z: [s, b, c, h, w] the variables.
-        rule: state of the update rule.
-        targets: [b, k].
-        counts: restored counts per class, None if labels were granted.
-        best: the variables at their lowest total objective, [s, b, c, h, w].
-        best_loss: [s] that objective, priors included.
-    """
-
-    z: Tensor
-    rule: Any
-    targets: Float[Tensor, "b k"]
-    counts: Float[Tensor, " k"] | None
-    best: Tensor
-    best_loss: Float[Tensor, " s"]
+_Laid = tuple[tuple[torch.device, torch.dtype], Target, tuple[Term, ...]]
 
 
 @dataclass(frozen=True)
@@ -51,13 +34,17 @@ class Inversion:
 
     Args:
         name: as registered.
-        terms: given the observation (so that a recipe can use what was granted), the terms of the objective.
+        terms: given the observation (so that a recipe can use what was granted), the terms of the objective; those of
+            weight 0 are left out.
         update: gradient -> change of the variable.
         steps: iterations.
-        restore: label restoration, used unless labels are granted.
+        restore: label restoration, used unless labels are granted or the space holds them.
         seeds: independent starts; the one with the lowest objective is returned.
-        start: standard deviation of the normal start in the victim's normalised space.
-        box: clamp to the domain's bounds after every step.
+        space: what is searched.
+        consensus: what draws the seeds together, None if nothing does.
+        restart: when a seed starts anew, None for never.
+        jitter: what happens to the images before the network sees them.
+        engine: how the gradient is taken (see `engine`).
         every: iterations between two reports.
         needs: grants without which it does not run.
     """
@@ -68,87 +55,126 @@ class Inversion:
     steps: int
     restore: Restore = field(default_factory=by_counts)
     seeds: int = 1
-    start: float = 1.0
-    box: bool = True
+    space: Space = field(default_factory=pixels)
+    consensus: Consensus | None = None
+    restart: seeds.Restart | None = None
+    jitter: Jitter | None = None
+    engine: Engine = "double_backward"
     every: int = 50
     needs: frozenset[Knows] = frozenset({Knows.EXAMPLES})
 
-    _laid_out: weakref.WeakKeyDictionary[Observation, tuple[Target, tuple[Term, ...]]] = field(
+    _laid_out: weakref.WeakKeyDictionary[Observation, _Laid] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False, compare=False
     )
+
+    def __post_init__(self) -> None:
+        wrong = [w for w, n in (("steps", self.steps), ("seeds", self.seeds), ("every", self.every)) if n < 1]
+        if wrong:
+            raise BadInput([f"attack.{w}: must be a whole number from 1." for w in wrong])
 
     def check(self, seen: Observation) -> list[str]:
         """Sentences on why this observation cannot be attacked."""
         problems = update_problems(seen)
         try:
-            require(self.terms(seen), seen)
+            require(live(self.terms(seen)), seen)
             if not problems:
-                targets_of(seen, self.restore)
+                self._targets(seen)
         except BadInput as wrong:
             problems += wrong.problems
+        sent = seen.local_plan.kind if seen.local_plan else "gradient"
+        if self.engine == "frozen_fd" and sent != "gradient":
+            problems.append("attack: engine 'frozen_fd' reads gradients, not weight differences; use double_backward.")
         return problems
 
     def init(self, seen: Observation, run: Runtime) -> InversionState:
-        """Normal starts, targets granted or restored."""
-        targets, counts = targets_of(seen, self.restore)
-        shape = (self.seeds, len(targets), *seen.image_shape)
-        like = torch.zeros((), dtype=run.dtype, device=run.device)
-        starts = [self.start * run.rng.at("start", s).normal(shape[1:], like=like) for s in range(self.seeds)]
-        z = self._boxed(torch.stack(starts), seen)
+        """Starts of this rank's seeds, targets granted or restored."""
+        target, _ = self._prepared(seen, run)
+        targets, counts = self._targets(seen)
+        numbers = ranks.seeds_of(run.world, self.seeds)
+        z = seeds.start_of(self.space, target, len(targets), numbers, run)
+        inf = torch.full((len(z),), float("inf"), dtype=run.dtype, device=run.device)
+        none = torch.zeros((), dtype=torch.long, device=run.device)
         return InversionState(
             z=z,
             rule=self.update.init(z),
-            targets=targets.to(like),
+            targets=targets.to(run.device, run.dtype),
             counts=counts,
             best=z.clone(),
-            best_loss=torch.full((self.seeds,), float("inf"), dtype=run.dtype, device=run.device),
+            best_loss=inf,
+            seeds=numbers,
+            alive=torch.ones(len(z), dtype=torch.bool, device=run.device),
+            first_loss=inf.clone(),
+            last_loss=inf.clone(),
+            lost=none,
+            anchor=None,
+            restarts=none.clone(),
+            unregistered=torch.zeros((), dtype=run.dtype, device=run.device),
         )
 
     def step(self, seen: Observation, state: InversionState, run: Runtime, t: int) -> tuple[InversionState, Scalars]:
-        """One iteration of every seed: simulate the client once a seed, sum the terms, follow the rule."""
+        """One iteration of every seed: simulate the client once a seed, sum the terms, follow the rule.
+
+        Nothing in it waits for the device, except a refresh of the consensus (registration works on the CPU).
+        """
         target, terms = self._prepared(seen, run)
-        grads, losses, parts = [], [], []
-        for s in range(len(state.z)):
-            z = state.z[s].detach().requires_grad_(True)
-            loss, values = self._objective(z, state.targets, target, terms, t)
-            grads.append(torch.autograd.grad(loss, z)[0])
-            losses.append(loss.detach())
-            parts.append(values)
-        loss_now = torch.stack(losses)
-        better = loss_now < state.best_loss
-        info = StepInfo(t, self.steps, run.rng.at("step", t))
-        change, rule = self.update.apply(torch.stack(grads), state.rule, info)
+        state = self._arranged(state, target, run, t)
+        problem = self._objective(target, terms, state, t)
+        rng = run.rng.at("step", t)
+
+        def at(z: Tensor) -> _Found:
+            return self._evaluated(z, problem, state.seeds, rng)
+
+        found = at(state.z)
+        alive = seeds.living(state.alive, found.own, found.gradient)
+        best, best_loss = seeds.keep_best(state, found.own, alive)
+        info = StepInfo(t, self.steps, rng, state.seeds, state.z, lambda z: at(z).gradient)
+        change, rule = self.update.apply(found.gradient, state.rule, info)
+        z = self.space.box(torch.where(per_seed(alive, change), state.z + change, state.z), target)
         new = replace(
             state,
-            z=self._boxed(state.z + change, seen),
+            z=z,
             rule=rule,
-            best=torch.where(better[:, None, None, None, None], state.z, state.best),
-            best_loss=torch.where(better, loss_now, state.best_loss),
+            best=best,
+            best_loss=best_loss,
+            alive=alive,
+            first_loss=torch.where(state.first_loss.isinf(), found.own, state.first_loss),
+            last_loss=found.own,
+            lost=(~alive).sum(),
         )
-        scalars: dict[str, Tensor | float] = {"objective": loss_now.min(), "best": new.best_loss.min()}
-        scalars |= {name: torch.stack([p[name] for p in parts]).mean() for name in parts[0]}
-        return new, scalars
+        scalars = self._scalars(found, new, run, t)
+        return (seeds.choose(new, run.world) if t == self.steps - 1 else new), scalars
 
     def done(self, state: InversionState) -> bool:
         """Never early: the schedule ends the run."""
         return False
 
     def read(self, seen: Observation, state: InversionState) -> Reconstruction:
-        """Of the seed with the lowest objective; the truth has no part in the choice."""
+        """Of the seed with the lowest own objective; the truth has no part in the choice.
+
+        Before the last step the choice is among the seeds of this rank.
+        """
+        _, target, _ = self._laid_out[seen]
         pick = int(state.best_loss.argmin())
-        images = seen.domain.clamp(seen.domain.denormalise(state.best[pick]))
-        finite = bool(torch.isfinite(state.best_loss[pick]))
+        best = state.best[pick]
+        images = seen.domain.clamp(target.denormalise(self.space.images(best, target)).detach())
+        labels = self.space.labels(best, target)
+        targets = state.targets if labels is None else labels.detach()
+        counts = state.counts if labels is None else _counts(targets)
+        info: dict[str, float | int | str | bool] = {"seed": state.seeds[pick], "seeds": self.seeds}
+        told = {"seeds_dropped": state.lost, "restarts": state.restarts, "unregistered": state.unregistered}
+        info |= {name: int(value) for name, value in told.items() if int(value)}
+        objective = float(state.best_loss[pick])
         return Reconstruction(
             images=images.float().cpu(),
             proved=torch.zeros(len(images), dtype=torch.bool),
-            objective=float(state.best_loss[pick]) if finite else float("nan"),
-            targets=state.targets.float().cpu(),
-            label_counts=None if state.counts is None else state.counts.float().cpu(),
-            info={"seed": pick, "seeds": len(state.z)},
+            objective=objective if abs(objective) < float("inf") else float("nan"),
+            targets=targets.float().cpu(),
+            label_counts=None if counts is None else counts.float().cpu(),
+            info=info,
         )
 
     def objective_of(self, seen: Observation, images: Tensor, targets: Tensor, run: Runtime) -> float:
-        """The final total objective at given images: how scoring shows that an optimiser fell short.
+        """The own objective of the last step at given images: how scoring shows that an optimiser fell short.
 
         Args:
             seen: the observation.
@@ -157,29 +183,82 @@ class Inversion:
             run: device and dtype.
         """
         target, terms = self._prepared(seen, run)
-        z = seen.domain.normalise(images.to(run.device, run.dtype)).requires_grad_(True)
-        loss, _ = self._objective(z, targets.to(run.device, run.dtype), target, terms, self.steps - 1)
-        return float(loss.detach())
+        z = seen.domain.normalise(images.to(run.device, run.dtype))
+        rows = targets.to(run.device, run.dtype)
+        problem = Objective(target, terms, pixels(), self.engine, self.steps - 1, self.steps, rows)
+        return float(evaluate(z, problem, gradient=False).own)
+
+    def _targets(self, seen: Observation) -> tuple[Tensor, Tensor | None]:
+        if not self.space.holds_labels:
+            return targets_of(seen, self.restore)
+        if seen.examples is None:
+            raise BadInput("attack: the number of images must be known; grant 'examples'.")
+        return torch.zeros(seen.examples, seen.classes), None
 
     def _prepared(self, seen: Observation, run: Runtime) -> tuple[Target, tuple[Term, ...]]:
-        if seen not in self._laid_out:
-            terms = self.terms(seen)
+        where = (run.device, run.dtype)
+        held = self._laid_out.get(seen)
+        if held is None or held[0] != where:
+            terms = live(self.terms(seen))
             require(terms, seen)
-            self._laid_out[seen] = (lay_out(seen, run), terms)
-        return self._laid_out[seen]
+            held = (where, lay_out(seen, run), terms)
+            self._laid_out[seen] = held
+        return held[1], held[2]
 
-    def _objective(
-        self, z: Tensor, targets: Tensor, target: Target, terms: tuple[Term, ...], t: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        images = target.seen.domain.denormalise(z)
-        trace = local_update(target.model, images, targets, target.plan, differentiable=True)
-        candidate = Candidate(z, images, targets, trace, target)
-        values = {term.name: term.value(candidate) for term in terms}
-        weighted = [as_schedule(term.weight)(t, self.steps) * values[term.name] for term in terms]
-        return torch.stack(weighted).sum(), {n: v.detach() for n, v in values.items()}
+    def _arranged(self, state: InversionState, target: Target, run: Runtime, t: int) -> InversionState:
+        """Before a step: restarts and a new anchor, where they are due."""
+        if self.restart is not None and self.restart.due(t, self.steps):
+            state = seeds.restarted(state, self.restart, self.update, self.space, target, run, t)
+        if self.consensus is not None and self.consensus.due(t):
+            rows = [self.space.images(z, target) for z in state.z]
+            shape = (0, len(state.targets), *target.seen.image_shape)
+            images = torch.stack(rows).detach() if rows else state.z.new_zeros(shape)
+            found = find_anchor(images, state.alive, self.consensus, target, run.world)
+            state = replace(seeds.forget_best(state), anchor=found.z, unregistered=found.unregistered)
+        return state
 
-    def _boxed(self, z: Tensor, seen: Observation) -> Tensor:
-        if not self.box:
-            return z
-        low, high = (seen.domain.normalise(torch.full_like(z[:1, :1], v)) for v in (seen.domain.low, seen.domain.high))
-        return torch.minimum(torch.maximum(z, low), high)
+    def _objective(self, target: Target, terms: tuple[Term, ...], state: InversionState, t: int) -> Objective:
+        group = self.consensus.weight if self.consensus is not None else 0.0
+        made = Objective(target, terms, self.space, self.engine, t, self.steps, state.targets)
+        return replace(made, anchor=state.anchor, group=group)
+
+    def _evaluated(self, z: Tensor, problem: Objective, numbers: tuple[int, ...], rng: Rng) -> _Found:
+        found: list[Evaluation] = []
+        for s, number in enumerate(numbers):
+            shown = self.jitter(rng.at("jitter", number)) if self.jitter is not None else None
+            found.append(evaluate(z[s], replace(problem, augment=shown)))
+        if not found:
+            return _Found(z.new_zeros(0), z.new_zeros(0), torch.zeros_like(z), {})
+        values = {name: torch.stack([f.values[name] for f in found]) for name in found[0].values}
+        gradient = torch.stack([f.gradient for f in found if f.gradient is not None])
+        return _Found(torch.stack([f.own for f in found]), torch.stack([f.total for f in found]), gradient, values)
+
+    def _scalars(self, found: _Found, state: InversionState, run: Runtime, t: int) -> Scalars:
+        """Lowest objectives over all seeds, means of the terms over this rank's living ones."""
+        alive, count = state.alive, state.alive.sum().clamp_min(1)
+        wall = found.total.new_full((1,), float("inf"))
+        now = torch.cat([torch.where(alive, found.total, wall), wall]).min()
+        least = torch.stack([now, torch.cat([state.best_loss, wall]).min()])
+        if (t + 1) % self.every == 0 or t + 1 == self.steps:
+            least = ranks.lowest(least, run.world, "a report")
+        scalars: dict[str, Tensor | float] = {"objective": least[0], "best": least[1]}
+        for name, value in found.values.items():
+            scalars[name] = torch.where(alive, value, torch.zeros_like(value)).sum() / count
+        if self.seeds > 1:
+            scalars["seeds_dropped"] = state.lost
+        return scalars
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Of all seeds: own and total objective [s], gradient as the variables, values of the terms [s]."""
+
+    own: Tensor
+    total: Tensor
+    gradient: Tensor
+    values: Mapping[str, Tensor]
+
+
+def _counts(targets: Tensor) -> Tensor:
+    """[k] how many rows have their greatest entry in each class."""
+    return torch.nn.functional.one_hot(targets.argmax(1), targets.shape[1]).sum(0).to(targets.dtype)

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from frostglass.attacks.inversion.schedules import Schedule, as_schedule
 from frostglass.core.randomness import Rng
+from frostglass.numerics.image import blocks
+
+Gradient: TypeAlias = Callable[[Tensor], Tensor]
+"""Variables of all seeds [s, ...] -> the gradient of each one's objective."""
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Where in the run a rule is applied; `rng` belongs to this step."""
+    """Where in the run a rule is applied.
+
+    Args:
+        t, steps: this step, from 0, of so many.
+        rng: of this step.
+        seeds: numbers of the seeds in the whole run, by which draws are addressed; 0, 1, ... if None.
+        z: the variables now, for rules that evaluate more than one gradient a step.
+        gradient: what such a rule calls.
+    """
 
     t: int
     steps: int
     rng: Rng
+    seeds: Sequence[int] | None = None
+    z: Tensor | None = None
+    gradient: Gradient | None = None
+
+    def normal(self, what: str, like: Tensor) -> Tensor:
+        """Standard normal draws as `like`, each seed's (first dimension) by its own path."""
+        numbers = range(len(like)) if self.seeds is None else self.seeds
+        if not numbers:
+            return torch.zeros_like(like)
+        return torch.stack([_normal(self.rng.at(what, number), like[0]) for number in numbers])
 
 
 @dataclass(frozen=True)
@@ -27,7 +49,7 @@ class Rule:
     """Turns a gradient into a change of the variable.
 
     Args:
-        init: variable -> state (tensors, numbers and tuples of them).
+        init: variables -> state: tensors that have seeds first, and tuples of them.
         apply: (gradient or what the rule before made of it, state, step) -> (change, state).
     """
 
@@ -78,7 +100,7 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Rule:
 def pixel_noise(amount: float) -> Rule:
     """Adds amount * N(0, 1) to the change. Put it after `adam` and before `scale`, so that the noise lands on the
     pixels, scaled by the current learning rate (Yin et al. 2021, sec. 3.4), and is not normalised away."""
-    return _stateless(lambda g, info: g + amount * info.rng.at("pixel noise").normal(g.shape, like=g))
+    return _stateless(lambda g, info: g + amount * info.normal("pixel noise", g))
 
 
 def scale(lr: float | Schedule) -> Rule:
@@ -95,3 +117,20 @@ def clip_norm(limit: float) -> Rule:
         return g * (limit / norm).clamp_max(1.0)
 
     return _stateless(change)
+
+
+def coarse_to_fine(size: int, until: float) -> Rule:
+    """Moves blocks of size x size pixels as one for the share `until` of the run, single pixels afterwards.
+
+    With a start in the same blocks (`spaces.pixels(coarse=size)`) this is an optimisation at a lower resolution that
+    goes on at the full one, for networks that take one size only (DeepInversion's multi-resolution start).
+    """
+    return _stateless(lambda g, info: blocks(g, size) if size > 1 and info.t < until * info.steps else g)
+
+
+def _normal(rng: Rng, like: Tensor) -> Tensor:
+    """On CUDA drawn there: 4 million numbers a step through the host would cost more than the step."""
+    if like.device.type != "cuda":
+        return rng.normal(like.shape, like=like)
+    made = rng.generator(like.device)
+    return torch.randn(like.shape, generator=made, device=like.device, dtype=like.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from frostglass.core.errors import AttackFailed, BadInput
@@ -27,6 +28,8 @@ class Target:
         gradients: observed gradients, of the parameters that were sent, in the model's order.
         plan: what the attacker simulates.
         bn_batch, bn_running: statistics, where granted.
+        mean, std: [c, 1, 1] of the normalisation inside the model.
+        low, high: [c, 1, 1] bounds of a pixel in normalised space.
     """
 
     seen: Observation
@@ -35,6 +38,14 @@ class Target:
     plan: LocalPlan
     bn_batch: Mapping[str, BNStatistics] | None
     bn_running: Mapping[str, BNStatistics] | None
+    mean: Tensor
+    std: Tensor
+    low: Tensor
+    high: Tensor
+
+    def denormalise(self, z: Tensor) -> Tensor:
+        """z * std + mean, as the domain does it, with constants that are on the device already."""
+        return z * self.std + self.mean
 
     @property
     def names(self) -> list[str]:
@@ -69,7 +80,9 @@ def lay_out(seen: Observation, run: Runtime) -> Target:
     model.train(plan.mode == "train")
     move = {"batch": seen.bn_batch, "running": seen.bn_running}
     moved = {k: _moved(v, run) if v else None for k, v in move.items()}
-    return Target(seen, model, sent, plan, moved["batch"], moved["running"])
+    mean, std = seen.domain.channel_constants(torch.zeros((), dtype=run.dtype, device=run.device))
+    low, high = (seen.domain.low - mean) / std, (seen.domain.high - mean) / std
+    return Target(seen, model, sent, plan, moved["batch"], moved["running"], mean, std, low, high)
 
 
 def update_problems(seen: Observation) -> list[str]:

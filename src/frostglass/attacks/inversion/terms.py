@@ -21,8 +21,9 @@ class Candidate:
     """One seed's current guess.
 
     Args:
-        z: [b, c, h, w] the variable, in the victim's normalised space for pixel spaces.
-        images: [b, c, h, w] the same in the bounds of the domain.
+        z: [b, c, h, w] in the victim's normalised space; priors on pixels read this.
+        images: [b, c, h, w] what the network is shown: the same in the bounds of the domain, augmented where a recipe
+            says so.
         targets: [b, k].
         trace: of the simulated client step; every term reads this one.
         target: what was observed.
@@ -93,6 +94,27 @@ def total_variation(weight: float | Schedule) -> Term:
     return Term("tv", weight, lambda c: image.total_variation(c.z))
 
 
+def variation_norm(weight: float | Schedule) -> Term:
+    """TV(x) of Yin et al. 2021, Eq. 9, as ||dx||_2 + ||dy||_2 per image.
+
+    The norm is our reading: like all other norms of that objective it is not squared.
+    """
+    return Term("tv", weight, lambda c: image.variation_norm(c.z))
+
+
+def l2_norm(weight: float | Schedule) -> Term:
+    """||x||_2 per image (Yin et al. 2021, Eq. 9), not squared."""
+    return Term("l2", weight, lambda c: image.mean_norm(c.z))
+
+
+def cross_entropy(weight: float | Schedule) -> Term:
+    """The network's loss on the candidate: images that it recognises as their label (Yin et al. 2020, Eq. 1).
+
+    A prior: the observed gradient has no part in it.
+    """
+    return Term("cross_entropy", weight, lambda c: c.trace.loss)
+
+
 def bn_statistics(weight: float | Schedule, source: Knows, *, relative: bool = False) -> Term:
     """Distance of the candidate's batch statistics to those granted (Yin et al. 2021, Eq. 10).
 
@@ -115,6 +137,18 @@ def available_bn(seen: Observation) -> Knows | None:
     if seen.bn_batch:
         return Knows.BN_BATCH
     return Knows.BN_RUNNING if seen.bn_running else None
+
+
+def live(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """Without the terms of weight 0: one key switches a term off, and what is off costs nothing.
+
+    Raises:
+        BadInput: nothing is left.
+    """
+    kept = tuple(t for t in terms if callable(t.weight) or t.weight != 0)
+    if not kept:
+        raise BadInput("attack: every term has weight 0; give one of them a weight.")
+    return kept
 
 
 def require(terms: tuple[Term, ...], seen: Observation) -> None:

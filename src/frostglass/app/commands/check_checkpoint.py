@@ -1,0 +1,31 @@
+"""`frostglass check-checkpoint`: does a checkpoint hold generator states from which keys can be recomputed?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("check-checkpoint")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.pass_context
+def command(context: click.Context, file: Path) -> None:
+    """Flag generator states in FILE (.pt, .pth, .ckpt, .bin, .pkl, .safetensors, or a folder of these); runs nothing.
+
+    Exit code 1 if there is one.
+    """
+    from frostglass.federated.checkpoint_check import check_checkpoint
+
+    found = check_checkpoint(file)
+    states = [x for x in found if x.state]
+    for x in found:
+        fix = "save the checkpoint without it; a resumed run draws new keys" if x.state else "keys must not follow from it"
+        click.echo(f"{file.name}: {x.where} holds {x.what}; {fix}.")
+    if states:
+        click.echo(
+            f"{len(states)} generator state{'s' if len(states) > 1 else ''}: keys that were drawn from such a generator, "
+            "as the released InstaHide draws them, can be recomputed from this file."
+        )
+        context.exit(1)
+    click.echo(f"{file.name}: no generator state found.")

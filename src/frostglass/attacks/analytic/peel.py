@@ -1,0 +1,349 @@
+"""Peeling a plain convolutional network from its head down: algebra for the last layers, a fit for the pixels."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from frostglass.attacks.analytic import peel_problem
+from frostglass.attacks.analytic.peel_problem import Problem
+from frostglass.attacks.analytic.proof import prove
+from frostglass.attacks.inversion.machine import Inversion, InversionState
+from frostglass.attacks.inversion.rules import Rule, StepInfo, adam, chain, scale
+from frostglass.attacks.inversion.schedules import cosine, falling
+from frostglass.attacks.inversion.target import lay_out, refuse_broken_values
+from frostglass.attacks.recipes.thaw import thaw
+from frostglass.attacks.registry import ATTACKS
+from frostglass.core.drive import Scalars
+from frostglass.core.reconstruction import Reconstruction
+from frostglass.core.runtime import Runtime
+from frostglass.core.threat import Knows, Observation
+from frostglass.numerics import conv_fit, head
+from frostglass.numerics.conv_peel import CERTIFIED, THRESHOLDS, peel as peel_off
+from frostglass.numerics.distance import cosine_distance, flatten
+from frostglass.numerics.image import total_variation
+from frostglass.numerics.local_update import local_update
+
+SEARCH = 40
+"""Steps for the classifier's inputs, at the most."""
+
+STARTS = 8
+"""Starts of that solve in one step."""
+
+USABLE = 1e-2
+"""Residual of the peeled activations up to which pixels are fitted to them."""
+
+REFRESH = 10
+"""Iterations between two updates of what the last ReLU hides."""
+
+WARMUP = 20
+"""Iterations over which the learning rate rises, and after which a free contrast is fitted."""
+
+FITTED, FITTED_GROUP = 1e-3, 2e-3
+"""Largest loss of certified pixels; the second where a GroupNorm leaves the contrast free."""
+
+
+@dataclass(frozen=True)
+class PeelState:
+    """Of all stages; each reads what the one before it left.
+
+    Args:
+        stage: "heads", "activations", "pixels", "matching" (when the algebra failed), "over".
+        tried: steps of the first stage, then thresholds of the second one.
+        mixing: [b, b] the best solution for the classifier's inputs; heads_residual: its residual.
+        targets: [b, k] that go with it.
+        activations: [b, c, h, w] input of the last convolution; peel_residual: its residual.
+        above: [b, c, h, w] gradient of the loss at them.
+        hidden: gradient at the output of the convolution before them, as of the last refresh.
+        z: [b, c, h, w] pixels in the domain's normalised space; rule: state of Adam; iteration: of either fit.
+        best, best_loss: the pixels at their lowest loss.
+        matching: state of the gradient matching that takes over where the algebra fails.
+    """
+
+    stage: str
+    tried: int
+    mixing: Float[Tensor, "b b"]
+    heads_residual: float
+    targets: Float[Tensor, "b k"]
+    activations: Tensor
+    peel_residual: float
+    above: Tensor
+    hidden: Tensor
+    z: Float[Tensor, "b c h w"]
+    rule: Any
+    iteration: int
+    best: Float[Tensor, "b c h w"]
+    best_loss: Tensor
+    matching: InversionState
+
+
+@dataclass(frozen=True)
+class Peel:
+    """See `peel`."""
+
+    name: str
+    pixel_steps: int
+    update: Rule
+    tv: float
+    tv_start: float
+    fallback: Inversion
+    every: int
+    needs: frozenset[Knows] = frozenset({Knows.EXAMPLES})
+    _problems: weakref.WeakKeyDictionary[Observation, Problem] = field(
+        default_factory=weakref.WeakKeyDictionary, repr=False, compare=False
+    )
+
+    @property
+    def steps(self) -> int:
+        """Of all stages together; the first ones rarely take more than two."""
+        return SEARCH + len(THRESHOLDS) + self.pixel_steps
+
+    def check(self, seen: Observation) -> list[str]:
+        """Sentences on why this observation cannot be attacked."""
+        return peel_problem.problems_of(seen)
+
+    def init(self, seen: Observation, run: Runtime) -> PeelState:
+        """Nothing solved; grey pixels."""
+        problem = self._prepared(seen, run)
+        targets = problem.targets[0]
+        b, like = len(targets), torch.zeros((), dtype=run.dtype, device=run.device)
+        z = 0.01 * run.rng.at("pixels").normal((b, *seen.image_shape), like=like)
+        nothing = torch.zeros(0, dtype=run.dtype, device=run.device)
+        return PeelState(
+            stage="heads",
+            tried=0,
+            mixing=torch.eye(b, dtype=torch.float64),
+            heads_residual=math.inf,
+            targets=targets.to(like),
+            activations=nothing,
+            peel_residual=math.inf,
+            above=nothing,
+            hidden=nothing,
+            z=z,
+            rule=self.update.init(z),
+            iteration=0,
+            best=z.clone(),
+            best_loss=torch.full_like(like, math.inf),
+            matching=self.fallback.init(seen, run.at("matching")),
+        )
+
+    def step(self, seen: Observation, state: PeelState, run: Runtime, t: int) -> tuple[PeelState, Scalars]:
+        """A few starts, one threshold, or one iteration, by stage."""
+        if state.stage == "heads":
+            return self._heads(self._prepared(seen, run), state, run)
+        if state.stage == "activations":
+            return self._activations(self._prepared(seen, run), state, run)
+        if state.stage == "pixels":
+            return self._pixels(self._prepared(seen, run), state, run)
+        if state.stage == "matching":
+            matched, scalars = self.fallback.step(seen, state.matching, run.at("matching"), state.iteration)
+            return self._counted(replace(state, matching=matched)), scalars
+        return state, {}
+
+    def done(self, state: PeelState) -> bool:
+        """All iterations were made."""
+        return state.stage == "over"
+
+    def read(self, seen: Observation, state: PeelState) -> Reconstruction:
+        """The best pixels, with the residual of every stage; none of it uses the private images."""
+        run = Runtime(device=state.z.device, dtype=state.z.dtype)
+        problem = self._prepared(seen, run)
+        info = _info(problem, state)
+        if bool(state.matching.best_loss.isfinite().any()):
+            found = self.fallback.read(seen, state.matching)
+            assert found.targets is not None
+            objective = self.objective_of(seen, found.images, found.targets, run)
+            return replace(found, objective=objective, info=info)
+        images = seen.domain.clamp(seen.domain.denormalise(_contrasted(problem, state.best)))
+        holds = False
+        if info["certificate"]:
+            proof, agreeing = prove(seen, images), _agreement(problem, state, images)
+            info["activations_agreeing"] = agreeing
+            if proof is not None:
+                info["recomputed_gradient_error"] = proof.error
+                holds = proof.holds and agreeing == 1.0
+        return Reconstruction(
+            images=images.float().cpu(),
+            proved=torch.full((len(images),), holds, dtype=torch.bool),
+            objective=self.objective_of(seen, images, state.targets, run),
+            targets=state.targets.float().cpu(),
+            label_counts=None if problem.granted else state.targets.sum(0).float().cpu(),
+            info=info,
+        )
+
+    def objective_of(self, seen: Observation, images: Tensor, targets: Tensor, run: Runtime) -> float:
+        """1 - cosine of the whole observed update and the one that `images` with `targets` would give.
+
+        No stage minimises this: it is what all attacks on gradients can be compared by.
+
+        Args:
+            seen: the observation.
+            images: [b, c, h, w] in the bounds of the domain.
+            targets: [b, k].
+            run: device and dtype.
+        """
+        goal = lay_out(seen, run)
+        trace = local_update(goal.model, images.to(run.device, run.dtype), targets.to(run.device, run.dtype), goal.plan)
+        found = flatten([trace.gradients[n] for n in goal.names])
+        return max(0.0, float(cosine_distance(found.double(), goal.flat.double())))
+
+    def _prepared(self, seen: Observation, run: Runtime) -> Problem:
+        if seen not in self._problems:
+            refuse_broken_values(seen)
+            self._problems[seen] = peel_problem.lay_out(seen, run)
+        return self._problems[seen]
+
+    def _heads(self, problem: Problem, state: PeelState, run: Runtime) -> tuple[PeelState, Scalars]:
+        """A few starts for one of the possible labels."""
+        choice, turn = state.tried % len(problem.targets), state.tried // len(problem.targets)
+        rng = run.rng.at("heads", choice)
+        mixing, residual = head.solve(problem.heads(choice), rng, starts=STARTS, first=turn * STARTS)
+        new = replace(state, tried=state.tried + 1)
+        if residual < state.heads_residual:
+            targets = problem.targets[choice].to(state.targets)
+            new = replace(new, mixing=mixing, heads_residual=residual, targets=targets)
+        if new.heads_residual < head.ACCEPTED:
+            new = replace(new, stage="activations", tried=0)
+        elif new.tried == SEARCH:
+            new = replace(new, stage="matching")
+        return new, {"heads_residual": new.heads_residual}
+
+    def _activations(self, problem: Problem, state: PeelState, run: Runtime) -> tuple[PeelState, Scalars]:
+        """The input of the last convolution, by one threshold."""
+        equations = problem.last_convolution(state.targets, state.mixing, run.rng.at("deviation"))
+        peeled = peel_off(equations, THRESHOLDS[state.tried])
+        new = replace(state, tried=state.tried + 1)
+        if peeled.residual < state.peel_residual:
+            above = equations.layer.gradient_of_input(peeled.dz, peeled.inputs)
+            inputs = peeled.inputs.to(state.z)
+            new = replace(new, activations=inputs, above=above.to(state.z), peel_residual=peeled.residual)
+        if new.peel_residual < CERTIFIED or new.tried == len(THRESHOLDS):
+            new = self._after_peeling(problem, new)
+        return new, {"peel_residual": new.peel_residual} if math.isfinite(new.peel_residual) else {}
+
+    def _after_peeling(self, problem: Problem, state: PeelState) -> PeelState:
+        if state.peel_residual >= USABLE:
+            return replace(state, stage="matching")
+        if len(problem.exact) > 1:
+            return replace(state, stage="pixels")
+        images = problem.to_images(state.activations)  # the first convolution is the last one: nothing is left to fit
+        loss = torch.zeros_like(state.best_loss)
+        return replace(state, stage="over", best=problem.domain.normalise(images), best_loss=loss)
+
+    def _pixels(self, problem: Problem, state: PeelState, run: Runtime) -> tuple[PeelState, Scalars]:
+        """One iteration of Adam on the pixels."""
+        domain, t = problem.domain, state.iteration
+        fit = problem.fit(state.activations, state.above)
+        z = state.z.detach().requires_grad_(True)
+        with torch.enable_grad():
+            candidate = conv_fit.forward(fit, problem.to_input(domain.denormalise(z)))
+            factor = conv_fit.scale_of(fit, candidate.y, known=t >= WARMUP)
+            hidden = state.hidden
+            if t % REFRESH == 0:
+                hidden = conv_fit.gradient_below(fit, candidate, factor, known=t > 0)
+            loss, hinge, linear = conv_fit.mismatch(fit, candidate, hidden, factor)
+            prior = total_variation(z)
+            weight = falling(self.tv_start, self.tv)(t, self.pixel_steps) if self.tv else 0.0
+            slope = torch.autograd.grad(loss + weight * prior, z)[0]
+        change, rule = self.update.apply(slope, state.rule, StepInfo(t, self.pixel_steps, run.rng.at("step", t)))
+        low, high = (domain.normalise(torch.full_like(z[:1, :1], v)) for v in (domain.low, domain.high))
+        reached = hinge + linear
+        better = reached < state.best_loss
+        new = replace(
+            state,
+            hidden=hidden.detach(),
+            z=torch.minimum(torch.maximum(z.detach() + change, low), high),
+            rule=rule,
+            best=torch.where(better, z.detach(), state.best),
+            best_loss=torch.where(better, reached, state.best_loss),
+        )
+        scalars = {"pixel_loss": reached, "activations": hinge, "weight_gradient": linear, "tv": prior.detach()}
+        return self._counted(new), scalars
+
+    def _counted(self, state: PeelState) -> PeelState:
+        done = state.iteration + 1
+        return replace(state, iteration=done, stage="over" if done == self.pixel_steps else state.stage)
+
+
+def _info(problem: Problem, state: PeelState) -> dict[str, float | int | str | bool]:
+    """Residuals, the certificate that rests on them, and what to make of it."""
+    grouped = len(problem.layers) > 1 and problem.layers[-2].norm == "group"
+    loss = float(state.best_loss)
+    info: dict[str, float | int | str | bool] = {
+        "heads_residual": state.heads_residual,
+        "peel_residual": state.peel_residual,
+        "pixel_loss": loss,
+        "labels": "granted" if problem.granted else "restored; the certificate covers them",
+    }
+    info = {k: v for k, v in info.items() if not isinstance(v, float) or math.isfinite(v)}
+    info["certificate"] = (
+        state.heads_residual < head.ACCEPTED
+        and state.peel_residual < CERTIFIED
+        and loss < (FITTED_GROUP if grouped else FITTED)
+    )
+    if problem.free_contrast:
+        info["contrast"] = "a GroupNorm hides the contrast of each image; shown is that of a typical photograph"
+    if bool(state.matching.best_loss.isfinite().any()):
+        info["warning"] = (
+            "the gradient does not follow from the network exactly (noise, rounding, wrong labels or another batch "
+            "size): shown are images by gradient matching, without a certificate"
+        )
+    elif not info["certificate"]:
+        info["warning"] = "the residuals do not certify these images"
+    return info
+
+
+def _contrasted(problem: Problem, z: Tensor) -> Tensor:
+    """Each image scaled to a mean square of 1 in the normalised space, where the network does not see its scale."""
+    if not problem.free_contrast:
+        return z
+    return z / z.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-6)
+
+
+def _agreement(problem: Problem, state: PeelState, images: Tensor) -> float:
+    """Share of the ReLUs after the peeled convolution and after the last one that `images` switch as observed."""
+    known = state.activations
+    with torch.no_grad():
+        x = problem.to_input(images.to(known))
+        for layer in problem.layers[:-1]:
+            x = layer.scaled(layer.standardise(layer.conv(x))).relu()
+        fit = [] if len(problem.layers) == 1 else [((x > 0) == (known > 1e-5 * known.max())).double().mean()]
+        shown, goal = (
+            problem.layers[-1].scaled(problem.layers[-1].standardise(problem.layers[-1].conv(v))) for v in (x, known)
+        )
+    return float(torch.stack([*fit, ((shown > 0) == (goal > 0)).double().mean()]).min())
+
+
+@ATTACKS.register(
+    paper="Frostglass; related: Zhu & Blaschko 2021 (R-GAP), Kariyappa et al. 2023 (Cocktail Party)", family="analytic"
+)
+def peel(*, steps: int = 500, lr: float = 1.0, tv: float = 1e-4, tv_start: float = 1.0, every: int = 50) -> Peel:
+    """Peels a plain conv-norm-ReLU network from its linear head down: exact activations, then pixels that fit them.
+
+    Three stages. The inputs of the classifier are solved for exactly, image by image; the input of the last
+    convolution follows by linear least squares; pixels are fitted to it by Adam, without second derivatives. Every
+    stage has a residual, and the three together are a certificate that does not use the private images. Where the
+    algebra fails (noise, rounding to half precision, wrong labels) gradient matching (`thaw`) takes over, uncertified.
+
+    Args:
+        steps: iterations on the pixels.
+        lr: peak learning rate, reached after 20 iterations, 0 at the end.
+        tv, tv_start: weight of the total variation at the end and at the start; set tv to 0 on encodings, whose
+            neighbouring pixels are unrelated.
+        every: iterations between two reports.
+    """
+    return Peel(
+        "peel",
+        pixel_steps=steps,
+        update=chain(adam(), scale(cosine(lr, warmup=WARMUP))),
+        tv=tv,
+        tv_start=max(tv_start, tv),
+        fallback=thaw(steps=steps, every=every) if tv else thaw(steps=steps, tv=0.0, every=every),
+        every=every,
+    )

@@ -1,0 +1,194 @@
+"""One seed's objective and its gradient: one shared simulation of the client for all terms, two ways to differentiate.
+
+The matching loss D(g(x)) holds the gradient g of the network, so that its own gradient needs second derivatives.
+"double_backward" has autograd take them. "frozen_fd" is for networks without double backward (custom kernels, flash
+attention): with v = dD/dg held fixed, grad_x D(g(x)) = d/de grad_x L(x; W + e v) at e = 0, taken as a central
+difference in which every ReLU and max-pooling repeats the choices it made at W. Without that freezing, finite
+differences cross kinks and are wrong on ReLU networks (cosine below 0.7 to the true gradient), so they are not offered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import functional_call
+
+from frostglass.attacks.inversion.frozen import Choices
+from frostglass.attacks.inversion.schedules import Schedule, as_schedule
+from frostglass.attacks.inversion.spaces import Space
+from frostglass.attacks.inversion.target import Target
+from frostglass.attacks.inversion.terms import Candidate, Term
+from frostglass.numerics.bn import recorded_bn
+from frostglass.numerics.image import anchor_distance
+from frostglass.numerics.local_update import Trace, in_mode, local_update, soft_cross_entropy, trainable
+
+Engine: TypeAlias = Literal["double_backward", "frozen_fd"]
+Augment: TypeAlias = Callable[[Tensor], Tensor]
+
+RELATIVE_STEP = {torch.float64: 1e-6}
+"""||e v|| / ||W|| by dtype; 1e-5 elsewhere: below it round-off rules, above it the curvature of the smooth parts."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised at one step.
+
+    Args:
+        target: what was observed.
+        terms: those of weight other than 0.
+        space: decodes variables.
+        engine: how the gradient is taken.
+        t, steps: the step, for schedules.
+        targets: [b, k], unless the space holds labels.
+        anchor: [b, c, h, w] or None.
+        group: weight of the distance to it.
+        augment: applied to the images that the network sees, not to the pixel priors.
+    """
+
+    target: Target
+    terms: tuple[Term, ...]
+    space: Space
+    engine: Engine
+    t: int
+    steps: int
+    targets: Tensor
+    anchor: Tensor | None = None
+    group: float | Schedule = 0.0
+    augment: Augment | None = None
+
+    def weight(self, weight: float | Schedule) -> float:
+        """At this step."""
+        return as_schedule(weight)(self.t, self.steps)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One seed at one point.
+
+    Args:
+        own: matching and priors, weighted: what can be computed from the images alone, and by which seeds are chosen.
+        total: with the distance to the anchor: what is minimised.
+        gradient: of `total`, as the variable; None if not asked for.
+        values: of each term, unweighted.
+    """
+
+    own: Float[Tensor, ""]
+    total: Float[Tensor, ""]
+    gradient: Tensor | None
+    values: Mapping[str, Tensor]
+
+
+def evaluate(z: Tensor, problem: Objective, *, gradient: bool = True) -> Evaluation:
+    """The objective, and its gradient unless `gradient` is False, at the variable z of one seed."""
+    if not gradient:
+        with torch.no_grad():
+            return _detached(*_values(z, problem, _simulated(z, problem, differentiable=False)), None)
+    z = z.detach().requires_grad_(True)
+    if problem.engine == "frozen_fd" and any(t.gradient for t in problem.terms):
+        return _frozen_differences(z, problem)
+    own, total, values = _values(z, problem, _simulated(z, problem, differentiable=True))
+    return _detached(own, total, values, torch.autograd.grad(total, z)[0])
+
+
+def _detached(own: Tensor, total: Tensor, values: Mapping[str, Tensor], gradient: Tensor | None) -> Evaluation:
+    kept = {n: v.detach() for n, v in values.items()}
+    return Evaluation(own.detach(), total.detach(), gradient, kept)
+
+
+def _simulated(z: Tensor, problem: Objective, *, differentiable: bool) -> Candidate:
+    pixels, images, targets = _decoded(z, problem)
+    target = problem.target
+    if any(term.gradient for term in problem.terms):
+        trace = local_update(target.model, images, targets, target.plan, differentiable=differentiable)
+    else:
+        trace = _forward(target, dict(trainable(target.model)), images, targets, mode="eval")
+    return Candidate(pixels, images, targets, trace, target)
+
+
+def _decoded(z: Tensor, problem: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalised images, what the network is shown, targets)."""
+    pixels = problem.space.images(z, problem.target)
+    labels = problem.space.labels(z, problem.target)
+    shown = pixels if problem.augment is None else problem.augment(pixels)
+    return pixels, problem.target.denormalise(shown), problem.targets if labels is None else labels
+
+
+def _forward(
+    target: Target, weights: Mapping[str, Tensor], images: Tensor, targets: Tensor, *, mode: str | None = None
+) -> Trace:
+    """A forward pass alone, with the gradients left out of the trace.
+
+    Args:
+        mode: of the network; the client's if None. Attacks that match nothing look at the network as it is deployed.
+    """
+    buffers = {name: b.clone() for name, b in target.model.named_buffers()}
+    with in_mode(target.model, mode or target.plan.mode), recorded_bn(target.model) as bn:
+        logits = functional_call(target.model, {**weights, **buffers}, (images,))
+    return Trace({}, bn, logits, soft_cross_entropy(logits, targets), buffers)
+
+
+def _values(
+    z: Tensor, problem: Objective, candidate: Candidate, *, only: bool | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(own objective, total, values); `only` keeps the terms that match gradients, or those that do not."""
+    terms = [t for t in problem.terms if only is None or t.gradient is only]
+    values = {term.name: term.value(candidate) for term in terms}
+    own = sum((problem.weight(t.weight) * values[t.name] for t in terms), candidate.z.new_zeros(()))
+    total = own
+    if problem.anchor is not None and only is not True:
+        values["group"] = anchor_distance(candidate.z, problem.anchor)
+        total = own + problem.weight(problem.group) * values["group"]
+    return own, total, values
+
+
+def _frozen_differences(z: Tensor, problem: Objective) -> Evaluation:
+    """As the module says; four passes through the network, none of them twice."""
+    target = problem.target
+    weights = dict(trainable(target.model))
+    pixels, images, targets = _decoded(z, problem)
+    choices = Choices()
+    with choices.recorded():
+        trace = _forward(target, weights, images, targets)
+    found = torch.autograd.grad(trace.loss, list(weights.values()), retain_graph=True, allow_unused=True)
+    leaves = {
+        n: (torch.zeros_like(w) if g is None else g).detach().requires_grad_(True)
+        for (n, w), g in zip(weights.items(), found, strict=True)
+    }
+    matched = Candidate(pixels.detach(), images.detach(), targets.detach(), _with(trace, leaves), target)
+    loss, _, values = _values(z, problem, matched, only=True)
+    v = dict(zip(leaves, _or_zeros(loss, list(leaves.values())), strict=True))
+    priors, rest, others = _values(z, problem, Candidate(pixels, images, targets, trace, target), only=False)
+    change = _or_zeros(rest, [z])[0] if rest.requires_grad else torch.zeros_like(z)
+    inputs = [images] + ([targets] if targets.requires_grad else [])
+    step = _step_size(weights, v)
+    ends = []
+    for sign in (1.0, -1.0):
+        moved = {n: (w + sign * step * v[n]).detach() for n, w in weights.items()}
+        with choices.replayed():
+            ends.append(torch.autograd.grad(_forward(target, moved, images, targets).loss, inputs))
+    slopes = [(a - b) / (2 * step) for a, b in zip(*ends, strict=True)]
+    # the graph from z to images was used by the priors already where they have one
+    change = change + torch.autograd.grad(inputs, z, slopes)[0]
+    return _detached(loss + priors, loss + rest, {**values, **others}, change)
+
+
+def _with(trace: Trace, gradients: Mapping[str, Tensor]) -> Trace:
+    return Trace(gradients, trace.bn, trace.logits, trace.loss, trace.buffers)
+
+
+def _or_zeros(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _step_size(weights: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> Tensor:
+    def size(tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(t.detach()) for t in tensors.values()]).norm()
+
+    first = next(iter(weights.values()))
+    return RELATIVE_STEP.get(first.dtype, 1e-5) * size(weights) / size(v).clamp_min(torch.finfo(first.dtype).tiny)

@@ -1,0 +1,107 @@
+"""What becomes of seeds: dropped when they break, restarted when they diverge, one chosen at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from frostglass.attacks.inversion import ranks
+from frostglass.attacks.inversion.rules import Rule
+from frostglass.attacks.inversion.spaces import Space
+from frostglass.attacks.inversion.state import InversionState, per_seed, where_seeds
+from frostglass.attacks.inversion.target import Target
+from frostglass.core.runtime import Runtime, World
+
+
+@dataclass(frozen=True)
+class Restart:
+    """When a seed counts as diverged and starts anew.
+
+    Args:
+        every: steps between two checks, and the least age of a seed at one.
+        factor: diverged if its objective is not below so many times the one it started with, or not finite.
+        until: no restarts after this share of the run: what begins then has no time to arrive.
+    """
+
+    every: int
+    factor: float
+    until: float = 0.8
+
+    def due(self, t: int, steps: int) -> bool:
+        """Whether seeds are checked before step t."""
+        return t > 0 and t % self.every == 0 and t < self.until * steps
+
+
+def start_of(
+    space: Space, target: Target, rows: int, numbers: tuple[int, ...], run: Runtime, *path: str | int
+) -> Tensor:
+    """Fresh variables of seeds by their numbers, [s, rows, ...]."""
+    like = torch.zeros((), dtype=run.dtype, device=run.device)
+    made = [space.start(target, rows, run.rng.at("start", number, *path), like) for number in numbers]
+    if not made:  # a rank without seeds still needs the shape
+        made = [space.start(target, rows, run.rng.at("start", 0), like)]
+    return space.box(torch.stack(made)[: len(numbers)], target)
+
+
+def living(alive: Tensor, own: Tensor, gradient: Tensor) -> Tensor:
+    """[s] seeds that still live: objective and gradient are finite."""
+    return alive & own.isfinite() & gradient.flatten(1).isfinite().all(1)
+
+
+def restarted(
+    state: InversionState, how: Restart, rule: Rule, space: Space, target: Target, run: Runtime, t: int
+) -> InversionState:
+    """Diverged and dropped seeds from a fresh start, with a fresh state of the rule."""
+    fresh = start_of(space, target, len(state.targets), state.seeds, run, "restart", t)
+    lost = ~(state.last_loss < how.factor * state.first_loss) | ~state.alive
+    inf = torch.full_like(state.first_loss, float("inf"))
+    return replace(
+        state,
+        z=where_seeds(lost, fresh, state.z),
+        rule=where_seeds(lost, rule.init(fresh), state.rule),
+        alive=state.alive | lost,
+        first_loss=torch.where(lost, inf, state.first_loss),
+        restarts=state.restarts + lost.sum(),
+    )
+
+
+def choose(state: InversionState, world: World) -> InversionState:
+    """After the last step: every rank holds the one seed with the lowest own objective of all ranks, and no other.
+
+    The truth has no part in the choice: it is no argument of this function, nor of anything that calls it.
+    """
+    if world.size == 1:
+        return state
+    what = "the choice among seeds"
+    held = [(float(state.best_loss[i]), number, i) for i, number in enumerate(state.seeds)]
+    bid = min(held, default=(float("inf"), -1, 0))
+    bids = ranks.gathered(bid[:2], world, what)
+    owner = min(range(world.size), key=lambda rank: bids[rank])
+    mine = state.best[bid[2]] if held else state.best.new_zeros(state.best.shape[1:])
+    return replace(
+        state,
+        best=ranks.from_rank(mine.contiguous(), owner, world, what)[None],
+        best_loss=state.best_loss.new_full((1,), bids[owner][0]),
+        seeds=(bids[owner][1],),
+        alive=state.alive.new_ones(1),
+        first_loss=state.best_loss.new_full((1,), bids[owner][0]),
+        last_loss=state.best_loss.new_full((1,), bids[owner][0]),
+        lost=ranks.total(state.lost, world, what),
+        restarts=ranks.total(state.restarts, world, what),
+    )
+
+
+def forget_best(state: InversionState) -> InversionState:
+    """Before a refresh changes what is minimised: the best so far was the best at something else."""
+    return replace(state, best_loss=torch.full_like(state.best_loss, float("inf")))
+
+
+def keep_best(state: InversionState, own: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """(best variables, their objectives): the objective of a step goes with the variables before that step."""
+    inf = torch.full_like(own, float("inf"))
+    now = torch.where(alive, own, inf)
+    better = now < state.best_loss
+    best = torch.where(per_seed(better, state.z), state.z, state.best)
+    return best, torch.where(alive, torch.where(better, now, state.best_loss), inf)

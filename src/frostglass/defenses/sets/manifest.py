@@ -1,0 +1,86 @@
+"""What a shared encoded set says about itself, and whether its shards are those that were written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from frostglass.core.errors import BadInput
+
+FORMAT, VERSION, MANIFEST = "frostglass encoded set", 1, "manifest.json"
+
+_NEEDED: dict[str, type] = {
+    "encodings": int, "shape": list, "dtype": str, "classes": int, "labels": str, "shards": list, "warning": str,
+}  # fmt: skip
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard; nothing else is ever opened, whatever a manifest says."""
+    return f"encodings-{number:05d}.safetensors"
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as held:
+        return hashlib.file_digest(held, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an encoded set.
+
+    Raises:
+        BadInput: no such folder, no manifest, or one that is damaged or of another format or version.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BadInput(f"encoded set: {folder} is no folder; give one that `frostglass encode` has written.")
+    if not path.is_file():
+        raise BadInput(f"encoded set: {folder} holds no {MANIFEST}; it is no encoded set, or its encoding never ended.")
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as wrong:
+        raise BadInput(f"encoded set: {path} cannot be read ({wrong}); copy the set anew.") from None
+    if not isinstance(held, dict) or held.get("format") != FORMAT:
+        raise BadInput(f"encoded set: {path} is not the manifest of an encoded set.")
+    if held.get("version") != VERSION:
+        raise BadInput(f"encoded set: {path} is of version {held.get('version')!r}; this library reads {VERSION}.")
+    wrong_keys = [key for key, kind in _NEEDED.items() if not isinstance(held.get(key), kind)]
+    if wrong_keys or not _whole(held):
+        named = ", ".join(wrong_keys) or "shards"
+        raise BadInput(f"encoded set: {path} is damaged (at {named}); copy the set anew.")
+    return held
+
+
+def _whole(held: dict[str, Any]) -> bool:
+    """Whether the shards are named and counted as this library does it."""
+    shards = held["shards"]
+    fits = all(
+        isinstance(s, dict) and s.get("file") == shard_name(i) and isinstance(s.get("rows"), int)
+        and s["rows"] > 0 and isinstance(s.get("sha256"), str)
+        for i, s in enumerate(shards)
+    )  # fmt: skip
+    return fits and sum(s["rows"] for s in shards) == held["encodings"] and len(held["shape"]) == 3
+
+
+def problems_of(folder: Path, held: dict[str, Any]) -> list[str]:
+    """A sentence for each file that is not as the manifest says: missing, changed, or not part of the set.
+
+    The manifest itself is not signed: whoever can change a shard can change its hash there too. Send the manifest's
+    own digest by another way if that matters.
+    """
+    found = []
+    for shard in held["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file() or path.is_symlink():
+            found.append(f"encoded set: shard {shard['file']} is missing; copy the set anew.")
+        elif sha256_of(path) != shard["sha256"]:
+            found.append(
+                f"encoded set: shard {shard['file']} has been changed: its SHA-256 is not the one in {MANIFEST}; copy "
+                "the set anew."
+            )
+    named = {MANIFEST, *(shard["file"] for shard in held["shards"])}
+    strays = sorted(p.name for p in folder.iterdir() if p.name not in named)
+    found += [f"encoded set: {name} is no part of the set; remove it." for name in strays]
+    return found

@@ -1,0 +1,1 @@
+"""The engines that a real user trains on."""

@@ -1,0 +1,149 @@
+"""`frostglass.audit` from Python: the user's own network and tensors, in five lines, none of them changed."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scenes import same_outcome, small
+from torch import nn
+
+import frostglass
+from frostglass.auditing.plan import load_plan, parse_plan
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 256), nn.ReLU(), nn.Linear(256, 3))
+
+
+X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = [0, 1, 2, 0]
+QUICK = {"name": "thaw", "steps": 4, "every": 2}
+
+
+@pytest.fixture(autouse=True)
+def _temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def test_five_lines() -> None:
+    report = frostglass.audit(model=net(), images=X, labels=Y, attacks=["spear"])
+    (cell,) = report.cells
+    assert cell.summary is not None
+    assert cell.summary.proved == 4
+    assert "4 of 4 images recovered exactly" in str(report)
+    assert report.html.exists()
+    assert "1 cells" in repr(report)
+
+
+def test_the_users_objects_are_as_they_were() -> None:
+    model = net().eval()
+    model[1].train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    images, labels = X.clone().requires_grad_(True), torch.tensor(Y)
+    frostglass.audit(model=model, images=images, labels=labels, attacks=QUICK, mode="train")
+    assert [m.training for m in model.modules()] == [False, False, True, False, False]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert torch.equal(images.detach(), X)
+    assert images.grad is None
+
+
+def test_the_plan_that_is_kept_says_what_was_really_run(tmp_path: Path) -> None:
+    report = frostglass.audit(model=net(), images=X, labels=Y, attacks=QUICK, out=tmp_path / "run")
+    assert report.cells[0].model == "python:Sequential"
+    assert report.cells[0].settings["data"]["source"] == "python"
+    plan = load_plan(tmp_path / "run" / "plan.toml")
+    assert plan.scenario[0].data.source == "python"
+    with pytest.raises(frostglass.BadInput, match="given from Python"):
+        frostglass.audit(plan, out=tmp_path / "other")
+
+
+def test_a_plan_as_table_as_path_and_as_text(tmp_path: Path) -> None:
+    table = small(QUICK)
+    path = tmp_path / "plan.toml"
+    path.write_text(parse_plan(table).to_toml())
+    for name, plan in (("a", table), ("b", path), ("c", str(path)), ("d", parse_plan(table))):
+        frostglass.audit(plan, out=tmp_path / name, device="cpu")
+    for name in "bcd":
+        same_outcome(tmp_path / "a", tmp_path / name)
+
+
+def test_own_objects_replace_what_a_plan_names(tmp_path: Path) -> None:
+    report = frostglass.audit(small(QUICK), model=net(), images=X, labels=Y, out=tmp_path / "run")
+    cell = report.cells[0]
+    assert cell.model == "python:Sequential"
+    assert {i.id for i in cell.images} == {f"image {i}" for i in range(4)}
+    only_images = frostglass.audit(small(QUICK), images=X, labels=Y)
+    assert only_images.cells[0].model == "mlp"
+    only_model = frostglass.audit(
+        small(QUICK, model={"classes": 3}), model=nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    )
+    assert only_model.cells[0].settings["data"]["source"] == "photos"
+
+
+def test_names_may_stand_alone() -> None:
+    report = frostglass.audit(
+        model=net(), images=X, labels=Y, attacks="spear", defenses="none", grants="examples", metrics=("psnr", "ssim")
+    )
+    assert report.cells[0].grants.count("examples") == 1
+
+
+def test_everything_is_random_from_the_seed(tmp_path: Path) -> None:
+    for name in "ab":
+        torch.manual_seed(ord(name))
+        frostglass.audit(
+            model=net(), images=X, labels=Y, attacks=QUICK, batch=2, batches=2, seed=5, out=tmp_path / name
+        )
+    same_outcome(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_run_with_other_objects_is_another_run(tmp_path: Path) -> None:
+    def go(images: torch.Tensor, **more: Any) -> None:
+        frostglass.audit(model=net(), images=images, labels=Y, attacks=QUICK, out=tmp_path / "run", **more)
+
+    go(X)
+    go(X, resume=True)
+    with pytest.raises(frostglass.BadInput, match="already holds this run"):
+        go(X)
+    with pytest.raises(frostglass.BadInput, match="not those that"):
+        go(X * 0.5, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "sentence"),
+    [
+        ({}, "give a plan, or a model and images"),
+        ({"model": net()}, "give a plan, or a model and images"),
+        ({"model": net(), "images": X, "batch": 0}, "client.batch: 0 is not valid"),
+        ({"model": net(), "images": X, "batch": 5}, "is more than the 4 images of the tensors given"),
+        ({"model": net(), "images": X, "mode": "test"}, "model.mode"),
+        ({"model": net(), "images": X, "attacks": ["speer"]}, "did you mean 'spear'"),
+        ({"model": net(), "images": X, "attacks": []}, "attack: empty"),
+        ({"model": net(), "images": X, "grants": ["lable"]}, "did you mean 'labels'"),
+        ({"model": net(), "images": X, "device": "tpu"}, "device: 'tpu'"),
+        ({"model": net(), "images": X * 3}, r"in \[0, 1\]"),
+        ({"plan": "none.toml"}, "none.toml does not exist"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_leaves_nothing(
+    tmp_path: Path, keywords: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(frostglass.BadInput, match=sentence):
+        frostglass.audit(**keywords)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_in_train_mode_with_dropout_is_audited() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    report = frostglass.audit(model=model, images=X, labels=Y, attacks=QUICK)
+    assert not report.scorecard.failed
+
+
+def test_a_public_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'auditt'"):
+        _ = frostglass.auditt

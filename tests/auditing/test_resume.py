@@ -1,0 +1,182 @@
+"""Killed, resumed, and the result is that of the uninterrupted run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scenes import outcome_of, same_outcome, small
+
+from frostglass.auditing import run as running
+from frostglass.auditing.plan import parse_plan
+from frostglass.auditing.run import run_plan
+from frostglass.auditing.store import RunFolder
+from frostglass.core.errors import BadInput
+from frostglass.core.events import Event
+
+PLAN = parse_plan(
+    small(
+        [{"name": "thaw", "steps": 40, "every": 10}, {"name": "spear"}],
+        model={"options": {"hidden": [48]}},
+        report={"show_images": True},
+    )
+)
+
+
+class Killed(BaseException):
+    """As sudden as a signal: no handler for errors may catch it."""
+
+
+def go(out: Path, **keywords: Any) -> None:
+    run_plan(PLAN, out, device=torch.device("cpu"), **keywords)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_report() -> Iterator[None]:
+    """A page is drawn from the files that are compared here, and takes longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "write_report", lambda folder: folder / "report.html")
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    go(out)
+    return out
+
+
+def killed_after(count: int, out: Path) -> list[str]:
+    """Runs until the event `count`; the kinds that were heard."""
+    heard: list[str] = []
+
+    def listen(event: Event) -> None:
+        heard.append(event.kind)
+        if len(heard) == count:
+            raise Killed
+
+    with contextlib.suppress(Killed):
+        go(out, emit=listen, resume=out.exists())
+    return heard
+
+
+def test_a_kill_at_any_event_changes_nothing(tmp_path: Path, whole: Path) -> None:
+    total = len((whole / "events.jsonl").read_text().splitlines())
+    for count in range(1, total + 1, 3):
+        out = tmp_path / f"run{count}"
+        killed_after(count, out)
+        go(out, resume=True)
+        same_outcome(whole, out)
+        shutil.rmtree(out)
+
+
+def test_a_run_killed_again_and_again_arrives(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "run"
+    for _ in range(40):
+        if "run_finished" in killed_after(9, out):
+            break
+    same_outcome(whole, out)
+
+
+def test_resuming_a_finished_run_computes_nothing_and_changes_nothing(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    heard: list[str] = []
+    go(out, resume=True, emit=lambda e: heard.append(e.kind))
+    assert "progress" not in heard
+    same_outcome(whole, out)
+    seconds = [[c["seconds"] for c in json.loads((f / "scorecard.json").read_text())["cells"]] for f in (whole, out)]
+    assert seconds[0] == seconds[1]
+
+
+def test_the_checkpoint_is_gone_when_the_result_is_there(whole: Path) -> None:
+    names = {p.name for p in (whole / "checkpoints").iterdir() if p.is_file()}
+    assert all(name.endswith(".done.safetensors") for name in names)
+    assert len(names) == 4
+
+
+def test_files_cut_off_by_a_kill_are_swept_up(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "scorecard.json").unlink()
+    strays = [out / ".scorecard.json.abc.part", out / "checkpoints" / ".x.safetensors.abc.part"]
+    for stray in strays:
+        stray.write_bytes(b"half")
+    with (out / "events.jsonl").open("a") as journal:
+        journal.write('{"kind": "prog')
+    go(out, resume=True)
+    assert not any(stray.exists() for stray in strays)
+    same_outcome(whole, out)
+
+
+@pytest.mark.parametrize("left", [[], [".run.json.x.part"], [".run.json"], [".run.json", ".plan.toml.x.part"]])
+def test_a_kill_while_the_folder_is_made_does_not_block_it(tmp_path: Path, whole: Path, left: list[str]) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in left:
+        (out / name).write_bytes((whole / ".run.json").read_bytes() if name == ".run.json" else b"half")
+    go(out, resume=True)
+    same_outcome(whole, out)
+
+
+def test_a_broken_result_file_fails_its_cell_and_says_what_to_do(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    broken = next((out / "checkpoints").glob("01-*-0.done.safetensors"))
+    broken.write_bytes(b"not a result")
+    go(out, resume=True)
+    cells = outcome_of(out)[0]["cells"]
+    assert [c["status"] for c in cells] == ["failed", "done"]
+    assert "delete it and run again" in cells[0]["error"]
+    broken.unlink()
+    go(out, resume=True)
+    same_outcome(whole, out)
+
+
+def test_a_folder_of_this_run_is_not_overwritten_unasked(whole: Path) -> None:
+    before = outcome_of(whole)[0]
+    with pytest.raises(BadInput, match="already holds this run; add --resume"):
+        go(whole)
+    assert outcome_of(whole)[0] == before
+
+
+def test_a_folder_of_another_plan_is_left_alone(whole: Path) -> None:
+    other = parse_plan(small(seed=9))
+    for resume in (False, True):
+        with pytest.raises(BadInput, match="belongs to another plan"):
+            run_plan(other, whole, device=torch.device("cpu"), resume=resume)
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    file = tmp_path / "thesis.txt"
+    for out in (tmp_path, file, file / "below"):
+        with pytest.raises(BadInput, match="--out"):
+            go(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_images_that_changed_since_are_noticed(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (9, 9), (40 * i, 9, 9)).save(folder / f"{i}.png")
+    plan = parse_plan(small(data={"source": f"folder:{folder}"}, client={"batches": 1}))
+    run_plan(plan, tmp_path / "run", device=torch.device("cpu"))
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(folder / "0.png")
+    with pytest.raises(BadInput, match="the images, labels or weights are not those"):
+        run_plan(plan, tmp_path / "run", device=torch.device("cpu"), resume=True)
+
+
+def test_a_damaged_mark_is_another_plan(tmp_path: Path) -> None:
+    (tmp_path / ".run.json").write_text("{")
+    with pytest.raises(BadInput, match="another plan"):
+        RunFolder(tmp_path).check("0", resume=True)
