@@ -33,7 +33,7 @@ def allow_cpu_torchvision() -> None:
     """Declares the two operators without which a CUDA torchvision does not import beside a CPU torch."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not hasattr(torch.ops.torchvision, "nms"):
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
@@ -169,11 +169,11 @@ def run_peer(path: Path, attack: str, steps: int) -> dict[str, Any]:
         modality="vision", size=(50_000,), classes=10, shape=shape, normalize=True, mean=MEAN, std=STD
     )
     attacker = breaching.attacks.prepare_attack(
-        model, loss, config, dict(device=torch.device("cpu"), dtype=torch.float)
+        model, loss, config, {"device": torch.device("cpu"), "dtype": torch.float}
     )
-    sent = [dict(parameters=list(model.parameters()), buffers=list(model.buffers()), metadata=about)]
-    about_user = dict(num_data_points=len(held["x"]), labels=held["y"], local_hyperparams=None)
-    seen = [dict(gradients=held["g"], buffers=None, metadata=about_user)]
+    sent = [{"parameters": list(model.parameters()), "buffers": list(model.buffers()), "metadata": about}]
+    about_user = {"num_data_points": len(held["x"]), "labels": held["y"], "local_hyperparams": None}
+    seen = [{"gradients": held["g"], "buffers": None, "metadata": about_user}]
     clock, inner = Clock(), attacker._compute_objective
 
     def timed(*args: Any, **kwargs: Any) -> Any:

@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from scenes import small
 from torch import nn
 
 from frostglass.auditing.plan import parse_plan
 from frostglass.auditing.run import run_plan
 from frostglass.auditing.scorecard import AuditReport
 from frostglass.core.errors import BadInput
+from scenes import small
 
 Make = Callable[[Path], None]
 
@@ -75,7 +75,7 @@ FOLDERS: list[tuple[list[Make], str]] = [
     ([two, lambda d: (d / "c.png").write_bytes(b"")], r"c\.png"),  # type: ignore[list-item, func-returns-value, return-value]
     ([two, lambda d: (d / "c.png").write_bytes(b"no image")], r"c\.png is not an image"),  # type: ignore[list-item, return-value]
     ([two, lambda d: (d / "c.png").write_bytes((d / "a.png").read_bytes()[:90])], r"c\.png is (truncated|damaged|not)"),  # type: ignore[list-item, return-value]
-    ([two, lambda d: bomb(d / "c.png")], r"c\.png .*60000 x 60000 pixels"),
+    ([two, lambda d: bomb(d / "c.png")], r"c\.png is larger than the limit"),
     ([lambda d: picture(d / "a.png")], "more than the 1 images"),
 ]  # fmt: skip
 
@@ -178,7 +178,7 @@ def test_weights_of_another_shape_name_parameter_and_both_shapes(tmp_path: Path)
 
 def test_a_model_without_the_layer_an_attack_needs(tmp_path: Path, factories: Any) -> None:
     plan = small({"name": "spear"}, model={"name": "users_models:no_layer", "options": {}})
-    with pytest.raises(BadInput, match="small: spear against no defence: .*no Linear layer"):
+    with pytest.raises(BadInput, match=r"small: spear against no defence: .*no Linear layer"):
         run_plan(parse_plan(plan), tmp_path / "run", device=torch.device("cpu"))
     labels = small(
         {"name": "thaw"}, model={"name": "users_models:no_layer", "options": {}}, threat={"grants": ["examples"]}

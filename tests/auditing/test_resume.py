@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from scenes import outcome_of, same_outcome, small
 
 from frostglass.auditing import run as running
 from frostglass.auditing.plan import parse_plan
@@ -19,6 +18,7 @@ from frostglass.auditing.run import run_plan
 from frostglass.auditing.store import RunFolder
 from frostglass.core.errors import BadInput
 from frostglass.core.events import Event
+from scenes import outcome_of, same_outcome, small
 
 PLAN = parse_plan(
     small(
@@ -66,9 +66,10 @@ def killed_after(count: int, out: Path) -> list[str]:
     return heard
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_event_changes_nothing(tmp_path: Path, whole: Path) -> None:
     total = len((whole / "events.jsonl").read_text().splitlines())
-    for count in range(1, total + 1, 3):
+    for count in range(1, total + 1, 4):
         out = tmp_path / f"run{count}"
         killed_after(count, out)
         go(out, resume=True)

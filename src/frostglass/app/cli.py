@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -238,20 +237,18 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted. `frostglass audit` with the same arguments and --resume goes on.", err=True)
         return 130
-    except BadInput as wrong:
-        for problem in wrong.problems:
-            click.echo(f"error: {problem}", err=True)
-        code = BAD_INPUT
-    except FrostglassError as wrong:
-        click.echo(f"error: {wrong}", err=True)
-        code = INTERNAL
-    except BrokenPipeError:  # `frostglass list | head`: nobody reads on, and Python's own flush at exit must not fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
     except Exception as wrong:
-        text = str(wrong).splitlines()[0] if str(wrong) else ""
-        click.echo(f"internal error: {type(wrong).__name__}: {text}; run with --debug for the traceback.", err=True)
-        code = INTERNAL
-    if debug:
-        traceback.print_exc()
-    return code
+        if debug:
+            traceback.print_exception(wrong)
+        return _told(wrong)
+
+
+def _told(wrong: Exception) -> int:
+    """One sentence a problem on stderr; the exit code."""
+    if isinstance(wrong, FrostglassError):
+        for problem in wrong.problems if isinstance(wrong, BadInput) else [str(wrong)]:
+            click.echo(f"error: {problem}", err=True)
+        return BAD_INPUT if isinstance(wrong, BadInput) else INTERNAL
+    text = str(wrong).splitlines()[0] if str(wrong) else ""
+    click.echo(f"internal error: {type(wrong).__name__}: {text}; run with --debug for the traceback.", err=True)
+    return INTERNAL

@@ -221,10 +221,9 @@ def headline(rows: Sequence[Cell]) -> str:
 
     shown = [r for r in done if r.summary and (r.summary.proved or r.summary.over_threshold.count)]
     if not shown:
-        return (
-            f"None of the {len(done)} attack runs showed a recognisable image; that is no proof of privacy: see the "
-            "limits."
-        )
+        who = "The attack" if len(done) == 1 else f"None of the {len(done)} attack runs"
+        showed = "showed no recognisable image" if len(done) == 1 else "showed a recognisable image"
+        return f"{who} {showed}; that is no proof of privacy: see the limits."
     worst = max(shown, key=weight)
     extra = [g for g in worst.grants if g not in ALWAYS]
     granted = f"granted {', '.join(extra)}" if extra else "granted nothing else"

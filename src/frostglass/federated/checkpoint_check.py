@@ -8,6 +8,7 @@ and stores no state; other trainers save these states by default.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,9 @@ def check_checkpoint(path: Path) -> list[Finding]:
     if path.suffix == ".safetensors":
         return list(_unique(_safetensors(path)))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on protocols of pickles, which the scan reads all the same
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as wrong:
         raise BadInput(f"check-checkpoint: {path} cannot be read ({wrong.strerror or wrong}).") from None
     except Exception:  # objects beside tensors, or another format: read its opcodes, run none

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 Pair = tuple[int, int]
 Norm = Literal["none", "fixed", "batch", "group"]
@@ -105,7 +106,7 @@ class ConvLayer:
 
     def gradient_of_weight(self, x: Float[Tensor, "b c h w"], dz: Float[Tensor, "b o i j"]) -> Tensor:
         """Of the convolution's weight, [o, c, kh, kw]: linear in x and in dz."""
-        return torch.nn.grad.conv2d_weight(x, self.weight.shape, dz, self.stride, self.padding, self.dilation)
+        return conv2d_weight(x, self.weight.shape, dz, self.stride, self.padding, self.dilation)
 
     def adjoint_of_weight(
         self, direction: Float[Tensor, "o c kh kw"], dz: Float[Tensor, "b o i j"], like: Tensor
@@ -120,4 +121,4 @@ def column(values: Float[Tensor, " c"]) -> Float[Tensor, "1 c 1 1"]:
 
 
 def _input_gradient(like: Tensor, weight: Tensor, dz: Tensor, layer: ConvLayer) -> Tensor:
-    return torch.nn.grad.conv2d_input(like.shape, weight, dz, layer.stride, layer.padding, layer.dilation)
+    return conv2d_input(like.shape, weight, dz, layer.stride, layer.padding, layer.dilation)

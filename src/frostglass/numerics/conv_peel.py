@@ -1,10 +1,10 @@
 """The exact input of a convolution, from its weight gradient and what its ReLU let through.
 
 Once the inputs of the classifier are known, so are the ReLU's pattern and the gradient above the norm of the last
-convolution, and dL/dW = sum over images and places of dz (x) input is *linear* in the unknown input: o kh kw equations a
-channel for b h w unknowns. What stands in the way is BatchNorm in train mode (and GroupNorm), where dz depends on the
-norm's output at places the ReLU hides; a fixed-point iteration input -> hidden output -> dz -> input finds it.
-Frostglass's own method; Zhu & Blaschko 2021 (R-GAP) solve convolutions for one image without norms.
+convolution, and dL/dW = sum over images and places of dz (x) input is *linear* in the unknown input: for each of its
+channels o kh kw equations in b h w unknowns. What stands in the way is BatchNorm in train mode (and GroupNorm), where
+dz depends on the norm's output at places the ReLU hides; a fixed-point iteration input -> hidden output -> dz -> input
+finds it. Frostglass's own method; Zhu & Blaschko 2021 (R-GAP) solve convolutions for one image without norms.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -111,7 +111,9 @@ def peel(problem: PeelProblem, relative: float) -> Peeled:
     return Peeled(inputs, dz, fit, forward)
 
 
-def design(dz: Float[Tensor, "b o i j"], layer: ConvLayer, size: tuple[int, int]) -> Float[Tensor, "equations unknowns"]:
+def design(
+    dz: Float[Tensor, "b o i j"], layer: ConvLayer, size: tuple[int, int]
+) -> Float[Tensor, "equations unknowns"]:
     """The matrix that takes one input channel of all images to its part of the weight gradient."""
     b, o = dz.shape[:2]
     kh, kw = layer.weight.shape[2:]

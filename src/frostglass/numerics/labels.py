@@ -81,3 +81,22 @@ def no_gradient_guess(truth: Float[Tensor, " k"]) -> float:
     """`count_accuracy` of guessing K / C per class without any gradient: print it beside every label score."""
     guess = torch.full_like(truth, float(truth.sum()) / len(truth))
     return count_accuracy(guess, truth)
+
+
+def sum_rule(grad_weight: Float[Tensor, "k d"], examples: int) -> Int[Tensor, " examples"]:
+    """The classes with the smallest row sums of the weight gradient: iDLG extended to a batch of distinct labels.
+
+    Raises:
+        ValueError: more examples than classes, where the rule cannot hold.
+    """
+    if examples > len(grad_weight):
+        raise ValueError(f"the sum rule names distinct classes: {examples} examples, {len(grad_weight)} classes")
+    return grad_weight.sum(1).argsort(stable=True)[:examples]
+
+
+def single_label(grad_weight: Float[Tensor, "k d"], grad_bias: Float[Tensor, " k"] | None = None) -> int:
+    """The label of a single image (Zhao et al. 2020, iDLG), by argmin of the bias gradient or of the row sums.
+
+    Not by "< 0": where the softmax is saturated the gradient of the true class is exactly 0.
+    """
+    return int((grad_weight.sum(1) if grad_bias is None else grad_bias).argmin())

@@ -29,6 +29,7 @@ _Warp: TypeAlias = Callable[[_Array, _Array, _Array], _Array | None]
 
 def none(moving: Float[Tensor, "b c h w"], fixed: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """No registration: the average of the seeds is their pixel mean."""
+    del fixed
     return moving
 
 

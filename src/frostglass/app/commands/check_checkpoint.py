@@ -20,7 +20,11 @@ def command(context: click.Context, file: Path) -> None:
     found = check_checkpoint(file)
     states = [x for x in found if x.state]
     for x in found:
-        fix = "save the checkpoint without it; a resumed run draws new keys" if x.state else "keys must not follow from it"
+        fix = (
+            "save the checkpoint without it; a resumed run draws new keys"
+            if x.state
+            else "keys must not follow from it"
+        )
         click.echo(f"{file.name}: {x.where} holds {x.what}; {fix}.")
     if states:
         click.echo(

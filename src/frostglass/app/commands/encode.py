@@ -118,8 +118,10 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PrivacyCaution)  # the manifest and the last lines printed say the same
         encoder = _encoder(settings, pool)
+    # stored as the rows of the pool are: an array beside a memory map, a tensor beside fresh crops
+    pixels = held.images.numpy() if pool is not None and not pool.crop else held.images
     writer = SetWriter(
-        encoder, held.images.numpy(), labels, classes, out, rounds=settings["rounds"], names=held.names,
+        encoder, pixels, labels, classes, out, rounds=settings["rounds"], names=held.names,
         ledger=settings["ledger"], with_targets=settings["labels"] != "none",
     )  # fmt: skip
     with tqdm(total=len(held) * settings["rounds"], desc="encoding", unit="image", disable=None) as bar:

@@ -46,4 +46,6 @@ def command(
         click.echo(f"skipped: {sentence}", err=True)
     click.echo("\n".join([*found.lines(), f"{found.kept} patches of {size} x {size} in {pool}"]))
     if found.kept < crops:
-        click.echo(f"fewer than the {crops} asked for: give more images, more --tries, or lower --key-points.", err=True)
+        click.echo(
+            f"fewer than the {crops} asked for: give more images, more --tries, or lower --key-points.", err=True
+        )

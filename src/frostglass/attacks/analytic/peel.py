@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from frostglass.attacks.analytic import peel_problem
 from frostglass.attacks.analytic.peel_problem import Problem
+from frostglass.attacks.analytic.peel_state import PeelState, agreement, contrasted, info
 from frostglass.attacks.analytic.proof import prove
-from frostglass.attacks.inversion.machine import Inversion, InversionState
+from frostglass.attacks.inversion.machine import Inversion
 from frostglass.attacks.inversion.rules import Rule, StepInfo, adam, chain, scale
 from frostglass.attacks.inversion.schedules import cosine, falling
 from frostglass.attacks.inversion.target import lay_out, refuse_broken_values
@@ -22,10 +21,11 @@ from frostglass.attacks.recipes.thaw import thaw
 from frostglass.attacks.registry import ATTACKS
 from frostglass.core.drive import Scalars
 from frostglass.core.reconstruction import Reconstruction
-from frostglass.core.runtime import Runtime
+from frostglass.core.runtime import Runtime, World
 from frostglass.core.threat import Knows, Observation
 from frostglass.numerics import conv_fit, head
-from frostglass.numerics.conv_peel import CERTIFIED, THRESHOLDS, peel as peel_off
+from frostglass.numerics.conv_peel import CERTIFIED, THRESHOLDS
+from frostglass.numerics.conv_peel import peel as peel_off
 from frostglass.numerics.distance import cosine_distance, flatten
 from frostglass.numerics.image import total_variation
 from frostglass.numerics.local_update import local_update
@@ -36,51 +36,17 @@ SEARCH = 40
 STARTS = 8
 """Starts of that solve in one step."""
 
-USABLE = 1e-2
+USABLE = 1e-3
 """Residual of the peeled activations up to which pixels are fitted to them."""
+
+GROUP_PRIOR = 10.0
+"""How much stronger the first prior is where GroupNorm leaves the activations' scale open."""
 
 REFRESH = 10
 """Iterations between two updates of what the last ReLU hides."""
 
 WARMUP = 20
 """Iterations over which the learning rate rises, and after which a free contrast is fitted."""
-
-FITTED, FITTED_GROUP = 1e-3, 2e-3
-"""Largest loss of certified pixels; the second where a GroupNorm leaves the contrast free."""
-
-
-@dataclass(frozen=True)
-class PeelState:
-    """Of all stages; each reads what the one before it left.
-
-    Args:
-        stage: "heads", "activations", "pixels", "matching" (when the algebra failed), "over".
-        tried: steps of the first stage, then thresholds of the second one.
-        mixing: [b, b] the best solution for the classifier's inputs; heads_residual: its residual.
-        targets: [b, k] that go with it.
-        activations: [b, c, h, w] input of the last convolution; peel_residual: its residual.
-        above: [b, c, h, w] gradient of the loss at them.
-        hidden: gradient at the output of the convolution before them, as of the last refresh.
-        z: [b, c, h, w] pixels in the domain's normalised space; rule: state of Adam; iteration: of either fit.
-        best, best_loss: the pixels at their lowest loss.
-        matching: state of the gradient matching that takes over where the algebra fails.
-    """
-
-    stage: str
-    tried: int
-    mixing: Float[Tensor, "b b"]
-    heads_residual: float
-    targets: Float[Tensor, "b k"]
-    activations: Tensor
-    peel_residual: float
-    above: Tensor
-    hidden: Tensor
-    z: Float[Tensor, "b c h w"]
-    rule: Any
-    iteration: int
-    best: Float[Tensor, "b c h w"]
-    best_loss: Tensor
-    matching: InversionState
 
 
 @dataclass(frozen=True)
@@ -130,7 +96,8 @@ class Peel:
             iteration=0,
             best=z.clone(),
             best_loss=torch.full_like(like, math.inf),
-            matching=self.fallback.init(seen, run.at("matching")),
+            fell_back=False,
+            matching=self.fallback.init(seen, _alone(run)),
         )
 
     def step(self, seen: Observation, state: PeelState, run: Runtime, t: int) -> tuple[PeelState, Scalars]:
@@ -142,7 +109,7 @@ class Peel:
         if state.stage == "pixels":
             return self._pixels(self._prepared(seen, run), state, run)
         if state.stage == "matching":
-            matched, scalars = self.fallback.step(seen, state.matching, run.at("matching"), state.iteration)
+            matched, scalars = self.fallback.step(seen, state.matching, _alone(run), state.iteration)
             return self._counted(replace(state, matching=matched)), scalars
         return state, {}
 
@@ -154,19 +121,19 @@ class Peel:
         """The best pixels, with the residual of every stage; none of it uses the private images."""
         run = Runtime(device=state.z.device, dtype=state.z.dtype)
         problem = self._prepared(seen, run)
-        info = _info(problem, state)
-        if bool(state.matching.best_loss.isfinite().any()):
+        told = info(problem, state)
+        if state.fell_back:
             found = self.fallback.read(seen, state.matching)
             assert found.targets is not None
             objective = self.objective_of(seen, found.images, found.targets, run)
-            return replace(found, objective=objective, info=info)
-        images = seen.domain.clamp(seen.domain.denormalise(_contrasted(problem, state.best)))
+            return replace(found, objective=objective, info={**found.info, **told})
+        images = seen.domain.clamp(seen.domain.denormalise(contrasted(problem, state.best)))
         holds = False
-        if info["certificate"]:
-            proof, agreeing = prove(seen, images), _agreement(problem, state, images)
-            info["activations_agreeing"] = agreeing
+        if told["certificate"]:
+            proof, agreeing = prove(seen, images), agreement(problem, state, images)
+            told["activations_agreeing"] = agreeing
             if proof is not None:
-                info["recomputed_gradient_error"] = proof.error
+                told["recomputed_gradient_error"] = proof.error
                 holds = proof.holds and agreeing == 1.0
         return Reconstruction(
             images=images.float().cpu(),
@@ -174,7 +141,7 @@ class Peel:
             objective=self.objective_of(seen, images, state.targets, run),
             targets=state.targets.float().cpu(),
             label_counts=None if problem.granted else state.targets.sum(0).float().cpu(),
-            info=info,
+            info=told,
         )
 
     def objective_of(self, seen: Observation, images: Tensor, targets: Tensor, run: Runtime) -> float:
@@ -211,7 +178,7 @@ class Peel:
         if new.heads_residual < head.ACCEPTED:
             new = replace(new, stage="activations", tried=0)
         elif new.tried == SEARCH:
-            new = replace(new, stage="matching")
+            new = replace(new, stage="matching", fell_back=True)
         return new, {"heads_residual": new.heads_residual}
 
     def _activations(self, problem: Problem, state: PeelState, run: Runtime) -> tuple[PeelState, Scalars]:
@@ -221,15 +188,16 @@ class Peel:
         new = replace(state, tried=state.tried + 1)
         if peeled.residual < state.peel_residual:
             above = equations.layer.gradient_of_input(peeled.dz, peeled.inputs)
-            inputs = peeled.inputs.to(state.z)
-            new = replace(new, activations=inputs, above=above.to(state.z), peel_residual=peeled.residual)
+            # contiguous, as a checkpoint keeps them: another layout would round differently after a resume
+            inputs, above = (v.to(state.z).contiguous() for v in (peeled.inputs, above))
+            new = replace(new, activations=inputs, above=above, peel_residual=peeled.residual)
         if new.peel_residual < CERTIFIED or new.tried == len(THRESHOLDS):
             new = self._after_peeling(problem, new)
         return new, {"peel_residual": new.peel_residual} if math.isfinite(new.peel_residual) else {}
 
     def _after_peeling(self, problem: Problem, state: PeelState) -> PeelState:
         if state.peel_residual >= USABLE:
-            return replace(state, stage="matching")
+            return replace(state, stage="matching", fell_back=True)
         if len(problem.exact) > 1:
             return replace(state, stage="pixels")
         images = problem.to_images(state.activations)  # the first convolution is the last one: nothing is left to fit
@@ -249,7 +217,8 @@ class Peel:
                 hidden = conv_fit.gradient_below(fit, candidate, factor, known=t > 0)
             loss, hinge, linear = conv_fit.mismatch(fit, candidate, hidden, factor)
             prior = total_variation(z)
-            weight = falling(self.tv_start, self.tv)(t, self.pixel_steps) if self.tv else 0.0
+            start = self.tv_start * (GROUP_PRIOR if fit.free_scale else 1.0)
+            weight = falling(start, self.tv)(t, self.pixel_steps) if self.tv else 0.0
             slope = torch.autograd.grad(loss + weight * prior, z)[0]
         change, rule = self.update.apply(slope, state.rule, StepInfo(t, self.pixel_steps, run.rng.at("step", t)))
         low, high = (domain.normalise(torch.full_like(z[:1, :1], v)) for v in (domain.low, domain.high))
@@ -271,59 +240,15 @@ class Peel:
         return replace(state, iteration=done, stage="over" if done == self.pixel_steps else state.stage)
 
 
-def _info(problem: Problem, state: PeelState) -> dict[str, float | int | str | bool]:
-    """Residuals, the certificate that rests on them, and what to make of it."""
-    grouped = len(problem.layers) > 1 and problem.layers[-2].norm == "group"
-    loss = float(state.best_loss)
-    info: dict[str, float | int | str | bool] = {
-        "heads_residual": state.heads_residual,
-        "peel_residual": state.peel_residual,
-        "pixel_loss": loss,
-        "labels": "granted" if problem.granted else "restored; the certificate covers them",
-    }
-    info = {k: v for k, v in info.items() if not isinstance(v, float) or math.isfinite(v)}
-    info["certificate"] = (
-        state.heads_residual < head.ACCEPTED
-        and state.peel_residual < CERTIFIED
-        and loss < (FITTED_GROUP if grouped else FITTED)
-    )
-    if problem.free_contrast:
-        info["contrast"] = "a GroupNorm hides the contrast of each image; shown is that of a typical photograph"
-    if bool(state.matching.best_loss.isfinite().any()):
-        info["warning"] = (
-            "the gradient does not follow from the network exactly (noise, rounding, wrong labels or another batch "
-            "size): shown are images by gradient matching, without a certificate"
-        )
-    elif not info["certificate"]:
-        info["warning"] = "the residuals do not certify these images"
-    return info
-
-
-def _contrasted(problem: Problem, z: Tensor) -> Tensor:
-    """Each image scaled to a mean square of 1 in the normalised space, where the network does not see its scale."""
-    if not problem.free_contrast:
-        return z
-    return z / z.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-6)
-
-
-def _agreement(problem: Problem, state: PeelState, images: Tensor) -> float:
-    """Share of the ReLUs after the peeled convolution and after the last one that `images` switch as observed."""
-    known = state.activations
-    with torch.no_grad():
-        x = problem.to_input(images.to(known))
-        for layer in problem.layers[:-1]:
-            x = layer.scaled(layer.standardise(layer.conv(x))).relu()
-        fit = [] if len(problem.layers) == 1 else [((x > 0) == (known > 1e-5 * known.max())).double().mean()]
-        shown, goal = (
-            problem.layers[-1].scaled(problem.layers[-1].standardise(problem.layers[-1].conv(v))) for v in (x, known)
-        )
-    return float(torch.stack([*fit, ((shown > 0) == (goal > 0)).double().mean()]).min())
+def _alone(run: Runtime) -> Runtime:
+    """For the matching: every rank does all of it, as it does the algebra."""
+    return replace(run.at("matching"), world=World())
 
 
 @ATTACKS.register(
     paper="Frostglass; related: Zhu & Blaschko 2021 (R-GAP), Kariyappa et al. 2023 (Cocktail Party)", family="analytic"
 )
-def peel(*, steps: int = 500, lr: float = 1.0, tv: float = 1e-4, tv_start: float = 1.0, every: int = 50) -> Peel:
+def peel(*, steps: int = 500, lr: float = 1.0, tv: float = 1e-5, tv_start: float = 1.0, every: int = 50) -> Peel:
     """Peels a plain conv-norm-ReLU network from its linear head down: exact activations, then pixels that fit them.
 
     Three stages. The inputs of the classifier are solved for exactly, image by image; the input of the last
@@ -338,12 +263,13 @@ def peel(*, steps: int = 500, lr: float = 1.0, tv: float = 1e-4, tv_start: float
             neighbouring pixels are unrelated.
         every: iterations between two reports.
     """
+    matching = thaw(steps=steps, every=every) if tv else thaw(steps=steps, tv=0.0, every=every)
     return Peel(
         "peel",
         pixel_steps=steps,
         update=chain(adam(), scale(cosine(lr, warmup=WARMUP))),
         tv=tv,
         tv_start=max(tv_start, tv),
-        fallback=thaw(steps=steps, every=every) if tv else thaw(steps=steps, tv=0.0, every=every),
+        fallback=replace(matching, restore=peel_problem.COUNTS),
         every=every,
     )

@@ -23,6 +23,9 @@ from frostglass.numerics.conv_layer import ConvLayer
 from frostglass.numerics.conv_peel import PeelProblem, determined
 from frostglass.numerics.labels import counts_to_targets
 
+COUNTS = by_counts()
+"""How labels are restored; one value, so that a restoration is done once an observation."""
+
 MOST_IMAGES = 32
 """The solve for the classifier's inputs costs images^6."""
 
@@ -118,7 +121,7 @@ def problems_of(seen: Observation) -> list[str]:
     problems = [*_message_problems(seen), *_missing(seen, chain), *_size_problems(seen, chain)]
     if not problems:
         try:
-            targets_of(seen, by_counts())
+            targets_of(seen, COUNTS)
         except BadInput as wrong:
             problems += wrong.problems
     return problems
@@ -214,7 +217,7 @@ def _as_gradients(seen: Observation) -> dict[str, Tensor]:
 
 
 def _possible_targets(seen: Observation, grad_bias: Tensor) -> tuple[Tensor, ...]:
-    targets, counts = targets_of(seen, by_counts())
+    targets, counts = targets_of(seen, COUNTS)
     if counts is None:
         return (targets,)
     others = [n for n in head.label_candidates(grad_bias, len(targets)) if not torch.equal(n, counts.double().cpu())]

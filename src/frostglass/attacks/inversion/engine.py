@@ -87,11 +87,11 @@ def evaluate(z: Tensor, problem: Objective, *, gradient: bool = True) -> Evaluat
     """The objective, and its gradient unless `gradient` is False, at the variable z of one seed."""
     if not gradient:
         with torch.no_grad():
-            return _detached(*_values(z, problem, _simulated(z, problem, differentiable=False)), None)
+            return _detached(*_values(problem, _simulated(z, problem, differentiable=False)), None)
     z = z.detach().requires_grad_(True)
     if problem.engine == "frozen_fd" and any(t.gradient for t in problem.terms):
         return _frozen_differences(z, problem)
-    own, total, values = _values(z, problem, _simulated(z, problem, differentiable=True))
+    own, total, values = _values(problem, _simulated(z, problem, differentiable=True))
     return _detached(own, total, values, torch.autograd.grad(total, z)[0])
 
 
@@ -133,7 +133,7 @@ def _forward(
 
 
 def _values(
-    z: Tensor, problem: Objective, candidate: Candidate, *, only: bool | None = None
+    problem: Objective, candidate: Candidate, *, only: bool | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(own objective, total, values); `only` keeps the terms that match gradients, or those that do not."""
     terms = [t for t in problem.terms if only is None or t.gradient is only]
@@ -160,9 +160,9 @@ def _frozen_differences(z: Tensor, problem: Objective) -> Evaluation:
         for (n, w), g in zip(weights.items(), found, strict=True)
     }
     matched = Candidate(pixels.detach(), images.detach(), targets.detach(), _with(trace, leaves), target)
-    loss, _, values = _values(z, problem, matched, only=True)
+    loss, _, values = _values(problem, matched, only=True)
     v = dict(zip(leaves, _or_zeros(loss, list(leaves.values())), strict=True))
-    priors, rest, others = _values(z, problem, Candidate(pixels, images, targets, trace, target), only=False)
+    priors, rest, others = _values(problem, Candidate(pixels, images, targets, trace, target), only=False)
     change = _or_zeros(rest, [z])[0] if rest.requires_grad else torch.zeros_like(z)
     inputs = [images] + ([targets] if targets.requires_grad else [])
     step = _step_size(weights, v)

@@ -5,27 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+_Replay: TypeAlias = Callable[[Tensor], Tensor]
+"""Input of a layer -> its output under the choice that was recorded."""
+
 _BITS = 8
 
 
 def packed(mask: Tensor) -> Tensor:
     """A boolean tensor at one bit an element, flattened and padded with zeros."""
-    flat = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % _BITS)).view(-1, _BITS)
-    places = 2 ** torch.arange(_BITS, dtype=torch.uint8, device=mask.device)
-    return (flat * places).sum(1, dtype=torch.uint8)
+    flat = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % _BITS)).view(-1, _BITS)
+    return (flat * _places(mask)).sum(1, dtype=torch.uint8)
 
 
 def unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of `packed`."""
-    places = 2 ** torch.arange(_BITS, dtype=torch.uint8, device=bits.device)
-    return (bits[:, None].bitwise_and(places) != 0).flatten()[: shape.numel()].view(shape)
+    return (bits[:, None].bitwise_and(_places(bits)) != 0).flatten()[: shape.numel()].view(shape)
+
+
+def _places(like: Tensor) -> Tensor:
+    return 2 ** torch.arange(_BITS, dtype=torch.uint8, device=like.device)
 
 
 @dataclass
@@ -36,13 +41,19 @@ class Choices:
     need no record. Other functions with kinks (abs, clamp, max) are not frozen.
     """
 
-    kept: list[Any] = field(default_factory=list)
+    kept: list[_Replay] = field(default_factory=list)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """The block's network runs as usual, and its choices are kept."""
         self.kept.clear()
-        with _Intercept(self._record):
+
+        def record(kind: str, x: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
+            result, replay = _RECORD[kind](x, *args, **kw)
+            self.kept.append(replay)
+            return result
+
+        with _Intercept(record):
             yield
 
     @contextmanager
@@ -54,82 +65,71 @@ class Choices:
         """
         waiting = iter(self.kept)
 
-        def replay(kind: str, func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
-            try:
-                choice = next(waiting)
-            except StopIteration:
-                raise RuntimeError("the network made more activations than in the recorded pass") from None
-            return _REPLAY[kind](x, choice, args, kw)
+        def repeat(kind: str, x: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
+            replay = next(waiting, None)
+            if replay is None:
+                raise RuntimeError(f"the network made another {kind} than in the recorded pass ({args}, {kw})")
+            return replay(x)
 
-        with _Intercept(replay):
+        with _Intercept(repeat):
             yield
         if next(waiting, None) is not None:
             raise RuntimeError("the network made fewer activations than in the recorded pass")
 
-    def _record(self, kind: str, func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
-        if kind.startswith("max_pool"):
-            pool = F.max_pool1d_with_indices if kind == "max_pool1d" else F.max_pool2d_with_indices
-            keep = {k: v for k, v in kw.items() if k != "return_indices"}
-            result, index = pool(x, *args[:5], **keep)
-            self.kept.append(index.to(torch.int32))
-            return result
-        low, high = _bounds(kind, args, kw)
-        inside = x > low if high is None else (x > low) & (x < high)
-        masks = [(packed(inside), x.shape)]
-        if high is not None:
-            masks.append((packed(x >= high), x.shape))
-        self.kept.append(masks)
-        return func(x, *args, **kw)
+
+def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> tuple[Tensor, _Replay]:
+    bits, shape = packed(x > 0), x.shape
+    return F.leaky_relu(x, negative_slope), lambda now: torch.where(unpacked(bits, shape), now, negative_slope * now)
 
 
-def _bounds(kind: str, args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[float, float | None]:
-    if kind in ("relu", "leaky_relu"):
-        return 0.0, None
-    if kind == "relu6":
-        return 0.0, 6.0
-    given = dict(zip(("min_val", "max_val"), args, strict=False)) | kw
-    return given.get("min_val", -1.0), given.get("max_val", 1.0)
+def _relu(x: Tensor) -> tuple[Tensor, _Replay]:
+    bits, shape = packed(x > 0), x.shape
+    return F.relu(x), lambda now: now * unpacked(bits, shape)
 
 
-def _relu(x: Tensor, masks: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
-    return x * unpacked(*masks[0])
+def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> tuple[Tensor, _Replay]:
+    inside, above, shape = packed((x > min_val) & (x < max_val)), packed(x >= max_val), x.shape
+
+    def replay(now: Tensor) -> Tensor:
+        flat = torch.full_like(now, min_val).masked_fill(unpacked(above, shape), max_val)
+        return torch.where(unpacked(inside, shape), now, flat)
+
+    return F.hardtanh(x, min_val, max_val), replay
 
 
-def _leaky(x: Tensor, masks: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
-    slope = args[0] if args else kw.get("negative_slope", 0.01)
-    return torch.where(unpacked(*masks[0]), x, slope * x)
+def _relu6(x: Tensor) -> tuple[Tensor, _Replay]:
+    return _hardtanh(x, 0.0, 6.0)
 
 
-def _clipped(kind: str) -> Callable[[Tensor, Any, tuple[Any, ...], dict[str, Any]], Tensor]:
-    def replay(x: Tensor, masks: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
-        low, high = _bounds(kind, args, kw)
-        inside, above = (unpacked(*m) for m in masks)
-        fixed = torch.full_like(x, low).masked_fill(above, float(high or 0.0))
-        return torch.where(inside, x, fixed)
+def _pooled(pool: Callable[..., tuple[Tensor, Tensor]], dims: int) -> Callable[..., tuple[Tensor, _Replay]]:
+    def record(x: Tensor, *args: Any, return_indices: bool = False, **kw: Any) -> tuple[Tensor, _Replay]:
+        if return_indices or len(args) > 5:
+            raise RuntimeError("the network uses the indices of its pooling; only double_backward can do that")
+        result, index = pool(x, *args, **kw)
+        small = index.to(torch.int32)
 
-    return replay
+        def replay(now: Tensor) -> Tensor:
+            return now.flatten(-dims).gather(-1, small.long().flatten(-dims)).view(small.shape)
+
+        return result, replay
+
+    return record
 
 
-def _pool(x: Tensor, index: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
-    picked = index.long()
-    spatial = index.ndim - 2
-    return x.flatten(-spatial).gather(-1, picked.flatten(-spatial)).view(index.shape)
-
-
-_REPLAY: dict[str, Callable[..., Tensor]] = {
+_RECORD: dict[str, Callable[..., tuple[Tensor, _Replay]]] = {
     "relu": _relu,
-    "leaky_relu": _leaky,
-    "relu6": _clipped("relu6"),
-    "hardtanh": _clipped("hardtanh"),
-    "max_pool1d": _pool,
-    "max_pool2d": _pool,
+    "relu6": _relu6,
+    "leaky_relu": _leaky_relu,
+    "hardtanh": _hardtanh,
+    "max_pool1d": _pooled(F.max_pool1d_with_indices, 1),
+    "max_pool2d": _pooled(F.max_pool2d_with_indices, 2),
 }
 
 
 class _Intercept(TorchFunctionMode):
-    """Hands calls of the known functions to `handle`."""
+    """Hands calls of the known functions to `handle`; never in place, as the record must not be overwritten."""
 
-    def __init__(self, handle: Callable[..., Any]) -> None:
+    def __init__(self, handle: Callable[[str, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> None:
         super().__init__()
         self.handle = handle
 
@@ -138,14 +138,8 @@ class _Intercept(TorchFunctionMode):
     ) -> Any:
         kw = dict(kwargs or {})
         kind = getattr(func, "__name__", "").rstrip("_")
-        if kind in _REPLAY and (args or "input" in kw):
-            x, rest = (args[0], args[1:]) if args else (kw.pop("input"), ())
-            kw.pop("inplace", None)
-            return self.handle(kind, _plain(kind), x, rest, kw)
-        return func(*args, **kw)
-
-
-def _plain(kind: str) -> Callable[..., Any]:
-    """The function itself, never in place: the record must not be overwritten."""
-    plain: Callable[..., Any] = getattr(F, kind)
-    return plain
+        if kind not in _RECORD or not (args or "input" in kw):
+            return func(*args, **kw)
+        x, rest = (args[0], args[1:]) if args else (kw.pop("input"), ())
+        kw.pop("inplace", None)
+        return self.handle(kind, x, rest, kw)

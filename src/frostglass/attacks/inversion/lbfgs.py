@@ -103,14 +103,14 @@ def _remember(g: Tensor, held: _History) -> _History:
 
 def _direction(g: Tensor, held: _History) -> Tensor:
     """The two-loop recursion; empty pairs have rho = 0 and change nothing."""
+    steps, changes, rhos = (t[:, t.shape[1] - held.filled :].unbind(1) for t in (held.steps, held.changes, held.rho))
     q, weights = -g, []
-    oldest, newest = held.rho.shape[1] - held.filled, held.rho.shape[1]
-    for i in reversed(range(oldest, newest)):
-        a = (held.steps[:, i] * q).sum(1) * held.rho[:, i]
-        q = q - a[:, None] * held.changes[:, i]
+    for step, change, rho in zip(reversed(steps), reversed(changes), reversed(rhos), strict=True):
+        a = torch.linalg.vecdot(step, q) * rho
+        q = torch.addcmul(q, a[:, None], change, value=-1)
         weights.append(a)
     q = q * held.scale[:, None]
-    for i, a in enumerate(reversed(weights), oldest):
-        b = (held.changes[:, i] * q).sum(1) * held.rho[:, i]
-        q = q + (a - b)[:, None] * held.steps[:, i]
+    for step, change, rho, a in zip(steps, changes, rhos, reversed(weights), strict=True):
+        b = torch.linalg.vecdot(change, q) * rho
+        q = torch.addcmul(q, (a - b)[:, None], step)
     return q

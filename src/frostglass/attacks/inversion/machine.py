@@ -12,7 +12,7 @@ from torch import Tensor
 from frostglass.attacks.inversion import ranks, seeds
 from frostglass.attacks.inversion.consensus import Consensus, find_anchor
 from frostglass.attacks.inversion.engine import Engine, Evaluation, Objective, evaluate
-from frostglass.attacks.inversion.restore import Restore, by_counts, targets_of
+from frostglass.attacks.inversion.restore import Restore, by_counts, restored_of, targets_of
 from frostglass.attacks.inversion.rules import Rule, StepInfo
 from frostglass.attacks.inversion.spaces import Jitter, Space, pixels
 from frostglass.attacks.inversion.state import InversionState, per_seed
@@ -24,6 +24,8 @@ from frostglass.core.randomness import Rng
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
+
+__all__ = ["Inversion", "InversionState"]
 
 _Laid = tuple[tuple[torch.device, torch.dtype], Target, tuple[Term, ...]]
 
@@ -163,6 +165,8 @@ class Inversion:
         info: dict[str, float | int | str | bool] = {"seed": state.seeds[pick], "seeds": self.seeds}
         told = {"seeds_dropped": state.lost, "restarts": state.restarts, "unregistered": state.unregistered}
         info |= {name: int(value) for name, value in told.items() if int(value)}
+        if labels is None and seen.labels is None:
+            info |= restored_of(seen, self.restore).info
         objective = float(state.best_loss[pick])
         return Reconstruction(
             images=images.float().cpu(),

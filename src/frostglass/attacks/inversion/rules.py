@@ -100,6 +100,8 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Rule:
 def pixel_noise(amount: float) -> Rule:
     """Adds amount * N(0, 1) to the change. Put it after `adam` and before `scale`, so that the noise lands on the
     pixels, scaled by the current learning rate (Yin et al. 2021, sec. 3.4), and is not normalised away."""
+    if amount == 0:
+        return _stateless(lambda g, info: g)
     return _stateless(lambda g, info: g + amount * info.normal("pixel noise", g))
 
 

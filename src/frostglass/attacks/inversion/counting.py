@@ -1,0 +1,120 @@
+"""The default label rule: which estimator suits a network, and what it is worth there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from frostglass.numerics import label_counts as basics
+from frostglass.numerics import label_learn
+from frostglass.numerics.label_counts import Head
+from frostglass.numerics.label_fit import fit_counts
+
+Confidence: TypeAlias = Literal["high", "low", "none", "granted"]
+
+_ENOUGH = 200  # auxiliary images from which on they replace features made from weights
+_UNSURE = 0.35  # mean largest posterior below which every image speaks, trained or not
+_UNTRAINED = 0.45  # share of the loss slope that labels independent of the images would give
+_OPEN = 0.3  # spread of a count below which rounding settles it
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Counts of one batch.
+
+    Args:
+        counts: [k] whole, of sum K; the guess K/C if `confidence` is "none".
+        confidence: "high": settled by the equations, or nearly all labels expected right; "low": better than guessing.
+        residual: relative misfit of the bias identity.
+        rule: which estimator spoke.
+    """
+
+    counts: Float[Tensor, " k"]
+    confidence: Confidence
+    residual: float
+    rule: str
+
+
+@dataclass(frozen=True)
+class CountRule:
+    """For one network, mode and K; learned at most once, then applied to any number of updates.
+
+    Args:
+        features: [n, d] of other images on the network in the client's mode, None if there are none.
+        granted: those images are of the same kind as the private ones (else dummy images).
+        distinct: the labels are known to be distinct.
+        with_bias: the updates hold a bias gradient.
+    """
+
+    features: Float[Tensor, "n d"] | None
+    granted: bool = False
+    distinct: bool = False
+    with_bias: bool = True
+    _learned: list[label_learn.LearnedRule | None] = field(default_factory=list, repr=False, compare=False)
+
+    def count(self, head: Head) -> Counted:
+        """The counts behind one update."""
+        if head.silent:
+            return self._guess(head, 0.0, "zero gradient")
+        start = basics.least_squares_counts(head.grad_bias, basics.posterior_observed(head), head.examples)
+        if head.examples == 1:
+            counts = torch.zeros(head.classes, dtype=torch.float64)
+            counts[int(head.grad_bias.argmin())] = 1
+            return Counted(counts, "high", start.residual, "one image")
+        if untrained(head, self.features):
+            assert self.features is not None
+            found = fit_counts(head, self.features, start.counts)
+            return Counted(found.counts, "high" if found.spread < _OPEN else "low", found.residual, "fitted")
+        rule = self._rule(head)
+        if rule is None or rule.gain_low <= 0:
+            return self._guess(head, start.residual, "learned")
+        counts, expected = label_learn.apply(rule, head)
+        return Counted(counts, "high" if expected >= 0.95 else "low", start.residual, "learned")
+
+    def _rule(self, head: Head) -> label_learn.LearnedRule | None:
+        if not self._learned:
+            images = self.features if self.granted else None
+            distinct = self.distinct and head.examples <= head.classes
+            try:
+                pool = pool_of(head, images, self.features)
+                found = label_learn.learn(head, pool, distinct=distinct, with_bias=self.with_bias)
+            except ValueError:  # the simulation names fewer classes than the batch must hold
+                self._learned.append(None)
+            else:
+                self._learned.append(found)
+        return self._learned[0]
+
+    def _guess(self, head: Head, residual: float, rule: str) -> Counted:
+        return Counted(basics.guess(head.classes, head.examples), "none", residual, rule)
+
+
+def pool_of(head: Head, granted: Tensor | None, dummies: Tensor | None) -> label_learn.Pool:
+    """Simulated images: granted ones if there are enough, else made from the layer's weights at the features' size."""
+    made = torch.Generator().manual_seed(0)
+    if granted is not None and len(granted) >= _ENOUGH:
+        return label_learn.pool_from_images(granted, granted @ head.weight.T + head.bias, made)
+    known = basics.mean_feature(head)[None] if dummies is None else dummies
+    level = max(float(known.abs().mean()), 1e-3)  # a floor keeps one dead gradient from collapsing the simulation
+    positive = bool((known >= -1e-3 * level).all())
+    return label_learn.pool_from_weights(head.weight, head.bias, level, made, positive=positive)
+
+
+def untrained(head: Head, features: Tensor | None) -> bool:
+    """Whether the bias identity has signal: posteriors unsure, or labels that have nothing to do with the logits.
+
+    sum_i <p_i - y_i, z_i> can be read from the gradient; if labels were independent of the images it would be near
+    K times the mean of <p - 1/C, z>. A trained network leaves a small part of that.
+    """
+    if features is None:
+        return False
+    logits = features @ head.weight.T + head.bias
+    p = logits.softmax(1)
+    if float(p.amax(1).mean()) < max(_UNSURE, 2 / head.classes):
+        return True
+    slope = float((head.grad_weight * head.weight).sum() + head.grad_bias @ head.bias)
+    independent = float(((p - 1 / head.classes) * logits).sum(1).mean())
+    return slope > _UNTRAINED * independent

@@ -1,0 +1,150 @@
+"""The classifier's part of an observation: its layer, its gradient as of one step, and features of other images."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from frostglass.core.errors import BadInput
+from frostglass.core.threat import GradientMessage, Observation
+from frostglass.core.update import LocalPlan
+from frostglass.numerics.label_counts import Head, bias_gradient
+from frostglass.numerics.labels import classifier_layer
+from frostglass.numerics.local_update import in_mode
+
+_SCALES = (1, 2, 4, 8, 16, 32)  # sides of the noise grids that dummy images are summed from
+
+
+def examples_of(seen: Observation) -> int:
+    """How many images the update holds.
+
+    Raises:
+        BadInput: not granted, or not positive.
+    """
+    if seen.examples is None:
+        raise BadInput("attack: restoring labels needs the number of images; grant 'examples'.")
+    if seen.examples < 1:
+        raise BadInput(f"attack: labels of {seen.examples} images cannot be restored; 'examples' must be at least 1.")
+    return seen.examples
+
+
+def classifier_of(seen: Observation) -> tuple[str, Tensor, Tensor | None]:
+    """(layer name, weight gradient [k, d], bias gradient [k] or None), as sent, in float64 on the CPU.
+
+    Raises:
+        BadInput: no final Linear layer, or its gradient was not sent.
+    """
+    layer = classifier_layer(seen.model, seen.classes)
+    if layer is None or _parameter(layer, "weight") not in seen.gradients:
+        raise BadInput(
+            "attack: labels can be restored only from the gradient of a final Linear layer, which this update does not "
+            "hold; grant 'labels'."
+        )
+    bias = seen.gradients.get(_parameter(layer, "bias"))
+    weight = seen.gradients[_parameter(layer, "weight")]
+    return layer, weight.detach().double().cpu(), None if bias is None else bias.detach().double().cpu()
+
+
+def head_of(seen: Observation, feature_sum: float | None = None) -> Head:
+    """The layer with the gradient of one step.
+
+    A FedAvg difference of T steps is divided by the learning rate times the steps (each counted as often as momentum
+    repeats it), weight decay is taken off, and the posteriors are taken at the middle of the way, W - delta / 2: to
+    first order the steps' gradients sum to T times the gradient there (interpolation as in Dimitrov et al. 2022).
+
+    Args:
+        seen: the observation.
+        feature_sum: typical sum of a feature vector, to replace a missing bias gradient; its sign and size matter only
+            then.
+
+    Raises:
+        BadInput: no classifier gradient, or a FedAvg difference whose learning rate is not granted.
+    """
+    layer, grad_weight, grad_bias = classifier_of(seen)
+    module = seen.model.get_submodule(layer)
+    assert isinstance(module, nn.Linear)
+    weight = module.weight.detach().double().cpu()
+    bias = torch.zeros(len(weight), dtype=torch.float64) if module.bias is None else module.bias.detach().double().cpu()
+    plan = _delta_plan(seen)
+    if plan is not None:
+        effective = plan.lr * _step_weight(plan)
+        moved = weight - grad_weight / 2, bias - (0 if grad_bias is None else grad_bias / 2)
+        grad_weight = grad_weight / effective - plan.weight_decay * moved[0]
+        grad_bias = None if grad_bias is None else grad_bias / effective - plan.weight_decay * moved[1]
+        weight, bias = moved
+    if grad_bias is None:
+        grad_bias = bias_gradient(grad_weight, feature_sum or 1.0)
+    return Head(weight, bias, grad_weight, grad_bias, examples_of(seen))
+
+
+def features_of(seen: Observation, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"] | None:
+    """Inputs of the classifier on `images`, in the client's mode and in batches of the client's size.
+
+    The model and its buffers are left unchanged. None if the network refuses such a batch (batch statistics of one
+    image).
+    """
+    layer = classifier_layer(seen.model, seen.classes)
+    assert layer is not None
+    kept: list[Tensor] = []
+    per = min(examples_of(seen), len(images)) if seen.mode == "train" else min(64, len(images))
+    constants = {n: v.detach() for n, v in (*seen.model.named_parameters(), *seen.model.named_buffers())}
+    where = next(iter(constants.values()))
+    watch = seen.model.get_submodule(layer).register_forward_pre_hook(
+        lambda _, given: kept.append(given[0].detach().double().cpu())
+    )
+    try:
+        with in_mode(seen.model, seen.mode), torch.no_grad(), torch.random.fork_rng():
+            for first in range(0, len(images) - per + 1, per):
+                batch = images[first : first + per].to(where.device, where.dtype)
+                # train mode writes running statistics: into copies
+                own = {n: b.clone() for n, b in seen.model.named_buffers()}
+                functional_call(seen.model, {**constants, **own}, (batch,))
+    except ValueError:
+        return None
+    finally:
+        watch.remove()
+    return torch.cat(kept)
+
+
+def dummy_images(seen: Observation, count: int, seed: int = 0) -> Float[Tensor, "n c h w"]:
+    """Noise on several scales with random contrast: how features vary on this network, where no image is granted."""
+    made = torch.Generator().manual_seed(seed)
+    channels, height, width = seen.image_shape
+    total = torch.zeros(count, channels, height, width)
+    for side in (s for s in _SCALES if s <= max(height, width)):
+        strength = 0.6 * torch.rand(count, 1, 1, 1, generator=made) * min(1.0, 4 / side)
+        grid = strength * torch.randn(count, channels, side, side, generator=made)
+        grid = 0.3 * grid + 0.7 * grid.mean(1, keepdim=True)  # channels of natural images agree
+        total += torch.nn.functional.interpolate(grid, size=(height, width), mode="bilinear", align_corners=False)
+    low, high = seen.domain.low, seen.domain.high
+    return low + (high - low) * (0.5 + 0.7 * total).clamp(0, 1)
+
+
+def _parameter(layer: str, name: str) -> str:
+    return f"{layer}.{name}" if layer else name
+
+
+def _delta_plan(seen: Observation) -> LocalPlan | None:
+    """The client's plan if it sent a weight difference, None if it sent a gradient."""
+    kind = next((m.kind for m in seen.messages if isinstance(m, GradientMessage)), "gradient")
+    if kind != "delta":
+        return None
+    if seen.local_plan is None:
+        raise BadInput(
+            "attack: label counts from a weight difference need the client's learning rate and steps; grant "
+            "'local_plan', or restore by 'row_minimum', which needs no scale."
+        )
+    if seen.local_plan.lr <= 0:
+        raise BadInput("attack: a weight difference at learning rate 0 holds no gradient.")
+    return seen.local_plan
+
+
+def _step_weight(plan: LocalPlan) -> float:
+    """How often the gradient enters the difference: once a step, and again in each later step through momentum."""
+    weight, velocity = 0.0, 0.0
+    for _ in range(plan.steps):
+        velocity = plan.momentum * velocity + 1
+        weight += velocity
+    return weight

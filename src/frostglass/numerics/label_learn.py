@@ -1,0 +1,290 @@
+"""A label rule that is learned on simulated batches of the audited network's last layer.
+
+On a trained, confident network the bias identity has almost no signal: most images leave |p - y| near 1e-3 and a few
+misclassified ones leave 1. What is left is spread over orders of magnitude of the weight gradient's rows, which linear
+rules cannot read. So many batches with known labels are simulated, their last-layer gradients computed (one product, no
+backward pass), each class described by a few numbers on a logarithmic scale, and a small network fitted to
+P(n_c >= 1), P(n_c >= 2), ... . The counts with the greatest expected number of right labels are the K largest of these
+probabilities; without any signal they are those of the prior, so that the rule falls back to the guess by itself.
+
+Features come from real images where the attacker has some, else from the weights alone: noise around a mean, pushed
+along the rows of the layer until the logits have margins like a trained network's. Labels are drawn from the posterior
+at a temperature, since a simulation in which the network is always right would hold no misclassified image. Ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from frostglass.numerics.label_counts import Head
+
+TEMPERATURE = 2.0
+"""Of the posterior from which labels of simulated images are drawn: trained networks are about twice too sure."""
+_MARGIN = 14.0  # largest logit margin that features made from weights are pushed to
+_SMALLEST = (1e-1, 1e-4)  # scales of the two signed logarithms
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Simulated images at the last layer.
+
+    Args:
+        features: [n, d].
+        logits: [n, k].
+        labels: [n] drawn or known.
+    """
+
+    features: Float[Tensor, "n d"]
+    logits: Float[Tensor, "n k"]
+    labels: Int[Tensor, " n"]
+
+
+@dataclass(frozen=True)
+class LearnedRule:
+    """A fitted rule for one network and one K.
+
+    Args:
+        network: per-class descriptors -> logits of P(n_c >= j), j = 1 .. levels.
+        mean, std: of the descriptors.
+        typical: [d] mean feature of the simulation.
+        with_bias: whether the bias gradient was simulated (else it is estimated from row sums there, too).
+        gain: mean gain of multiset accuracy over the guess on simulated batches that were held out.
+        gain_low: lower end of its 95 % interval.
+    """
+
+    network: nn.Module
+    mean: Tensor
+    std: Tensor
+    typical: Float[Tensor, " d"]
+    with_bias: bool
+    gain: float
+    gain_low: float
+
+
+def pool_from_images(
+    features: Float[Tensor, "n d"],
+    logits: Float[Tensor, "n k"],
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+) -> Pool:
+    """Pool of images that were run through the network; labels drawn at `TEMPERATURE` unless known."""
+    if labels is None:
+        labels = _drawn(logits.double(), generator)
+    return Pool(features.double(), logits.double(), labels)
+
+
+def pool_from_weights(
+    weight: Float[Tensor, "k d"],
+    bias: Float[Tensor, " k"],
+    level: float,
+    generator: torch.Generator,
+    *,
+    size: int = 4000,
+    positive: bool = True,
+) -> Pool:
+    """Pool made from the layer's weights: no image is needed, and the client's mode does not matter.
+
+    Args:
+        weight, bias: of the last layer.
+        level: typical size of a feature.
+        generator: of the draws.
+        size: features to make.
+        positive: clip at 0, as behind a ReLU.
+    """
+    classes, width = weight.shape
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    centred = weight.double() - weight.double().mean(0)
+    gain = centred.norm(dim=1).mean().clamp_min(1e-12)
+    aim = centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    noise = torch.randn(size, width, generator=generator, dtype=torch.float64)
+    first, second = (torch.randint(classes, (size,), generator=generator) for _ in range(2))
+    push = rand(size, 1) * _MARGIN / gain
+    brightness = level * torch.exp(0.6 * rand(size, 1) - 0.2)  # private images speak louder than dummies
+    made = brightness * (1 + 0.4 * noise) + push * aim[first] + push * rand(size, 1) * aim[second]
+    features = made.clamp_min(0) if positive else made
+    logits = features @ weight.double().T + bias.double()
+    return Pool(features, logits, _drawn(logits, generator))
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.multinomial((logits / TEMPERATURE).softmax(1), 1, generator=generator)[:, 0]
+
+
+def simulate(
+    pool: Pool, examples: int, batches: int, *, distinct: bool, generator: torch.Generator
+) -> tuple[Float[Tensor, "n k d1"], Float[Tensor, "n k"]]:
+    """(K [gW | gb], counts) of simulated batches; classes drawn evenly, a fifth of the batches skewed.
+
+    Raises:
+        ValueError: distinct labels asked for more examples than the pool has classes.
+    """
+    classes = pool.logits.shape[1]
+    present = torch.bincount(pool.labels, minlength=classes).nonzero()[:, 0]
+    if distinct and examples > len(present):
+        raise ValueError(f"{examples} distinct labels cannot be drawn from {len(present)} classes")
+    order = pool.labels.argsort(stable=True)
+    size = torch.bincount(pool.labels, minlength=classes)
+    begin = size.cumsum(0) - size
+    chances = torch.ones(batches, len(present), dtype=torch.float64)
+    if not distinct:
+        skewed = torch.rand(batches, 1, generator=generator, dtype=torch.float64) < 0.2
+        exponential = -torch.rand(chances.shape, generator=generator, dtype=torch.float64).clamp_min(1e-12).log()
+        chances = torch.where(skewed, exponential, chances)
+    picked = present[torch.multinomial(chances, examples, replacement=not distinct, generator=generator)]
+    within = torch.rand(picked.shape, generator=generator, dtype=torch.float64)
+    rows = order[begin[picked] + (within * size[picked]).long()]
+    hot = torch.nn.functional.one_hot(pool.labels, classes).double()
+    error = torch.softmax(pool.logits, 1) - hot
+    counts = torch.nn.functional.one_hot(picked, classes).sum(1).double()
+    extended = torch.cat([pool.features, pool.features.new_ones(len(pool.features), 1)], 1)
+    summed = torch.stack([error[i].T @ extended[i] for i in rows])
+    return summed.float().double(), counts  # what is sent is float32: no signal below its rounding
+
+
+def learn(
+    head: Head,
+    pool: Pool,
+    *,
+    distinct: bool,
+    with_bias: bool,
+    batches: int = 3000,
+    steps: int = 600,
+    seed: int = 0,
+) -> LearnedRule:
+    """Fits the rule for one layer and one K; some seconds on a CPU at ten classes.
+
+    Args:
+        head: layer; its gradient is not used, so that one rule serves many updates of the same network and K.
+        pool: simulated images.
+        distinct: labels are known to be distinct.
+        with_bias: the update holds the bias gradient.
+        batches: simulated batches, a sixth of them held out (fewer with very many classes).
+        steps: of Adam.
+        seed: of batches and starting weights.
+    """
+    made = torch.Generator().manual_seed(seed)
+    batches = max(240, min(batches, 400_000 // head.classes))
+    summed, counts = simulate(pool, head.examples, batches, distinct=distinct, generator=made)
+    typical = pool.features.mean(0)
+    x = _described(head, summed, typical, with_bias)
+    levels = 1 if distinct else max(1, int(counts.max()))
+    y = (counts[..., None] > torch.arange(levels)).float()
+    held = batches // 6
+    mean, std = x[held:].mean((0, 1)), x[held:].std((0, 1)).clamp_min(1e-3)
+    x = (x - mean) / std
+    network = _fitted(x[held:], y[held:], steps, made)
+    with torch.no_grad():
+        found = decode(network(x[:held]).sigmoid(), head.examples)[0]
+    truth, flat = counts[:held], torch.full_like(counts[:held], head.examples / head.classes)
+    gains = ((flat - truth).abs().sum(1) - (found - truth).abs().sum(1)) / (2 * head.examples)
+    low = float(gains.mean() - 1.96 * gains.std() / held**0.5)
+    return LearnedRule(network, mean, std, typical, with_bias, float(gains.mean()), low)
+
+
+def apply(rule: LearnedRule, head: Head) -> tuple[Float[Tensor, " k"], float]:
+    """(whole counts of sum K, share of labels that the rule expects to have right) for one update."""
+    x = (_described(head, head.summed[None], rule.typical, rule.with_bias) - rule.mean) / rule.std
+    with torch.no_grad():
+        counts, expected = decode(rule.network(x).sigmoid(), head.examples)
+    return counts[0], float(expected[0])
+
+
+def decode(tails: Float[Tensor, "n k levels"], examples: int) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"]]:
+    """Counts with the greatest expected multiset accuracy, from P(n_c >= j): the K largest of these probabilities.
+
+    The expected overlap of counts m with the truth n is sum_c sum_{j <= m_c} P(n_c >= j), and these fall with j.
+
+    Returns:
+        (counts of sum K, expected share of labels right)
+    """
+    batches, classes, levels = tails.shape
+    if (
+        classes * levels < examples
+    ):  # more images than simulated levels could hold: deeper levels are as rare as the last
+        deeper = -(-examples // classes) - levels
+        tails = torch.cat([tails, tails[..., -1:].expand(-1, -1, deeper)], 2)
+        levels += deeper
+    falling = tails.cummin(-1).values
+    # float32 ties must go to the lower level first, or counts would skip one
+    falling = falling.double() - 1e-9 * torch.arange(levels)
+    top = falling.flatten(1).topk(examples, dim=1)
+    taken = torch.zeros(batches, classes * levels, dtype=torch.float64).scatter_(1, top.indices, 1.0)
+    return taken.view(batches, classes, levels).sum(-1), top.values.sum(1) / examples
+
+
+def _fitted(x: Tensor, y: Tensor, steps: int, generator: torch.Generator) -> nn.Module:
+    """A perceptron shared by all classes, by Adam on the log loss; starts from `generator`, not from global state."""
+    width = 64
+    network = nn.Sequential(
+        nn.Linear(x.shape[-1], width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, y.shape[-1])
+    )
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            with torch.no_grad():
+                bound = layer.in_features**-0.5
+                layer.weight.copy_((2 * torch.rand(layer.weight.shape, generator=generator) - 1) * bound)
+                layer.bias.zero_()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    per_step = max(8, min(128, 20_000 // x.shape[1]))
+    with torch.enable_grad():
+        for _ in range(steps):
+            pick = torch.randint(len(x), (per_step,), generator=generator)
+            loss = nn.functional.binary_cross_entropy_with_logits(network(x[pick]), y[pick])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return network.eval().requires_grad_(False)
+
+
+def _signed_log(x: Tensor, smallest: float) -> Tensor:
+    return x.sign() * torch.log1p(x.abs() / smallest)
+
+
+def _described(
+    head: Head, summed: Float[Tensor, "n k d1"], typical: Float[Tensor, " d"], with_bias: bool
+) -> Float[Tensor, "n k f"]:
+    """Per class: bias gradient, extreme entries of the row, how far it points along the class's own weights, the bias
+    identity at the mean feature; each on two logarithmic scales, with mean, least and greatest over classes and ranks.
+    """
+    rows = summed[..., :-1]
+    bias = summed[..., -1:] if with_bias else rows.sum(-1, keepdim=True) / float(typical.sum())
+    against = rows / typical.abs().clamp_min(0.05 * float(typical.abs().mean()))
+    least = against.amin(-1, keepdim=True)
+    own = (rows * (head.weight - head.weight.mean(0))).sum(-1, keepdim=True)
+    identity = _identity(head, rows, bias)
+    base = torch.cat(
+        [bias, least, against.amax(-1, keepdim=True), rows.amin(-1, keepdim=True), own, _tenth(against)], -1
+    )
+    own_part = torch.cat(
+        [_signed_log(base, s) for s in _SMALLEST] + [identity, (rows < 0).double().mean(-1, keepdim=True)], -1
+    )
+    around = torch.cat(
+        [own_part.mean(1, keepdim=True), own_part.amin(1, keepdim=True), own_part.amax(1, keepdim=True)], -1
+    )
+    ranks = [t.argsort(1).argsort(1).double() / head.classes for t in (bias, least)]
+    parts = [own_part, around.expand_as(torch.cat([own_part] * 3, -1)), *ranks]
+    if head.classes <= 100:  # which class it is: what the network confuses with what
+        parts.append(torch.eye(head.classes, dtype=torch.float64).expand(len(summed), -1, -1))
+    return torch.cat(parts, -1).float()
+
+
+def _tenth(x: Tensor) -> Tensor:
+    place = max(1, round(0.1 * x.shape[-1]))
+    return x.kthvalue(place, dim=-1, keepdim=True).values
+
+
+def _identity(head: Head, rows: Tensor, bias: Tensor) -> Tensor:
+    """K p - K gb at the batch's mean feature: the exact counts on a network whose posteriors agree."""
+    mass = bias.abs().sum(1).clamp_min(1e-300)
+    mean = (bias.sign() * rows).sum(1) / mass
+    posterior = torch.softmax(mean @ head.weight.T + head.bias, 1)
+    return head.examples * posterior[..., None] - bias
