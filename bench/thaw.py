@@ -50,7 +50,7 @@ def main() -> None:
     files = {"random": "", **{f"150 steps, seed {s}": trained_file("small_bn_cnn", 150, s, batch=64) for s in range(2)}}
     for state, file in files.items():
         for batch in (1, 4, 8):
-            for seed in range(1 if options.quick else 2):
+            for seed in range(1 if options.quick or file else 2):  # other images and, for random victims, other weights
                 cell = audit_cells([scenario(batch, batches, file, {"name": "thaw"})], seed=seed)[0]
                 rows.append(row(cell, victim=f"small_bn_cnn, {state}", plan_seed=seed, attack="thaw"))
     for seed in range(1 if options.quick else 2):

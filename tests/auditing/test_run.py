@@ -277,8 +277,8 @@ def test_a_client_step_that_cannot_be_computed_is_bad_input(tmp_path: Path) -> N
 def test_headlines_count_messages_and_name_the_worst(tmp_path: Path) -> None:
     plan = small([{"name": "spear"}, {"name": "thaw", "steps": 2, "every": 1}], model={"options": {"hidden": [64]}})
     report = go(plan, tmp_path / "a")
-    assert report.headline.startswith("From 2 gradients of small, 4 of 4 images recovered exactly")
-    assert "granted examples, labels." in report.headline
+    assert report.headline.startswith("From 2 gradients of “small”: 4 of 4 images recovered exactly")
+    assert "knew the number of images and the labels." in report.headline
     assert str(report).startswith(report.headline)
     assert headline([]) == "No cell finished: nothing was measured."
 

@@ -46,3 +46,12 @@ def test_accuracies_and_the_guess_without_a_gradient() -> None:
 def test_targets_list_every_counted_label_once() -> None:
     rows = labels.counts_to_targets(torch.tensor([2.0, 0.0, 1.0]))
     assert rows.argmax(1).tolist() == [0, 0, 2]
+
+
+def test_sum_rule_and_single_label_take_the_least_even_when_none_is_negative() -> None:
+    g = torch.tensor([[0.1, 0.2], [0.0, 0.0], [0.3, 0.1]])
+    assert labels.sum_rule(g, 2).tolist() == [1, 0]
+    assert labels.single_label(g) == 1
+    assert labels.single_label(g, torch.tensor([0.0, 0.1, 0.1])) == 0
+    with pytest.raises(ValueError, match="distinct"):
+        labels.sum_rule(g, 4)

@@ -207,6 +207,25 @@ def scorecard(plan: Plan, rows: list[Cell], device: torch.device) -> Scorecard:
     )
 
 
+_SHORT = {
+    "examples": "the number of images",
+    "labels": "the labels",
+    "labels_distinct": "that labels are distinct",
+    "local_plan": "the client's plan",
+    "bn_running": "the running statistics",
+    "bn_batch": "the batch statistics",
+    "augmentation": "the augmentation",
+    "auxiliary": "similar images",
+    "cohort": "the cohort's size",
+    "defence": "the defence",
+}
+"""Grants in the headline's words."""
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
 def headline(rows: Sequence[Cell]) -> str:
     """One sentence: the worst that was shown, and under which grants."""
     done = [r for r in rows if r.summary is not None]
@@ -225,11 +244,11 @@ def headline(rows: Sequence[Cell]) -> str:
         showed = "showed no recognisable image" if len(done) == 1 else "showed a recognisable image"
         return f"{who} {showed}; that is no proof of privacy: see the limits."
     worst = max(shown, key=weight)
-    extra = [g for g in worst.grants if g not in ALWAYS]
-    granted = f"granted {', '.join(extra)}" if extra else "granted nothing else"
+    extra = [_SHORT.get(g, g) for g in worst.grants if g not in ALWAYS]
+    knew = f"knew {_listed(extra)}" if extra else "knew nothing else"
     text = outcome(worst.attack, worst.summary, worst.encoding_summary)
     bound = " (upper bound)" if worst.upper_bound else ""
     kind = "gradient" if worst.update == "gradient" else "weight difference"
     sent = f"one {kind}" if worst.batches == 1 else f"{worst.batches} {kind}s"
     against = "" if worst.defense == "none" else f" despite {worst.defense}"
-    return f"From {sent} of {worst.scenario}{against}, {text}{bound}: the server held the model and was {granted}."
+    return f"From {sent} of “{worst.scenario}”{against}: {text}{bound}. The server held the model and {knew}."

@@ -1,0 +1,224 @@
+"""`frostglass train`: what it writes, what it refuses, and what a killed run goes on with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from frostglass.app.cli import main
+from frostglass.app.commands.train import load_train_plan
+from frostglass.core.errors import BadInput
+from frostglass.federated import training
+from frostglass.federated.checkpoint_check import check_checkpoint
+from frostglass.federated.feeds import augmented
+from frostglass.federated.train_plan import TrainingPlan
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of TensorBoard's imports
+]
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.fixture
+def plan(tmp_path) -> Path:
+    path = tmp_path / "plan.toml"
+    path.write_text("""
+name = "small"
+[data]
+source = "digits"
+limit = 500
+[model]
+options = { width = 8 }
+[[method]]
+kind = "plain"
+[[method]]
+kind = "mixup"
+k = 2
+[[method]]
+kind = "instahide"
+[training]
+epochs = 2
+batch = 50
+[evaluation]
+encodings = [2, 3]
+""")
+    return path
+
+
+def test_every_method_leaves_log_weights_and_result(plan, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    code, text, err = call(capsys, "train", plan, "--out", out, "--device", "cpu")
+    assert code == 0, err
+    assert "no (epsilon, delta)" in text
+    labels = ["plain-0", "mixup-inside-k2-0", "instahide-inside-k4-0"]
+    assert all(label in err for label in labels)
+    results = json.loads((out / "results.json").read_text())["results"]
+    assert [f"{r['method']}-{r['seed']}" for r in results] == labels
+    for label, result in zip(labels, results, strict=True):
+        rows = list(csv.DictReader((out / label / "log.csv").open()))
+        assert [row["epoch"] for row in rows] == ["1", "2"]
+        assert float(rows[-1]["test_plain"]) == result["plain"]
+        assert set(result["encoded"]) == (set() if label == "plain-0" else {"2", "3"})
+        assert (out / label / "model.safetensors").exists()
+        assert not (out / label / "checkpoint.safetensors").exists()
+        assert not [f for f in check_checkpoint(out / label) if f.state]
+    assert [r["encodings_per_image"] for r in results] == [0, 4, 8]
+    held = out / "instahide-inside-k4-0"
+    assert stat.S_IMODE((held / "ledger.safetensors").stat().st_mode) == 0o600
+    assert "broken" in (held / "privacy.txt").read_text()
+    assert call(capsys, "train", plan, "--out", out)[0] == 2
+    code, text, _ = call(capsys, "train", plan, "--out", out, "--resume", "--json")
+    assert code == 0
+    assert json.loads(text) == results
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_plain_run_ends_as_the_straight_one(plan, tmp_path, capsys, monkeypatch) -> None:
+    plan.write_text(plan.read_text().split("[[method]]")[0] + "[[method]]\nkind='plain'\n[training]\nepochs=3\nbatch=50\n")
+    call(capsys, "train", plan, "--out", tmp_path / "straight")
+    kill_after(2, monkeypatch)
+    with pytest.raises(Killed):
+        main(["train", str(plan), "--out", str(tmp_path / "cut")])
+    monkeypatch.undo()
+    checkpoint = tmp_path / "cut" / "plain-0" / "checkpoint.safetensors"
+    assert check_checkpoint(checkpoint) == []
+    assert call(capsys, "train", plan, "--out", tmp_path / "cut")[0] == 2
+    assert call(capsys, "train", plan, "--out", tmp_path / "cut", "--resume")[0] == 0
+    left, right = (
+        list(csv.DictReader((tmp_path / name / "plain-0" / "log.csv").open())) for name in ("straight", "cut")
+    )
+    assert [r["loss"] for r in left] == [r["loss"] for r in right]
+    assert len(right) == 3
+
+
+def kill_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.Run._epoch
+
+    def epoch(self: training.Run, number: int) -> dict[str, float]:
+        if number == epochs:
+            raise Killed
+        return real(self, number)
+
+    monkeypatch.setattr(training.Run, "_epoch", epoch)
+
+
+def test_a_killed_encoded_run_goes_on_with_its_exposures_and_new_keys(plan, tmp_path, capsys, monkeypatch) -> None:
+    plan.write_text(plan.read_text().split("[[method]]")[0] + "[[method]]\nkind='instahide'\n[training]\nepochs=3\nbatch=50\n")
+    kill_after(1, monkeypatch)
+    with pytest.raises(Killed):
+        main(["train", str(plan), "--out", str(tmp_path / "cut")])
+    monkeypatch.undo()
+    held = tmp_path / "cut" / "instahide-inside-k4-0"
+    assert not [f for f in check_checkpoint(held) if f.state]
+    assert call(capsys, "train", plan, "--out", tmp_path / "cut", "--resume")[0] == 0
+    (result,) = json.loads((tmp_path / "cut" / "results.json").read_text())["results"]
+    assert result["encodings_per_image"] == 12, "exposures before the kill were forgotten"
+    assert result["epochs"] == 3
+    (held / "result.json").unlink()
+    (held / "checkpoint.safetensors").write_bytes(b"broken")
+    code, _, err = call(capsys, "train", plan, "--out", tmp_path / "cut", "--resume")
+    assert code == 2
+    assert "delete it" in err
+
+
+def test_cross_dataset_and_reuse(plan, tmp_path, capsys) -> None:
+    pool = tmp_path / "pool"
+    code, _, err = call(
+        capsys, "public-pool", "digits", pool, "--size", 8, "--cut", 8, "--channels", 1, "--key-points", -1, "--crops", 50
+    )
+    assert code == 0, err
+    text = plan.read_text().split("[[method]]")[0]
+    text += "[[method]]\nkind='instahide'\nk=4\npublic='pool'\nrounds=1\nreuse=true\n[training]\nepochs=2\nbatch=50\n"
+    plan.write_text(text)
+    code, _, err = call(capsys, "train", plan, "--out", tmp_path / "run", "--set", "evaluation.encodings=[2]")
+    assert code == 0, err
+    (result,) = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
+    assert result["method"] == "instahide-cross-k4"
+    assert result["encodings_per_image"] == 2, "the second epoch was encoded anew"
+    assert "2" in result["encoded"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.epochs=0", "training.epochs"),
+        ("training.speed=1", "unknown key"),
+        ("method.kind=other", "method"),
+        ("method.2.rounds=1", "reuse"),
+        ("method.2.c1=0.1", "c1"),
+        ("method.2.k=900", "900 distinct"),
+        ("method.2.public=nowhere", "holds no pool"),
+        ("method.1.kind=plain", "two are called"),
+        ("evaluation.encodings=[0]", "encodings"),
+        ("seeds=[1,1]", "seeds"),
+        ("data.source=parquet:$NOWHERE_AT_ALL/x", "NOWHERE_AT_ALL"),
+        ("data.test=photos", "differ in size"),
+        ("training.lr=1e30", "lower it"),
+        ("model.name=nothing", "not known"),
+    ],
+)
+def test_bad_plans_are_refused_in_words(plan, tmp_path, capsys, override, sentence) -> None:
+    code, _, err = call(capsys, "train", plan, "--out", tmp_path / "run", "--set", override)
+    assert code == 2, err
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_resume_belongs_to_its_plan(plan, tmp_path, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.toml").write_text("name = 'other'\n")
+    code, _, err = call(capsys, "train", plan, "--out", tmp_path / "run", "--resume")
+    assert code == 2
+    assert "another plan" in err
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "plans").glob("train-*.toml")))
+def test_packaged_plans_are_valid(name, monkeypatch) -> None:
+    monkeypatch.setenv("FROSTGLASS_DATA", "/data")
+    assert load_train_plan(ROOT / "plans" / name).method
+    monkeypatch.delenv("FROSTGLASS_DATA")
+    if "$FROSTGLASS_DATA" in (ROOT / "plans" / name).read_text():
+        with pytest.raises(BadInput, match="FROSTGLASS_DATA"):
+            load_train_plan(ROOT / "plans" / name)
+
+
+def test_learning_rates() -> None:
+    cycle = [training.learning_rate(TrainingPlan(lr=0.1), s, 100) for s in range(100)]
+    assert max(cycle) == pytest.approx(0.1)
+    assert int(np.argmax(cycle)) == 30
+    assert cycle[0] == pytest.approx(0.004)
+    assert cycle[-1] < 1e-3
+    steps = TrainingPlan(lr=0.1, schedule="steps", epochs=4, milestones=[1, 3])
+    assert [round(training.learning_rate(steps, s, 8), 6) for s in range(8)] == [0.1] * 2 + [0.01] * 4 + [0.001] * 2
+
+
+def test_augmentation_moves_whole_images() -> None:
+    images = torch.arange(1, 1 + 200 * 8 * 8, dtype=torch.int32).view(200, 1, 8, 8)
+    draws = torch.Generator().manual_seed(0)
+    moved = augmented(images, "crop", draws)
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    for image, whole in zip(moved, padded, strict=True):
+        places = [(whole[:, t : t + 8, s : s + 8] == image).all() for t in range(9) for s in range(9)]
+        assert any(places)
+    flipped = augmented(images, "crop_flip", torch.Generator().manual_seed(1))
+    inside = flipped[(flipped > 0).all(-1).all(-1)[:, 0]]
+    assert 0 < (inside[:, 0, 0, 0] > inside[:, 0, 0, 1]).sum() < max(len(inside), 1) or len(inside) < 4
+    assert augmented(images, "none", None) is images

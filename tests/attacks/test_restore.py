@@ -1,0 +1,178 @@
+"""Label restoration from real observations: every rule, every kind of update, and what is refused in which words."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from victims import frozen_copy, observe
+
+from frostglass.attacks.inversion import restore
+from frostglass.attacks.inversion.head import dummy_images, features_of, head_of
+from frostglass.core.errors import BadInput
+from frostglass.core.threat import GradientMessage, Knows, Observation
+from frostglass.core.update import LocalPlan
+from frostglass.numerics.label_counts import guess
+from frostglass.numerics.local_update import local_update
+
+SIZE_ONLY = frozenset({Knows.EXAMPLES})
+
+
+def relabelled(
+    name: str, counts: list[int], mode: str = "eval", plan: LocalPlan | None = None, **options: object
+) -> tuple[Observation, Tensor]:
+    """(observation, counts) of photographs with labels of our choice, repeated ones too."""
+    knows = frozenset({Knows.EXAMPLES, Knows.LOCAL_PLAN})
+    total = sum(counts)
+    seen, private = observe(name, batch=8, mode=mode, knows=knows, **options)
+    made = torch.Generator().manual_seed(1)
+    images = private.images[torch.arange(total) % 8] + 0.02 * torch.randn(total, *private.image_shape, generator=made)
+    truth = torch.tensor(counts + [0] * (10 - len(counts)), dtype=torch.float32)
+    targets = restore.counts_to_targets(truth)
+    local = plan or LocalPlan(mode="train" if mode == "train" else "eval")
+    sent = local_update(seen.model, images.clamp(0, 1), targets, local).gradients
+    return replace(
+        seen, messages=(GradientMessage(sent, local.kind),), examples=total, local_plan=local, labels=None
+    ), truth
+
+
+def without(seen: Observation, *ends: str) -> Observation:
+    kept = {n: g for n, g in seen.gradients.items() if not n.endswith(ends)}
+    return replace(seen, messages=(GradientMessage(kept, "gradient"),))
+
+
+@pytest.mark.parametrize("name", ["mlp", "small_bn_cnn", "resnet20"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("counts", [[1, 0, 1, 0, 1, 0, 1, 0, 0, 0], [3, 0, 0, 5, 0, 0, 0, 0, 0, 0]])
+def test_counts_are_exact_on_random_networks_distinct_and_repeated(name: str, mode: str, counts: list[int]) -> None:
+    seen, truth = relabelled(name, counts, mode)
+    found = restore.restored_of(seen, restore.by_counts())
+    assert torch.equal(found.counts, truth)
+    assert found.confidence in ("high", "low")
+    assert torch.equal(found.targets.sum(0), truth)
+
+
+def test_more_images_than_classes_are_counted_and_refused_by_distinct_rules() -> None:
+    seen, truth = relabelled("small_bn_cnn", [5, 0, 2, 0, 0, 9, 0, 0, 0, 1])
+    assert torch.equal(restore.restored_of(seen, restore.by_counts()).counts, truth)
+    for name in ("row_minimum", "sum"):
+        with pytest.raises(BadInput, match=r"exceed 10 classes; restore counts instead"):
+            restore.restored_of(seen, restore.RESTORE[name]())
+    with pytest.raises(BadInput, match="names one label"):
+        restore.restored_of(seen, restore.RESTORE["idlg"]())
+
+
+@pytest.mark.parametrize("name", sorted(restore.RESTORE))
+def test_every_rule_finds_the_label_of_one_image(name: str) -> None:
+    seen, truth = relabelled("mlp", [0, 0, 0, 1])
+    found = restore.restored_of(seen, restore.RESTORE[name]())
+    assert torch.equal(found.counts, truth)
+    assert found.info["labels_rule"] == found.rule
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 1], [1, 0, 1, 1], [4, 0, 0, 2]])
+def test_a_missing_bias_gradient_is_made_up_for(counts: list[int]) -> None:
+    seen, truth = relabelled("small_bn_cnn", counts)
+    found = restore.restored_of(without(seen, "head.bias", "linear.bias", "fc.bias"), restore.by_counts())
+    assert torch.equal(found.counts, truth)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_counts_from_a_difference_of_several_steps(momentum: float, decay: float) -> None:
+    plan = LocalPlan("delta", "eval", local_steps=2, epochs=2, lr=0.01, momentum=momentum, weight_decay=decay)
+    seen, truth = relabelled("small_bn_cnn", [3, 0, 1, 0, 0, 2], plan=plan)
+    assert torch.equal(restore.restored_of(seen, restore.by_counts()).counts, truth)
+    assert int(restore.restored_of(seen, restore.by_row_minimum()).counts.sum()) == 6
+    unknown = replace(seen, local_plan=None)
+    with pytest.raises(BadInput, match="grant 'local_plan', or restore by 'row_minimum'"):
+        restore.restored_of(unknown, restore.by_counts())
+
+
+def test_a_saturated_or_zero_gradient_gives_the_guess_and_says_so() -> None:
+    seen, _ = relabelled("mlp", [1, 1])
+    zero = {n: torch.zeros_like(g) for n, g in seen.gradients.items()}
+    found = restore.restored_of(replace(seen, messages=(GradientMessage(zero, "gradient"),)), restore.by_counts())
+    assert found.confidence == "none"
+    assert torch.equal(found.counts.double(), guess(10, 2))
+    assert found.info["labels_confidence"] == "none"
+
+
+def test_a_missing_classifier_gradient_or_number_of_images_is_named() -> None:
+    seen, _ = observe("mlp", knows=SIZE_ONLY)
+    head = [n for n in seen.gradients if n.startswith("head")]
+    for name in ("counts", "least_squares", "row_minimum", "sum", "idlg"):
+        with pytest.raises(BadInput, match="final Linear layer"):
+            restore.restored_of(without(seen, *head), restore.RESTORE[name]())
+    unknown = replace(seen, examples=None)
+    for name in ("counts", "row_minimum"):
+        with pytest.raises(BadInput, match="grant 'examples'"):
+            restore.restored_of(unknown, restore.RESTORE[name]())
+    with pytest.raises(BadInput, match="at least 1"):
+        restore.restored_of(replace(seen, examples=0), restore.by_counts())
+
+
+def test_granted_labels_are_passed_on() -> None:
+    seen, private = observe("mlp")
+    found = restore.restored_of(seen, restore.by_counts())
+    assert found.confidence == "granted"
+    assert found.counts is None
+    assert torch.equal(found.targets, private.targets)
+    assert restore.targets_of(seen, restore.by_counts())[1] is None
+
+
+def test_least_squares_takes_each_posterior_and_asks_for_auxiliary_images() -> None:
+    seen, truth = relabelled("small_bn_cnn", [2, 0, 1, 0, 0, 1])
+    for source in ("observed", "simulated", "uniform"):
+        assert torch.equal(restore.restored_of(seen, restore.by_least_squares(source)).counts, truth)
+    with pytest.raises(BadInput, match="grant 'auxiliary'"):
+        restore.restored_of(seen, restore.by_least_squares("auxiliary"))
+    granted = replace(seen, auxiliary=dummy_images(seen, 40))
+    assert torch.equal(restore.restored_of(granted, restore.by_least_squares("auxiliary")).counts, truth)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_restoring_changes_neither_the_observation_nor_the_model_nor_the_generator(mode: str) -> None:
+    seen, _ = relabelled("small_bn_cnn", [2, 1, 1], mode)
+    before, state = frozen_copy(seen), torch.get_rng_state()
+    restore.restored_of(seen, restore.by_counts())
+    after = frozen_copy(seen)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(m._forward_pre_hooks for m in seen.model.modules())
+    assert seen.model.training == (mode == "train")
+
+
+def confident(seen: Observation) -> Observation:
+    """The same network with logits so large that it is sure of everything, and the gradient that it would send."""
+    model = copy.deepcopy(seen.model)
+    made = torch.Generator().manual_seed(0)
+    features = features_of(seen, dummy_images(seen, 64, seed=3))
+    assert features is not None
+    layer = head_of(seen)
+    assert layer.weight.shape[1] == features.shape[1]
+    with torch.no_grad():
+        model.head.weight.mul_(400)
+    images = dummy_images(seen, 12, seed=int(torch.randint(100, (1,), generator=made)))
+    with torch.no_grad():
+        p = model(images).softmax(1)
+    targets = torch.nn.functional.one_hot(p.argmax(1), 10).float()
+    targets[:2] = targets[:2].roll(1, 1)  # two images are misclassified
+    sent = local_update(model, images, targets, LocalPlan(mode="eval")).gradients
+    return replace(seen, model=model, messages=(GradientMessage(sent, "gradient"),), examples=12)
+
+
+def test_a_confident_network_never_claims_high_confidence_without_reason() -> None:
+    seen, _ = relabelled("small_bn_cnn", [1, 1])
+    found = restore.restored_of(confident(seen), restore.by_counts())
+    assert int(found.counts.sum()) == 12
+    assert found.confidence in ("low", "none")
+    assert found.rule == "counts: learned"
+
+
+def test_a_restoration_is_done_once_an_observation() -> None:
+    seen, _ = relabelled("mlp", [1, 1, 1])
+    assert restore.restored_of(seen, restore.by_counts()) is restore.restored_of(seen, restore.RESTORE["counts"]())
