@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +63,7 @@ def data(quick: bool) -> Data:
     return Data(held.images[:count], held.labels[:count], held.images[count:], held.labels[count:])
 
 
+@cache
 def victims(name: str, seeds: int) -> list[nn.Module]:
     kind, state = name.split()
     made = []
@@ -81,6 +83,23 @@ def view(net: nn.Module, mode: str, examples: int) -> Any:
     )
 
 
+_EVAL: dict[tuple[nn.Module, str], Tensor] = {}
+
+
+def features(net: nn.Module, mode: str, examples: int, held: Data, which: str, rows: Tensor | None = None) -> Tensor:
+    """Of private ("images") or auxiliary images; in eval mode each is run once a network."""
+    images: Tensor = getattr(held, which)
+    if mode == "train":
+        found = features_of(view(net, mode, examples), images if rows is None else images[rows])
+        assert found is not None
+        return found
+    if (net, which) not in _EVAL:
+        found = features_of(view(net, mode, 64), images)
+        assert found is not None
+        _EVAL[net, which] = found
+    return _EVAL[net, which] if rows is None else _EVAL[net, which][rows]
+
+
 def draw(held: Data, examples: int, distinct: bool, rng: Rng) -> Tensor:
     """Rows of one batch: classes drawn without or with replacement, evenly, then images within."""
     generator = rng.numpy()
@@ -92,13 +111,13 @@ def draw(held: Data, examples: int, distinct: bool, rng: Rng) -> Tensor:
     return torch.stack([p[int(generator.integers(len(p)))] for p in places])
 
 
-def head_of(net: nn.Module, features: Tensor, labels: Tensor) -> Head:
+def head_of(net: nn.Module, inputs: Tensor, labels: Tensor) -> Head:
     """The layer and its gradient on a batch with these features, rounded to the float32 that is sent."""
     layer = net.get_submodule(classifier_layer(net, CLASSES) or "")
     assert isinstance(layer, nn.Linear)
     weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
-    error = torch.softmax(features @ weight.T + bias, 1) - nn.functional.one_hot(labels, CLASSES)
-    grad = (error.T @ features / len(labels)).float().double()
+    error = torch.softmax(inputs @ weight.T + bias, 1) - nn.functional.one_hot(labels, CLASSES)
+    grad = (error.T @ inputs / len(labels)).float().double()
     return Head(weight, bias, grad, error.mean(0).float().double(), len(labels))
 
 
@@ -108,10 +127,9 @@ def batches(
     """(head, true counts) of `count` batches."""
     rng = Rng.from_seed(examples, "labels", mode, "distinct" if distinct else "repeated")
     rows = [draw(held, examples, distinct, rng.at(i)) for i in range(count)]
-    features = features_of(view(net, mode, examples), held.images[torch.cat(rows)])
-    assert features is not None
+    found = features(net, mode, examples, held, "images", torch.cat(rows))
     for i, row in enumerate(rows):
-        mine = features[i * examples : (i + 1) * examples]
+        mine = found[i * examples : (i + 1) * examples]
         yield head_of(net, mine, held.labels[row]), torch.bincount(held.labels[row], minlength=CLASSES).double()
 
 
@@ -126,9 +144,8 @@ def rules(
     """Every rule that applies: head -> (counts, confidence)."""
     seen = view(net, mode, examples)
     dummies = features_of(seen, dummy_images(seen, max(384, 2 * examples)))
-    auxiliary = features_of(seen, held.auxiliary)
+    auxiliary = features(net, mode, examples, held, "auxiliary")
     assert dummies is not None
-    assert auxiliary is not None
     default = CountRule(dummies, distinct=distinct)
     granted = CountRule(auxiliary, granted=True, distinct=distinct)
 
@@ -208,6 +225,7 @@ def cell(
                 "gain": gain,
                 "beats_guess": gain[1] > 0,
                 "said": {w: round(statistics.fmean(s[3] == w for s in scores), 3) for w in said},
+                "multiset_where_said": {w: round(statistics.fmean(s[0] for s in scores if s[3] == w), 3) for w in said},
                 "seconds_per_batch": round(seconds[name] / len(scores), 4),
             }
         )
@@ -233,7 +251,15 @@ def main() -> None:
                     part = cell(held, victim, mode, examples, distinct, count, options.seeds)
                     rows += part
                     for row in part[:2]:
-                        told = ("rule", "multiset", "exact", "guess", "said", "seconds_per_batch")
+                        told = (
+                            "rule",
+                            "multiset",
+                            "exact",
+                            "guess",
+                            "said",
+                            "multiset_where_said",
+                            "seconds_per_batch",
+                        )
                         print(victim, mode, examples, row["labels"], *(row[k] for k in told), file=sys.stderr)
     about = {
         "note": "CIFAR-10 images are JPEG re-encodings; private and auxiliary images are disjoint test images.",

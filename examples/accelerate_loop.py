@@ -1,6 +1,6 @@
 """InstaHide under Accelerate: a prepared DataLoader of encodings. Needs `pip install 'frostglass[hf]'`.
 
-    python examples/accelerate_loop.py        (or: accelerate launch examples/accelerate_loop.py)
+python examples/accelerate_loop.py        (or: accelerate launch examples/accelerate_loop.py)
 """
 
 from __future__ import annotations

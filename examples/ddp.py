@@ -3,8 +3,8 @@
     python examples/ddp.py
 
 Each rank loads its own part of the images, mixes within it, and draws keys that never leave it; only gradients are
-exchanged. `shared=True` shows the other way: all ranks hold all images, and a DistributedSampler names the rows that each
-encodes.
+exchanged. `shared=True` shows the other way: all ranks hold all images, and a DistributedSampler names the rows that
+each encodes.
 """
 
 from __future__ import annotations

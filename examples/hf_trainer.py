@@ -1,6 +1,6 @@
 """InstaHide in Hugging Face's Trainer, as a data collator. Needs `pip install 'frostglass[hf]'`.
 
-    python examples/hf_trainer.py
+python examples/hf_trainer.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """InstaHide in a Lightning Trainer, as a DataModule. Needs `pip install 'frostglass[lightning]'`.
 
-    python examples/lightning_trainer.py
+python examples/lightning_trainer.py
 """
 
 from __future__ import annotations

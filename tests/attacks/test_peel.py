@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from victims import ALL, observe, photo_batch
 
 from frostglass.attacks.analytic.chain import find_chain
 from frostglass.attacks.registry import ATTACKS
@@ -23,6 +22,7 @@ from frostglass.core.update import LocalPlan, Update
 from frostglass.numerics.assign import assign
 from frostglass.numerics.local_update import local_update
 from frostglass.vision import networks
+from victims import ALL, observe, photo_batch
 
 RUN = Runtime(Rng.from_seed(0, "peel"))
 SEEN_STATISTICS = frozenset({Knows.EXAMPLES, Knows.BN_BATCH})
@@ -86,13 +86,24 @@ def test_group_norm_gives_all_but_the_contrast() -> None:
         assert float(torch.nn.functional.cosine_similarity(z, t, 0)) > 0.95  # up to the clamp of overdone contrast
 
 
-def test_labels_need_not_be_granted_and_may_repeat() -> None:
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_neither_labels_nor_batch_statistics_are_needed_but_for_the_contrast(batch: int) -> None:
+    seen, private = observe("small_bn_cnn", size=32, batch=batch, knows=frozenset({Knows.EXAMPLES}))
+    found = peeled(seen, steps=300)
+    assert found.info["certificate"] is True
+    assert "contrast" in found.info
+    order = assign(found.images, private.images)
+    z, t = (private.domain.normalise(v).flatten(1) for v in (found.images[order], private.images))
+    assert float(torch.nn.functional.cosine_similarity(z, t).min()) > 0.97  # up to the clamp of overdone contrast
+
+
+def test_labels_need_not_be_granted() -> None:
     seen, private = observe("small_bn_cnn", size=32, batch=2, knows=SEEN_STATISTICS)
-    found = peeled(seen, steps=250)
+    found = peeled(seen, steps=150)
     assert found.info["certificate"] is True
     assert found.label_counts is not None
     assert torch.equal(found.label_counts, private.targets.sum(0))
-    assert min(psnr(found.images, private.images)) > 28
+    assert min(psnr(found.images, private.images)) > 25
 
 
 def test_the_first_wrong_guess_of_the_labels_is_put_right_by_the_residual() -> None:
@@ -126,14 +137,14 @@ def test_a_users_own_network_in_grey_by_one_step_of_sgd() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 24, 5, 1, 2, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
-        nn.Conv2d(24, 48, 3, 2, 1), nn.BatchNorm2d(48), nn.ReLU(),
+        nn.Conv2d(24, 48, 5, 2, 2), nn.BatchNorm2d(48), nn.ReLU(),
         nn.Flatten(), nn.Linear(48 * 64, 10),
     )  # fmt: skip
     plan = LocalPlan(kind="delta", mode="train", lr=0.05, weight_decay=1e-3)
     seen, private = watched(model, 16, 1, plan, channels=1)
     found = peeled(seen, steps=300)
-    assert found.info["peel_residual"] < 1e-2
-    assert min(psnr(found.images, private.images)) > 25
+    assert found.info["certificate"] is True
+    assert min(psnr(found.images, private.images)) > 30
 
 
 @pytest.mark.slow
@@ -230,8 +241,6 @@ def test_a_shortcut_is_refused() -> None:
 
 def test_missing_grants_and_sizes_are_refused() -> None:
     attack = ATTACKS["peel"].make()
-    seen, _ = observe("small_bn_cnn", size=16, batch=2, knows=ALL - {Knows.BN_BATCH})
-    assert "grant 'bn_batch'" in attack.check(seen)[0]
     seen, _ = observe("small_bn_cnn", size=16, batch=2)
     assert "up to which" in attack.check(replace(seen, examples=10, labels=None))[0]
     assert "grant 'examples'" in attack.check(replace(seen, examples=None))[0]

@@ -20,7 +20,7 @@ from frostglass.core.runtime import Runtime
 from frostglass.core.threat import ALWAYS, GradientMessage, Knows, Observation
 
 RUN = Runtime(Rng.from_seed(3, "contract"))
-VICTIMS = [("mlp", {"hidden": (64, 32)}), ("small_bn_cnn", {"width": 8}), ("lenet", {}), ("small_bn_cnn", {"width": 8, "norm": "none"})]
+VICTIMS = [("mlp", {"hidden": (64, 32)}), ("small_bn_cnn", {"width": 8}), ("lenet", {})]
 
 
 def short(name: str) -> Attack[Any]:

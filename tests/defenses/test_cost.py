@@ -64,7 +64,8 @@ def test_the_packaged_table_has_all_that_a_sentence_needs() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [(4, 5, 100, 0, 1), (4, 4, 3, 0, 1), (4, 2, 100, 1, 1), (4, 4, 100, 50, 1), (4, 4, 100, 0, 0), (0, 0, 1, 0, 1)]
+    "wrong",
+    [(4, 5, 100, 0, 1), (4, 4, 3, 0, 1), (4, 2, 100, 1, 1), (4, 4, 100, 50, 1), (4, 4, 100, 0, 0), (0, 0, 1, 0, 1)],
 )
 def test_numbers_that_no_encoding_could_have(wrong) -> None:
     with pytest.raises(BadInput):

@@ -203,7 +203,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch) -> None:
         return real(path)
 
     monkeypatch.setattr(writing, "sha256_of", full)
-    with pytest.raises(BadInput, match="No space left on device.*--resume"):
+    with pytest.raises(BadInput, match=r"No space left on device.*--resume"):
         writer(tmp_path / "set").write()
     monkeypatch.undo()
     assert writer(tmp_path / "set").write(resume=True)["encodings"] == N

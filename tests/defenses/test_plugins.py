@@ -43,7 +43,7 @@ def example(name: str) -> ModuleType:
 
 
 def needs(package: str, extra: str) -> None:
-    """Skips where a trainer is not installed, or torchvision, which trainers import by themselves, does not fit torch."""
+    """Skips where a trainer is not installed, or torchvision, which it imports by itself, does not fit torch."""
     pytest.importorskip(package, reason=f"{package} is not installed; pip install 'frostglass[{extra}]'")
     try:
         import torchvision  # noqa: F401
@@ -136,9 +136,9 @@ def test_workers_that_live_on_see_the_epoch() -> None:
 
 def test_max_exposure_holds_across_workers() -> None:
     data = EncodedDataset(photos(), InstaHide(k=4, max_exposure=3), num_classes=50, workers=2)
+    loader = DataLoader(data, 16, num_workers=2, collate_fn=soft_collate)
     with pytest.raises(BadInput, match="max_exposure"):
-        for _ in range(4):
-            rows_of(DataLoader(data, 16, num_workers=2, collate_fn=soft_collate))
+        [rows_of(loader) for _ in range(4)]
     assert int(data.encoder.ledger.total.max()) <= 3
 
 

@@ -82,6 +82,27 @@ def test_the_input_is_exact(norm: Norm, stride: int) -> None:
         assert float((found.dz - dz).norm() / dz.norm()) < 1e-4
 
 
+def test_statistics_of_a_batch_norm_need_not_be_seen() -> None:
+    x = draw(2, 6, 6, 6, key="x").relu()
+    layer, outputs, above, grad_weight, dz = observed(a_layer("batch", outputs=48), x)
+    blind = replace(layer, norm="own", mean=torch.zeros_like(layer.mean), var=torch.ones_like(layer.var))
+    found = peel(PeelProblem(blind, outputs, above, grad_weight, (6, 6), True), 1e-6)
+    assert found.residual < CERTIFIED
+    ratio = (found.inputs * x).sum() / x.square().sum()
+    assert float((found.inputs / ratio - x).norm() / x.norm()) < 1e-4
+    assert float((found.dz * ratio - dz).norm() / dz.norm()) < 1e-4
+
+
+def test_channels_without_gradient_do_not_disturb_unseen_statistics() -> None:
+    x = draw(2, 6, 6, 6, key="x").relu()
+    dead = a_layer("batch", outputs=48)
+    dead = replace(dead, beta=torch.where(torch.arange(48) < 3, -100.0, dead.beta))
+    layer, outputs, above, grad_weight, _ = observed(dead, x)
+    assert float(grad_weight[:3].abs().max()) == 0
+    found = peel(PeelProblem(replace(layer, norm="own"), outputs, above, grad_weight, (6, 6), True), 1e-6)
+    assert found.residual < CERTIFIED
+
+
 def test_a_first_convolution_gives_its_images_with_their_signs() -> None:
     x = draw(2, 6, 6, 6, key="x")
     layer, outputs, above, grad_weight, _ = observed(a_layer("fixed", outputs=48), x)
@@ -98,9 +119,16 @@ def test_a_noised_gradient_is_not_certified() -> None:
 
 
 def test_more_places_than_equations_are_not_determined() -> None:
-    weight = torch.zeros(64, 64, 3, 3)
-    assert determined(weight, 9, (8, 8))
-    assert not determined(weight, 10, (8, 8))
+    assert determined(a_layer("none", outputs=64), 9, (8, 8))
+    assert not determined(a_layer("none", outputs=64), 10, (8, 8))
+
+
+def test_a_stride_leaves_places_that_one_tap_alone_reaches() -> None:
+    # 3 x 3 at stride 2: the 64 even places of 16 x 16 meet one tap, so 48 equations, although there are 432 for 256
+    assert not determined(a_layer("none", 2, 3, outputs=48), 1, (16, 16))
+    assert determined(a_layer("none", 2, 3, outputs=64), 1, (16, 16))
+    assert determined(a_layer("none", 2, 5, outputs=48), 3, (16, 16))
+    assert not determined(a_layer("none", 2, 1, outputs=999), 1, (16, 16))
 
 
 @pytest.mark.parametrize("norm", NORMS)

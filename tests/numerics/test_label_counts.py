@@ -1,4 +1,4 @@
-"""Count estimators: the identity, permutations of the classes, whole numbers, and what they say where there is no signal."""
+"""Count estimators: the identity, permutations of classes, whole numbers, and what is said without signal."""
 
 from __future__ import annotations
 
@@ -101,17 +101,23 @@ def test_classes_without_an_image_get_the_mean_posterior() -> None:
     assert torch.allclose(m.sum(1), torch.ones(3).double())
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 0, 2, 1, 2], [1, 1, 1, 1, 1, 1], [0, 16, 0, 0, 0, 0]])
-def test_fitting_the_features_corrects_counts_where_posteriors_vary(counts: list[int]) -> None:
-    truth = torch.tensor(counts, dtype=torch.float64)
+def test_fitting_the_features_corrects_counts_where_posteriors_vary() -> None:
+    """Features of an untrained network vary in few directions; the identity at their mean is off, the fit is not."""
     made = torch.Generator().manual_seed(9)
-    head, features, _ = head_of(truth, width=32, gain=0.8, noise=0.4, seed=2)
-    pool = (1 + 0.4 * torch.randn(400, features.shape[1], generator=made, dtype=torch.float64)).clamp_min(0)
-    start = label_counts.least_squares_counts(head.grad_bias, label_counts.posterior_observed(head), head.examples)
-    found = label_fit.fit_counts(head, pool, start.counts)
-    assert torch.equal(found.counts, truth)
-    assert found.residual < 0.1
-    assert int(found.counts.sum()) == head.examples
+    right = {"identity": 0, "fit": 0}
+    for _ in range(8):
+        weight = 0.5 * torch.randn(8, 32, generator=made, dtype=torch.float64)
+        directions = torch.randn(2, 32, generator=made, dtype=torch.float64)
+        labels = torch.randint(8, (16,), generator=made)
+        varied = 3 + 0.5 * torch.randn(416, 2, generator=made, dtype=torch.float64) @ directions
+        head = gradient(weight, torch.zeros(8).double(), varied[:16], labels)
+        truth = torch.bincount(labels, minlength=8).double()
+        start = label_counts.least_squares_counts(head.grad_bias, label_counts.posterior_observed(head), 16)
+        found = label_fit.fit_counts(head, varied[16:], start.counts)
+        assert int(found.counts.sum()) == 16
+        right["identity"] += torch.equal(start.counts, truth)
+        right["fit"] += torch.equal(found.counts, truth)
+    assert right["fit"] > right["identity"], right
 
 
 def test_a_fit_is_the_same_twice() -> None:
@@ -154,15 +160,15 @@ def test_the_learned_rule_beats_the_guess_on_a_confident_network_from_its_weight
     weight, bias, features, labels = confident()
     made = torch.Generator().manual_seed(5)
     k = 8
-    picks = [torch.randint(len(labels), (k,), generator=made) for _ in range(60)]
+    picks = [torch.randint(len(labels), (k,), generator=made) for _ in range(40)]
     heads = [gradient(weight, bias, features[i], labels[i]) for i in picks]
     pool = label_learn.pool_from_weights(weight, bias, float(features.mean()), made)
-    rule = label_learn.learn(heads[0], pool, distinct=False, with_bias=with_bias, batches=1500, steps=250)
+    rule = label_learn.learn(heads[0], pool, distinct=False, with_bias=with_bias, batches=900, steps=150)
     assert rule.gain_low > 0
     gains = []
     for i, head in zip(picks, heads, strict=True):
         truth = torch.bincount(labels[i], minlength=6).double()
-        found, expected = label_learn.apply(rule, head)
+        found, expected, _ = label_learn.apply(rule, head)
         assert int(found.sum()) == k
         assert 0 <= expected <= 1
         gains.append(float((k / 6 - truth).abs().sum() - (found - truth).abs().sum()) / (2 * k))

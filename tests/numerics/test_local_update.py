@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from victims import photo_batch
 
 from frostglass.core.randomness import Rng
 from frostglass.core.update import LocalPlan
+from frostglass.numerics.fedavg import drawn_order, own_order
 from frostglass.numerics.local_update import in_mode, local_update, soft_cross_entropy
 from frostglass.vision import networks
+from victims import photo_batch
 
 
 def victim() -> nn.Module:
@@ -34,20 +37,99 @@ def test_the_gradient_is_autograds_and_the_model_is_untouched() -> None:
             torch.testing.assert_close(trace.buffers[name], buffer)
 
 
-@pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.01)])
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_delta_is_what_torchs_sgd_leaves_behind(momentum: float, decay: float, mode: str) -> None:
-    model, batch = victim(), photo_batch(16, 3)
-    plan = LocalPlan(kind="delta", mode=mode, local_steps=2, epochs=2, lr=0.05, momentum=momentum, weight_decay=decay)  # type: ignore[arg-type]
-    trace = local_update(model, batch.images, batch.targets, plan)
-    other = copy.deepcopy(model).train(mode == "train")
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.05, momentum=momentum, weight_decay=decay)
-    for _ in range(4):
+PLANS = {
+    "sgd": LocalPlan("delta", local_steps=2, epochs=2, lr=0.05),
+    "momentum": LocalPlan("delta", local_steps=2, epochs=2, lr=0.05, momentum=0.9),
+    "decay": LocalPlan("delta", local_steps=4, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "adam": LocalPlan("delta", local_steps=4, lr=0.01, optimizer="adam"),
+    "adam decay": LocalPlan("delta", local_steps=3, lr=0.01, optimizer="adam", weight_decay=0.1),
+    "minibatches": LocalPlan("delta", epochs=3, lr=0.05, momentum=0.9, minibatch=2),
+    "adam minibatches": LocalPlan("delta", epochs=2, lr=0.01, optimizer="adam", minibatch=2),
+}
+
+
+def trained_by_torch(
+    model: nn.Module, images: torch.Tensor, targets: torch.Tensor, plan: LocalPlan, order: Sequence[torch.Tensor]
+) -> nn.Module:
+    other = copy.deepcopy(model).train(plan.mode == "train")
+    settings = {"lr": plan.lr, "weight_decay": plan.weight_decay}
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.Adam(other.parameters(), **settings)
+        if plan.optimizer == "adam"
+        else torch.optim.SGD(other.parameters(), momentum=plan.momentum, **settings)
+    )
+    for rows in order:
         optimizer.zero_grad()
-        soft_cross_entropy(other(batch.images), batch.targets).backward()
+        soft_cross_entropy(other(images[rows]), targets[rows]).backward()
         optimizer.step()
+    return other
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_delta_is_what_torchs_optimisers_leave_behind(name: str, mode: str, differentiable: bool) -> None:
+    """Weights and running buffers, in float64 to round-off; the attacker's simulation is the client's step."""
+    plan = replace(PLANS[name], mode=mode)  # type: ignore[arg-type]
+    model, batch = victim().double(), photo_batch(16, 5)
+    images, targets = batch.images.double(), batch.targets.double()
+    order = drawn_order(plan, 5, Rng.from_seed(4)) or own_order(plan, 5)
+    trace = local_update(model, images, targets, plan, order=order, differentiable=differentiable)
+    other = trained_by_torch(model, images, targets, plan, order)
     for (name, p), (_, q) in zip(model.named_parameters(), other.named_parameters(), strict=True):
-        torch.testing.assert_close(trace.gradients[name], p.detach() - q.detach(), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(trace.gradients[name], p.detach() - q.detach(), atol=1e-11, rtol=1e-7)
+    for name, buffer in other.named_buffers():
+        torch.testing.assert_close(trace.buffers[name], buffer)
+
+
+def test_minibatches_leave_out_nothing_and_lie_as_the_images_do_unless_an_order_is_given() -> None:
+    model, batch = victim(), photo_batch(16, 5)
+    plan = LocalPlan("delta", epochs=2, lr=0.05, minibatch=2)
+    same = local_update(model, batch.images, batch.targets, plan)
+    told = local_update(
+        model, batch.images, batch.targets, plan, order=[torch.tensor(r) for r in [[0, 1], [2, 3], [4]] * 2]
+    )
+    other = local_update(
+        model, batch.images, batch.targets, plan, order=[torch.tensor(r) for r in [[4, 1], [2, 0], [3]] * 2]
+    )
+    assert plan.steps_for(5) == 6
+    for name, g in same.gradients.items():
+        assert torch.equal(g, told.gradients[name])
+    assert any(not torch.allclose(g, other.gradients[n], rtol=1e-3) for n, g in same.gradients.items())
+
+
+@pytest.mark.parametrize("plan", [PLANS["momentum"], PLANS["adam decay"], PLANS["minibatches"]])
+def test_long_simulations_differentiate_alike_without_keeping_their_graph(
+    plan: LocalPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = victim().double(), photo_batch(16, 4)
+    found = []
+    for remembered in (1000, 2):
+        monkeypatch.setattr("frostglass.numerics.local_update.REMEMBERED", remembered)
+        images, targets = batch.images.double().requires_grad_(True), batch.targets.double().requires_grad_(True)
+        trace = local_update(model, images, targets, plan, differentiable=True)
+        value = sum(g.square().sum() for g in trace.gradients.values()) + sum(s.mean.sum() for s in trace.bn.values())
+        found.append((*torch.autograd.grad(value, [images, targets]), *trace.buffers.values()))
+    for whole, piecewise in zip(*found, strict=True):
+        torch.testing.assert_close(whole, piecewise, rtol=1e-8, atol=1e-12)
+
+
+def test_a_smooth_derivative_leaves_adams_step_as_it_is_and_reaches_the_image() -> None:
+    model, batch = victim().double(), photo_batch(16, 2)
+    plan = LocalPlan("delta", lr=0.01, optimizer="adam")
+    sizes = []
+    for smooth in (0.0, 0.5):
+        images = batch.images.double().requires_grad_(True)
+        trace = local_update(model, images, batch.targets.double(), plan, differentiable=True, smooth=smooth)
+        exact = local_update(model, batch.images.double(), batch.targets.double(), plan)
+        for name, g in trace.gradients.items():
+            torch.testing.assert_close(g, exact.gradients[name])
+        value = sum(
+            (g * torch.linspace(-1, 1, g.numel(), dtype=g.dtype).view_as(g)).sum() for g in trace.gradients.values()
+        )
+        sizes.append(float(torch.autograd.grad(value, images)[0].norm()))
+    assert all(torch.isfinite(torch.tensor(sizes)))
+    assert sizes[1] > 10 * sizes[0]  # the sign of a gradient has no slope
 
 
 def test_the_simulation_is_differentiable_through_several_steps() -> None:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from frostglass.auditing.plan import DefensePlan, Named, Plan, ScenarioPlan, ThreatPlan
+from frostglass.auditing.metrics.registry import METRICS
+from frostglass.auditing.plan import ClientPlan, DefensePlan, Named, Plan, ScenarioPlan, ThreatPlan
 from frostglass.auditing.scorecard import Summary
 
 
@@ -29,12 +30,19 @@ class CellPlan:
 
 
 def _beyond_reality(threat: ThreatPlan, scenario: ScenarioPlan) -> bool:
-    """Batch statistics leave a client only in the buffers of a model that it trains in train mode, alone in a message.
+    """Batch statistics leave a client only in the buffers of a model that it trains in train mode, for one step, alone
+    in a message.
 
     From anyone else they are a gift to the attacker.
     """
-    realistic = scenario.model.mode == "train" and scenario.client.cohort == 1
+    client = scenario.client
+    realistic = scenario.model.mode == "train" and client.cohort == 1 and _one_step(client)
     return "bn_batch" in threat.grants and not realistic
+
+
+def _one_step(client: ClientPlan) -> bool:
+    """Whether a client takes one step, over all its images."""
+    return client.local_steps * client.epochs == 1 and client.minibatch in (None, client.batch)
 
 
 def expand(plan: Plan) -> Iterator[CellPlan]:
@@ -88,7 +96,7 @@ def pitfalls(cell: CellPlan, *, units: int, repeats_images: bool, batchnorm: boo
         found.append("The gradient was taken in eval mode; clients with BatchNorm usually send train-mode gradients.")
     if model.weights is None:
         found.append("The network is randomly initialised: early, middle and final checkpoints leak differently.")
-    if client.local_steps * client.epochs == 1:
+    if _one_step(client):
         found.append("One local step: a client that takes more steps between messages was not tested here.")
     if client.augmentation == "none":
         found.append("No augmentation: a client that augments its images was not tested here.")
@@ -115,5 +123,7 @@ def outcome(attack: str, summary: Summary | None, encoding: Summary | None) -> s
     if summary.proved:
         return f"{summary.proved} of {total} images recovered exactly"
     if over.count:
-        return f"{over.count} of {total} images recognisable ({over.metric.upper()} at least {over.value:g})"
+        lower = over.metric in METRICS and not METRICS[over.metric].make().higher_is_closer
+        bar = f"{over.metric.upper()} at {'most' if lower else 'least'} {over.value:g}"
+        return f"{over.count} of {total} images recognisable ({bar})"
     return f"nothing shown by {attack} on {total} images"

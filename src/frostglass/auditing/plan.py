@@ -60,9 +60,10 @@ class ClientPlan(_Strict):
     local_steps: int = Field(1, ge=1, description="full-batch steps an epoch; more than 1 needs update = delta")
     epochs: int = Field(1, ge=1, description="repetitions of the local steps; more than 1 needs update = delta")
     lr: float = Field(0.1, gt=0, description="of the client's optimiser")
-    optimizer: Literal["sgd"] = Field("sgd", description="of the client")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="of the client; adam needs update = delta")
+    minibatch: int | None = Field(None, ge=1, description="images a step, shuffled every epoch; none: all of them")
     momentum: float = Field(0.0, ge=0, lt=1, description="of the client's SGD")
-    weight_decay: float = Field(0.0, ge=0, description="of the client's SGD")
+    weight_decay: float = Field(0.0, ge=0, description="of the client, added to the gradient")
     loss: Literal["cross_entropy"] = Field("cross_entropy", description="mean over the batch")
     clients: int = Field(1, ge=1, description="clients in a repetition, each with a batch of its own")
     cohort: int = Field(1, ge=1, description="clients whose secure sum is one message; 1: every update arrives alone")
@@ -123,6 +124,7 @@ class ReportPlan(_Strict):
 
     metrics: list[str] = Field(default_factory=lambda: ["psnr", "ssim"], description="names of metrics")
     show_images: bool = Field(False, description="true puts private images into the report")
+    null: bool = Field(True, description="rank each score among images that were not in the batch")
     threshold: ThresholdPlan = Field(default_factory=ThresholdPlan, description="what counts as recognisable")
 
 

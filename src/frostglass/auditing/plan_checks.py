@@ -127,8 +127,25 @@ def _client_problems(client: ClientPlan, where: str) -> list[str]:
             f'{where}.local_steps: {client.local_steps} steps x {client.epochs} epochs need update = "delta"; '
             "a gradient is sent after one step."
         )
+    if client.optimizer == "adam" and client.update == "gradient":
+        found.append(f'{where}.optimizer: "adam" needs update = "delta"; a gradient is sent before any optimiser.')
+    if client.optimizer == "adam" and client.momentum:
+        found.append(f'{where}.momentum: {client.momentum} belongs to optimizer = "sgd"; leave it out for "adam".')
+    if client.minibatch is not None:
+        found += _minibatch_problems(client, client.minibatch, where)
     if client.clients % client.cohort:
         found.append(f"{where}.cohort: {client.cohort} does not divide clients = {client.clients}.")
+    return found
+
+
+def _minibatch_problems(client: ClientPlan, minibatch: int, where: str) -> list[str]:
+    found = []
+    if client.update == "gradient":
+        found.append(f'{where}.minibatch: {minibatch} needs update = "delta"; a gradient is of the whole batch.')
+    if client.local_steps > 1:
+        found.append(f"{where}.local_steps: {client.local_steps} full-batch steps and minibatches; set epochs instead.")
+    if minibatch > client.batch:
+        found.append(f"{where}.minibatch: {minibatch} exceeds batch = {client.batch}; lower it or leave it out.")
     return found
 
 

@@ -62,7 +62,7 @@ def _templates() -> Environment:
     )  # fmt: skip
     filters = [wording.number, wording.percent, wording.duration, wording.clock, wording.plural, wording.flat]
     sentences = [wording.threshold, wording.objective_title, wording.objective_words, wording.labels_words]
-    sentences.append(wording.batch_words)
+    sentences += [wording.batch_words, wording.null_words]
     page.filters |= {f.__name__: f for f in filters}
     page.globals |= {f.__name__: f for f in [wording.spread, *sentences]}
     return page
@@ -92,6 +92,7 @@ def _view(index: int, cell: Cell, batches: Mapping[str, Rows], pictures: Mapping
         "plot": convergence(batches, cell.objective_at_truth, f"plot{index}"),
         "range": _range(cell),
         "extras": _extras(cell.images),
+        "further": list(dict.fromkeys([*_extras(cell.images), *cell.metric_notes])),
         "encoding_extras": _extras(cell.encoding_images),
     }
 

@@ -48,6 +48,7 @@ class Account:
         scored: opened and compared.
         results: what the attack returned.
         at_truth: the attack's objective at what was trained on, where it can be measured.
+        notes: what the attack finds suspicious about the first update.
         spent: privacy spent by one message.
         seconds: of all attacks.
         iterations: of the longest.
@@ -57,6 +58,7 @@ class Account:
     scored: list[Scored] = field(default_factory=list)
     results: list[Reconstruction] = field(default_factory=list)
     at_truth: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     spent: PrivacySpent | None = None
     seconds: float = 0.0
     iterations: int = 0
@@ -96,6 +98,7 @@ def cell_row(plan: Plan, cell: CellPlan, prepared: Prepared, done: Account) -> C
         privacy_spent=None if done.spent is None else json_ready(vars(done.spent)),
         info=json_ready(done.results[0].info) if done.results else {},
         warnings=_warnings(cell, prepared, done),
+        metric_notes={name: note for s in reversed(done.scored) for name, note in s.notes.items()},
         settings=json_ready(_settings(cell)),
     )
 
@@ -109,7 +112,7 @@ def _warnings(cell: CellPlan, prepared: Prepared, done: Account) -> list[str]:
     )
     if done.error is not None and done.scored:
         found.append(f"Failed after {len(done.scored)} of {prepared.units} batches: the scores are of those alone.")
-    return found + list(prepared.data.notes) + _contradictions(done.scored)
+    return found + done.notes + list(prepared.data.notes) + _contradictions(done.scored)
 
 
 def _settings(cell: CellPlan) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from frostglass._version import __version__
 from frostglass.auditing.cells import CellPlan, expand, outcome
+from frostglass.auditing.nonmembers import NonMembers, non_members
 from frostglass.auditing.plan import Plan
 from frostglass.auditing.plan_checks import make_attack, make_defense
 from frostglass.auditing.prepare import Inputs, Prepared, prepare
 from frostglass.auditing.report import write_report
 from frostglass.auditing.rows import Account, cell_row, pictures, scorecard
-from frostglass.auditing.score import Scored, score
+from frostglass.auditing.score import Scored, score, unfit
 from frostglass.auditing.scorecard import AuditReport, Cell
 from frostglass.auditing.simulate import Round, play
 from frostglass.auditing.store import RunFolder, save_tensors
@@ -99,6 +101,8 @@ def _prepare_all(plan: Plan, device: torch.device, inputs: Inputs | None, debug:
                 raise
             ready.append(None)
             problems += wrong.problems if isinstance(wrong, BadInput) else [f"{scenario.name}: {_explained(wrong)}."]
+    for one in filter(None, ready):
+        problems += [f"{one.scenario.name}: {p}" for p in unfit(plan.report, one.data.images, one.model)]
     for cell in expand(plan):
         held = ready[cell.index]
         if held is None:
@@ -137,8 +141,9 @@ def _run_cells(
     rows: list[Cell] = []
     recovered: dict[str, Tensor] = {}
     shown: dict[str, Tensor] = {}
+    others = lru_cache(maxsize=1)(lambda index: non_members(prepared[index], plan.report))  # a scenario at a time
     for cell in cells:
-        row, done = _run_cell(plan, cell, prepared[cell.index], folder, tell, debug)
+        row, done = _run_cell(plan, cell, prepared[cell.index], partial(others, cell.index), folder, tell, debug)
         rows.append(row)
         recovered |= {f"{cell.id}/{unit}": r.images for unit, r in enumerate(done.results)}
         if plan.report.show_images and done.scored:
@@ -154,7 +159,13 @@ def _run_cells(
 
 
 def _run_cell(
-    plan: Plan, cell: CellPlan, prepared: Prepared, folder: RunFolder, tell: Emit, debug: bool
+    plan: Plan,
+    cell: CellPlan,
+    prepared: Prepared,
+    others: Callable[[], NonMembers | None],
+    folder: RunFolder,
+    tell: Emit,
+    debug: bool,
 ) -> tuple[Cell, Account]:
     done = Account()
     attack, defense = make_attack(cell.attack), make_defense(cell.defense)
@@ -163,7 +174,9 @@ def _run_cell(
         for unit in range(prepared.units):
             played = _play(prepared, defense, unit, debug)
             result, note = _attack_unit(plan, cell, attack, played, unit, prepared, folder, tell)
-            scored = score(result, played, plan.report.metrics)
+            scored = score(result, played, plan.report.metrics, others(), null=plan.report.null)
+            if unit == 0 and hasattr(attack, "warnings"):
+                done.notes += attack.warnings(played.seen)
             done.at_truth += _objective_at_truth(attack, played, scored, prepared)
             done.scored.append(scored)
             done.results.append(result)

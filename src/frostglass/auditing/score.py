@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from frostglass.auditing.metrics.registry import METRICS
-from frostglass.auditing.plan import ThresholdPlan
+from frostglass.auditing.metrics.registry import METRICS, MetricContext, NotAvailable
+from frostglass.auditing.nonmembers import NonMembers, null_rank
+from frostglass.auditing.plan import ReportPlan, ThresholdPlan
 from frostglass.auditing.scorecard import ImageScore, Labels, OverThreshold, Summary
 from frostglass.auditing.simulate import Round, Truth
 from frostglass.core.batch import Batch
@@ -31,6 +32,7 @@ class Scored:
         labels: how right the labels were.
         truth: what was opened, for pictures (only if the plan shows images) and for the objective at the truth.
         order, encoding_order: rows of the reconstruction matched to private images and to encodings, -1 for none.
+        notes: what belongs beside a metric, or why it is n/a, by its name.
     """
 
     private: list[ImageScore]
@@ -39,45 +41,80 @@ class Scored:
     truth: Truth
     order: Tensor
     encoding_order: Tensor
+    notes: dict[str, str] = field(default_factory=dict)
 
 
-def score(result: Reconstruction, played: Round, metrics: Sequence[str]) -> Scored:
+def score(
+    result: Reconstruction,
+    played: Round,
+    metrics: Sequence[str],
+    others: NonMembers | None = None,
+    *,
+    null: bool = True,
+) -> Scored:
     """Opens the truth of `played` and compares.
 
     Args:
         result: what the attack returned.
         played: the round it attacked.
         metrics: names; PSNR and SSIM are always computed.
+        others: other images of the source, for pools and nulls; without them such metrics are n/a.
+        null: rank the scores of private images among `others`.
     """
     truth = played.truth.open_for_scoring()
     encoded = truth.trained is not truth.private and not torch.equal(truth.trained.images, truth.private.images)
     low, high = truth.trained.domain.low, truth.trained.domain.high
     found = (result.images.double().cpu() - low) / (high - low)
-    private, order = _scores(found, result, _unit_range(truth.private), truth.private, metrics, "private")
+    goal = _unit_range(truth.private)
+    order = assign(found, goal)
+    outside = [] if others is None else others.outside(truth.private)
+    index = (order >= 0).nonzero().flatten()
+    context = None if others is None else others.context(goal, outside, index)
+    values, notes = _values(found, goal, order, metrics, context)
+    private = _rows(values, order, result, truth.private, "private")
+    if others is not None and null:
+        private = _ranked(private, values, found, order, truth.private, others, outside)
+    if others is not None and others.note:
+        notes["null"] = others.note
     encoding: list[ImageScore] = []
     encoding_order = order
     if encoded:
         goal = _unit_range(truth.trained)
-        encoding, encoding_order = _scores(found, result, goal, truth.trained, metrics, "encoding")
+        encoding_order = assign(found, goal)
+        values, _ = _values(found, goal, encoding_order, metrics, None)
+        encoding = _rows(values, encoding_order, result, truth.trained, "encoding")
         private = [p.model_copy(update={"proved": False}) for p in private]  # proved rows are encodings, not images
-    return Scored(private, encoding, _labels(result, played, truth), truth, order, encoding_order)
+    return Scored(private, encoding, _labels(result, played, truth), truth, order, encoding_order, notes)
 
 
 def _unit_range(batch: Batch) -> Tensor:
     return ((batch.images.double() - batch.domain.low) / (batch.domain.high - batch.domain.low)).cpu()
 
 
-def _scores(
-    found: Tensor, result: Reconstruction, goal: Tensor, batch: Batch, metrics: Sequence[str], target: str
-) -> tuple[list[ImageScore], Tensor]:
-    order = assign(found, goal)
+def _values(
+    found: Tensor, goal: Tensor, order: Tensor, metrics: Sequence[str], context: MetricContext | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """([n] for each metric, NaN where nothing was matched or the metric is n/a; notes by metric)."""
     hit = (order >= 0).nonzero().flatten()
     values: dict[str, Tensor] = {}
+    notes: dict[str, str] = {}
     for name in dict.fromkeys(["psnr", "ssim", *metrics]):
+        metric = METRICS[name].make()
         column = torch.full((len(goal),), math.nan, dtype=torch.float64)
-        if len(hit):
-            column[hit] = METRICS[name].make().score(found[order[hit]].clamp(0, 1), goal[hit]).double()
+        if metric.about is not None and context is not None:
+            notes[name] = metric.about(context)
+        try:
+            if len(hit):
+                column[hit] = metric.values(found[order[hit]].clamp(0, 1), goal[hit], context)
+        except NotAvailable as why:
+            notes[name] = f"n/a: {why}"
         values[name] = column
+    return values, notes
+
+
+def _rows(
+    values: Mapping[str, Tensor], order: Tensor, result: Reconstruction, batch: Batch, target: str
+) -> list[ImageScore]:
     rows = []
     for i, name in enumerate(batch.ids):
         got = {m: (None if math.isnan(float(v[i])) else round(float(v[i]), 6)) for m, v in values.items()}
@@ -85,7 +122,48 @@ def _scores(
         digest = hashlib.sha256(batch.images[i].cpu().contiguous().numpy().tobytes()).hexdigest()
         psnr, ssim = got.pop("psnr"), got.pop("ssim")
         rows.append(ImageScore(id=name, sha256=digest, psnr=psnr, ssim=ssim, proved=proved, target=target, extra=got))
-    return rows, order
+    return rows
+
+
+def _ranked(
+    rows: Sequence[ImageScore],
+    values: Mapping[str, Tensor],
+    found: Tensor,
+    order: Tensor,
+    batch: Batch,
+    others: NonMembers,
+    outside: Sequence[int],
+) -> list[ImageScore]:
+    """The rows with their ranks among non-members."""
+    ranked = []
+    for i, row in enumerate(rows):
+        if order[i] >= 0:
+            held = {m: float(v[i]) for m, v in values.items()}
+            label = int(batch.targets[i].argmax())
+            rank = null_rank(found[order[i]].clamp(0, 1), held, label, others, outside)
+            row = row.model_copy(update={"null": rank})
+        ranked.append(row)
+    return ranked
+
+
+def unfit(report: ReportPlan, images: Tensor, model: nn.Module) -> list[str]:
+    """What is wrong with the metrics of a plan for these images and this network, a sentence each."""
+    side, found = min(images.shape[-2:]), []
+    for name in report.metrics:
+        least = METRICS[name].make().least_side
+        if side < least:
+            found.append(
+                f"report.metrics: {name!r} needs images of at least {least} pixels a side, and these have {side}; "
+                "raise data.size, or leave it out."
+            )
+    chosen = METRICS[report.threshold.metric].make()
+    if not found:
+        probe = images[:1].double()
+        try:
+            chosen.values(probe, probe, MetricContext(probe, torch.zeros(1, dtype=torch.long), model))
+        except NotAvailable as why:
+            found.append(f"report.threshold.metric: {chosen.name!r} is not available ({why}); choose another.")
+    return found
 
 
 def _labels(result: Reconstruction, played: Round, truth: Truth) -> Labels:
@@ -133,7 +211,14 @@ def summarise(batches: Sequence[Sequence[ImageScore]], threshold: ThresholdPlan)
             metric=threshold.metric, value=threshold.value, count=sum(_reaches(r, threshold) for r in rows)
         ),
         psnr_batch_means=[_rounded(statistics.fmean(m)) for m in means if m],
+        extra_means=_extra_means(rows),
     )
+
+
+def _extra_means(rows: Sequence[ImageScore]) -> dict[str, float]:
+    names = dict.fromkeys(name for row in rows for name in row.extra)
+    held = {name: [v for row in rows if (v := row.extra.get(name)) is not None] for name in names}
+    return {name: _rounded(statistics.fmean(values)) for name, values in held.items() if values}
 
 
 def _reaches(row: ImageScore, threshold: ThresholdPlan) -> bool:

@@ -31,6 +31,20 @@ class Labels(_Strict):
     no_gradient_guess: float | None = Field(None, description="count_accuracy of guessing every class equally often")
 
 
+class NullRank(_Strict):
+    """Whether a reconstruction is closer to its own original than to images that were not in the batch.
+
+    A rank is p = (1 + number of non-members that score at least as close) / (1 + number of non-members).
+    """
+
+    n0: int = Field(description="non-members of the same class; fewer than 99 give no `p`")
+    p: dict[str, float] = Field(default_factory=dict, description="rank among them by metric; low: not a coincidence")
+    any_n0: int | None = Field(None, description="non-members of any class; null if those of the class suffice")
+    any_p: dict[str, float] = Field(
+        default_factory=dict, description="rank among those; says less, as a picture of the class may be what is close"
+    )
+
+
 class ImageScore(_Strict):
     """One private image and the reconstruction matched to it; scores are null where nothing was matched."""
 
@@ -41,6 +55,9 @@ class ImageScore(_Strict):
     proved: bool = Field(description="the attack verified this row algebraically against the observation")
     target: Literal["private", "encoding"] = Field("private", description="what it was compared with")
     extra: dict[str, float | None] = Field(default_factory=dict, description="further metrics by name")
+    null: NullRank | None = Field(
+        None, description="its scores among non-members; null: not asked for, not matched, none there, or an encoding"
+    )
 
 
 class OverThreshold(_Strict):
@@ -73,6 +90,9 @@ class Summary(_Strict):
     over_threshold: OverThreshold = Field(description="recognisable images")
     psnr_batch_means: list[float] = Field(
         default_factory=list, description="one mean for each batch with a match: the spread"
+    )
+    extra_means: dict[str, float] = Field(
+        default_factory=dict, description="means of further metrics over the images that have them"
     )
 
 
@@ -119,6 +139,9 @@ class Cell(_Strict):
     )
     info: dict[str, Any] = Field(default_factory=dict, description="the attack's own account of the first batch")
     warnings: list[str] = Field(default_factory=list, description="how this set-up can mislead, a sentence each")
+    metric_notes: dict[str, str] = Field(
+        default_factory=dict, description="by metric: what belongs beside it (pool, chance level), or why it is n/a"
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="every parameter, defaults included")
 
 

@@ -18,6 +18,7 @@ from frostglass.core.threat import Facts, Observation, ThreatModel, parse_grants
 from frostglass.core.update import LocalPlan, PrivacySpent, Update
 from frostglass.defenses.channels import direct, secure_sum
 from frostglass.numerics.bn import running_statistics
+from frostglass.numerics.fedavg import drawn_order
 from frostglass.numerics.local_update import local_update
 
 
@@ -61,7 +62,8 @@ def play(prepared: Prepared, defense: Defense, unit: int) -> Round:
         if defense.gradient is not None:
             update = defense.gradient(prepared.model, encoded, plan, Insecure(key.at("gradient")))
         else:
-            trace = local_update(prepared.model, encoded.images, encoded.targets, plan)
+            order = drawn_order(plan, len(encoded), key.at("order"))
+            trace = local_update(prepared.model, encoded.images, encoded.targets, plan, order=order)
             update = Update(trace.gradients, trace.bn, len(encoded), plan)
         private.append(batch)
         trained.append(encoded)
@@ -84,6 +86,8 @@ def local_plan(client: ClientPlan, mode: str) -> LocalPlan:
         momentum=client.momentum,
         weight_decay=client.weight_decay,
         loss=client.loss,
+        optimizer=client.optimizer,
+        minibatch=client.minibatch,
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from frostglass.auditing.scorecard import Cell, Labels, OverThreshold, Scorecard, Summary
+from frostglass.auditing.scorecard import Cell, Labels, NullRank, OverThreshold, Scorecard, Summary
 
 MISSING = "–"
 NOTHING = "nothing shown by this attack"
@@ -108,6 +108,21 @@ def threshold(over: OverThreshold) -> str:
     metric = over.metric.lower()
     name = {"psnr": "PSNR", "ssim": "SSIM"}.get(metric, over.metric)
     return f"{name} {over.value:g}{' dB' if metric == 'psnr' else ''}"
+
+
+def null_words(null: NullRank | None) -> str:
+    """`PSNR .010, SSIM .030 (n0 = 99)`: ranks among non-members, with what they were taken among."""
+    if null is None:
+        return MISSING
+
+    def told(ranks: Mapping[str, float]) -> str:
+        named = {"psnr": "PSNR", "ssim": "SSIM"}
+        return ", ".join(f"{named.get(name, name)} {p:.3f}" for name, p in ranks.items()) or MISSING
+
+    if null.any_n0 is None:
+        return f"{told(null.p)} (n0 = {null.n0})"
+    other = f"; any class: {told(null.any_p)} (n0 = {null.any_n0})" if null.any_n0 else ""
+    return f"n/a (n0 = {null.n0}){other}"
 
 
 @dataclass(frozen=True)

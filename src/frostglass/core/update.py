@@ -20,10 +20,14 @@ class LocalPlan:
     Args:
         kind: "gradient" sends the FedSGD gradient; "delta" sends the FedAvg difference W_before - W_after.
         mode: whether the client's model is in train or eval mode (BatchNorm uses the batch in train mode).
-        local_steps: full-batch steps an epoch; 1 for a gradient.
-        epochs: how many times the steps are repeated.
-        lr, momentum, weight_decay: of the client's SGD (unused for a gradient).
-        loss: "cross_entropy" with soft targets, mean over the batch.
+        local_steps: full-batch steps an epoch; 1 for a gradient, and 1 with minibatches.
+        epochs: how many times the steps are repeated, or the images are gone through in minibatches.
+        lr, momentum, weight_decay: of the client's optimiser (unused for a gradient; Adam takes no momentum).
+        loss: "cross_entropy" with soft targets, mean over what a step sees.
+        optimizer: "sgd" as torch.optim.SGD (no dampening, no Nesterov), or "adam" as torch.optim.Adam with its own
+            betas and eps; weight decay is added to the gradient in both.
+        minibatch: images a step, shuffled anew in every epoch, the last step of an epoch taking what is left; None
+            for all of them.
     """
 
     kind: Literal["gradient", "delta"] = "gradient"
@@ -34,11 +38,22 @@ class LocalPlan:
     momentum: float = 0.0
     weight_decay: float = 0.0
     loss: Literal["cross_entropy"] = "cross_entropy"
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    minibatch: int | None = None
 
-    @property
-    def steps(self) -> int:
-        """Optimiser steps in all."""
-        return self.local_steps * self.epochs
+    def steps_for(self, examples: int) -> int:
+        """Optimiser steps in all, of a client that holds so many images."""
+        if self.minibatch is None:
+            return self.local_steps * self.epochs
+        return -(-examples // self.minibatch) * self.epochs
+
+    def one_sgd_step(self, examples: int) -> bool:
+        """Whether a delta is lr (gradient + weight_decay W) of one step over all images."""
+        return self.optimizer == "sgd" and self.steps_for(examples) == 1
+
+    def whole_batches(self, examples: int) -> bool:
+        """Whether every step sees all images, so that their order says nothing."""
+        return self.minibatch is None or self.minibatch >= examples
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,9 @@ def cost_of(k: int, private: int, images: int, public: int, rounds: int) -> Cost
     if private < k and public < k - private:
         found.append(f"public images: {public} do not fill {k - private} public slots; give a pool, or private = k.")
     if private == k and public:
-        found.append(f"private: all {k} slots are private, so the {public} public images have no use; give private < k.")
+        found.append(
+            f"private: all {k} slots are private, so the {public} public images have no use; give private < k."
+        )
     if rounds < 1:
         found.append(f"rounds: {rounds} must be at least 1.")
     if found:

@@ -40,7 +40,8 @@ def dp_sgd(*, clipping_norm: float = 1.0, noise_multiplier: float = 1.0, delta: 
 
     def gradient(model: nn.Module, batch: Batch, plan: LocalPlan, randomness: Randomness) -> Update:
         sent = _private_update(model, batch, plan, randomness, clipping_norm, noise_multiplier)
-        spent = _accounted(noise_multiplier, clipping_norm, delta, plan.steps if plan.kind == "delta" else 1)
+        steps = plan.steps_for(len(batch)) if plan.kind == "delta" else 1
+        spent = _accounted(noise_multiplier, clipping_norm, delta, steps)
         return Update(sent, {}, len(batch), plan, spent)
 
     return Defense(
@@ -58,6 +59,8 @@ def _private_update(
     from opacus.optimizers import DPOptimizer
 
     _refuse_unsuitable(model)
+    if plan.kind == "delta" and (plan.optimizer != "sgd" or not plan.whole_batches(len(batch))):
+        raise BadInput("defense dp_sgd: takes SGD steps over all images; leave out client.optimizer and minibatch.")
     inner = copy.deepcopy(model).train(plan.mode == "train")
     names = list(trainable(inner))
     before = {n: p.detach().clone() for n, p in trainable(inner).items()}
@@ -75,7 +78,7 @@ def _private_update(
             loss_reduction="mean",
             generator=randomness.rng().at("dp_sgd").generator(batch.images.device),
         )
-        for _ in range(plan.steps if plan.kind == "delta" else 1):
+        for _ in range(plan.steps_for(len(batch)) if plan.kind == "delta" else 1):
             optimizer.zero_grad()
             soft_cross_entropy(wrapped(batch.images), batch.targets).backward()
             if plan.kind == "delta":

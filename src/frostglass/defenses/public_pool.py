@@ -96,7 +96,8 @@ class PoolStatistics:
         share = self.kept / self.tried if self.tried else 0.0
         return [
             f"{self.images} images read, {self.too_small} too small, {len(self.broken)} that do not decode",
-            f"{self.tried} patches tried, {self.kept} kept ({share:.1%}), {self.mean_key_points:.1f} key points on average",
+            f"{self.tried} patches tried, {self.kept} kept ({share:.1%}), {self.mean_key_points:.1f} key points on "
+            "average",
         ]
 
 
@@ -137,7 +138,12 @@ def make_pool(
                 *broken[:3],
             ])  # fmt: skip
         shape = [found.kept, settings.channels, settings.size, settings.size]
-        about = {"format": "frostglass public pool", "shape": shape, "settings": asdict(settings), "statistics": asdict(found)}
+        about = {
+            "format": "frostglass public pool",
+            "shape": shape,
+            "settings": asdict(settings),
+            "statistics": asdict(found),
+        }
         write_json(out / POOL, about)
     except OSError as wrong:
         raise BadInput(f"public-pool: {out} cannot be written ({wrong.strerror or wrong}).") from None
@@ -199,7 +205,8 @@ def _shrunk(patch: NDArray[np.float32], size: int) -> NDArray[np.uint8]:
     import cv2
 
     if len(patch) != size:
-        patch = cv2.resize(patch, (size, size), interpolation=cv2.INTER_AREA).reshape(size, size, -1)
+        resized = np.asarray(cv2.resize(patch, (size, size), interpolation=cv2.INTER_AREA), np.float32)
+        patch = resized.reshape(size, size, -1)
     return np.ascontiguousarray((patch * 255).round().clip(0, 255).astype(np.uint8).transpose(2, 0, 1))
 
 

@@ -22,7 +22,9 @@ from frostglass.federated.pickle_scan import scan_pickles
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
 
-_NAMES = re.compile(r"(^|[._/ ])(\w*rng\w*|random_?states?|generator(_state)?|mt19937|philox\w*)($|[._/ ])", re.IGNORECASE)
+_NAMES = re.compile(
+    r"(^|[._/ ])(\w*rng\w*|random_?states?|generator(_state)?|mt19937|philox\w*)($|[._/ ])", re.IGNORECASE
+)
 _SEEDS = re.compile(r"(^|[._/ ])(manual_|initial_|random_|global_)?seed($|[._/ ])", re.IGNORECASE)
 _CPU_STATES = (5056, 5048)  # bytes of torch's CPU generator, now and before version 1.0.1
 _CUDA_STATE = 16  # seed and offset
@@ -57,7 +59,9 @@ def check_checkpoint(path: Path) -> list[Finding]:
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in ENDINGS)
         if not files:
             raise BadInput(f"check-checkpoint: {path} holds no file ending in {', '.join(ENDINGS)}.")
-        return [Finding(f"{f.relative_to(path)}: {x.where}", x.what, x.state) for f in files for x in check_checkpoint(f)]
+        return [
+            Finding(f"{f.relative_to(path)}: {x.where}", x.what, x.state) for f in files for x in check_checkpoint(f)
+        ]
     if not path.is_file():
         raise BadInput(f"check-checkpoint: {path} does not exist; give a checkpoint file or a folder of them.")
     if path.suffix == ".safetensors":

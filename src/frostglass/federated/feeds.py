@@ -25,7 +25,9 @@ _PAD = 4
 class Feed(Protocol):
     """Batches for training and for plain inference."""
 
-    encoder: InstaHide | None
+    @property
+    def encoder(self) -> InstaHide | None:
+        """What encodes, None for plain images."""
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, soft targets) of one epoch."""
@@ -37,7 +39,7 @@ class Feed(Protocol):
 class PlainFeed:
     """Images in [0, 1] in an order that follows from `rng`."""
 
-    encoder: InstaHide | None = None
+    encoder: None = None
 
     def __init__(self, held: ByteImages, plan: TrainingPlan, rng: Rng, device: torch.device) -> None:
         self.images, self.plan, self.rng = held.images.to(device), plan, rng

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -64,5 +65,5 @@ class EncodedDataModule(_Base):  # type: ignore[misc]
         from frostglass.defenses.sources import images_and_labels
 
         images, labels = images_and_labels(self.validation_set)
-        plain = self.data.encoder.plain_for_inference(images).float()
-        return DataLoader(TensorDataset(plain, labels), self.batch_size)
+        plain = self.data.encoder.plain_for_inference(torch.as_tensor(images)).float()
+        return DataLoader(TensorDataset(plain, torch.as_tensor(labels)), self.batch_size)

@@ -70,14 +70,15 @@ def _pickles(path: Path) -> Iterator[IO[bytes]]:
 
 def _scan(held: IO[bytes], scan: PickleScan) -> None:
     """One pickle, up to its STOP."""
-    run, storage, recent = 0, False, []
+    run, storage = 0, False
+    recent: list[str] = []
     for number, (code, value, _) in enumerate(pickletools.genops(held)):
         if number > _MAX_OPCODES:
             raise ValueError("more opcodes than a checkpoint has")
         if code.name in _WORDS:
             run += 1
             if storage:  # of a persistent id ('storage', ByteStorage, key, location, elements)
-                scan.byte_storages.append(int(value))
+                scan.byte_storages.append(int(value or 0))
         elif code.name not in _MEMO:
             run = 0
         scan.longest_run_of_words = max(scan.longest_run_of_words, run)

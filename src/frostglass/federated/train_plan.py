@@ -42,7 +42,9 @@ class MethodPlan(_Strict):
     kind: Literal["plain", "mixup", "instahide"] = Field("plain", description="what becomes of an image first")
     name: str = Field("", pattern=r"^[\w.+-]*$", description="of its folder; none: made of the parameters")
     k: int = Field(4, ge=1, description="images in one encoding")
-    private: int | None = Field(None, ge=1, description="private ones; none: k, or 2 with a public pool (cross-dataset)")
+    private: int | None = Field(
+        None, ge=1, description="private ones; none: k, or 2 with a public pool (cross-dataset)"
+    )
     public: str | None = Field(None, description="folder of a public pool")
     c1: float = Field(0.65, gt=0, le=1, description="no coefficient exceeds it")
     c2: float = Field(0.3, ge=0, le=1, description="least private share, with a pool")
@@ -50,7 +52,9 @@ class MethodPlan(_Strict):
     mask: Mask = Field("sign", description='"sign", "abs" or "none"; mixup has none')
     labels: Labels = Field("exact", description='"exact", "quantised" or "renormalised"')
     partners: Literal["iid", "permutation"] = Field("iid", description="how partners are drawn")
-    rounds: int | None = Field(None, ge=1, description="fresh encodings of the set; none: one each epoch, as in the paper")
+    rounds: int | None = Field(
+        None, ge=1, description="fresh encodings of the set; none: one each epoch, as in the paper"
+    )
     reuse: bool = Field(False, description="train on the encodings of those rounds again and again")
     max_exposure: int | None = Field(None, ge=1, description="encodings that no image may exceed")
     augment: Literal["per_epoch", "per_use"] = Field("per_epoch", description="when an image is augmented")
@@ -73,7 +77,9 @@ class TrainingPlan(_Strict):
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(1e-4, ge=0, description="of SGD")
     schedule: Literal["one_cycle", "steps", "constant"] = Field("one_cycle", description="of the learning rate")
-    milestones: list[int] = Field(default_factory=lambda: [100, 150], description="epochs at which steps multiplies by gamma")
+    milestones: list[int] = Field(
+        default_factory=lambda: [100, 150], description="epochs at which steps multiplies by gamma"
+    )
     gamma: float = Field(0.1, gt=0, le=1, description="factor of the schedule steps")
     augmentation: Literal["none", "crop", "crop_flip"] = Field("none", description="random crop (pad 4), and flip")
 
@@ -81,7 +87,9 @@ class TrainingPlan(_Strict):
 class EvaluationPlan(_Strict):
     """How it is tested: plain images after every epoch, encodings of test images at the end."""
 
-    encodings: list[int] = Field(default_factory=lambda: [10, 20], description="encodings of a test image to average over")
+    encodings: list[int] = Field(
+        default_factory=lambda: [10, 20], description="encodings of a test image to average over"
+    )
     min_private: float = Field(0.5, ge=0, le=1, description="least coefficient of the test image in its encodings")
 
 
@@ -89,7 +97,9 @@ class TrainPlan(_Strict):
     """Every method with every seed is one run."""
 
     name: str = Field("training", min_length=1, max_length=200, description="for logs and tables")
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="of weights, splits and plain order")
+    seeds: list[int] = Field(
+        default_factory=lambda: [0], min_length=1, description="of weights, splits and plain order"
+    )
     data: DataPlan = Field(default_factory=DataPlan, description="the images")
     model: ModelPlan = Field(default_factory=ModelPlan, description="the network")
     method: list[MethodPlan] = Field(min_length=1, description="what is compared")
@@ -100,7 +110,10 @@ class TrainPlan(_Strict):
         """Raises BadInput with every sentence on what cannot be run."""
         found = []
         labels = [m.label for m in self.method]
-        found += [f"method: two are called {x!r}; give them names." for x in sorted({x for x in labels if labels.count(x) > 1})]
+        found += [
+            f"method: two are called {x!r}; give them names."
+            for x in sorted({x for x in labels if labels.count(x) > 1})
+        ]
         for m in self.method:
             short = m.rounds is not None and m.rounds < self.training.epochs and not m.reuse
             if m.kind != "plain" and short:

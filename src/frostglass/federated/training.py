@@ -116,7 +116,7 @@ class Run:
                 group["lr"] = rate
             self.optimizer.zero_grad()
             loss = nn.functional.cross_entropy(self.model(images), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.optimizer.step()
             total, seen = total + loss.item() * len(images), seen + len(images)
             self.tick(1)
@@ -154,9 +154,7 @@ class Run:
         step = max(1, 2000 // max(counts))
         for start in range(0, len(self.test), step):
             part = slice(start, start + step)
-            found = self.feed.predictions(
-                self.model, self.test.images[part], counts, self.plan.evaluation.min_private
-            )
+            found = self.feed.predictions(self.model, self.test.images[part], counts, self.plan.evaluation.min_private)
             for n in counts:
                 right[n] += int((found[n].argmax(1).cpu() == self.test.labels[part]).sum())
         return {n: r / len(self.test) for n, r in right.items()}

@@ -43,8 +43,11 @@ class ConvFit:
 
     @property
     def free_scale(self) -> bool:
-        """True if every image's activations are known up to a factor only: a GroupNorm follows them unseen."""
-        return self.last.norm == "group"
+        """True if the activations are known up to a factor only, as a norm follows whose statistics were not seen.
+
+        A GroupNorm leaves one factor an image, a BatchNorm one for all.
+        """
+        return self.last.norm in ("group", "own")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +73,8 @@ def forward(fit: ConvFit, x: Float[Tensor, "b c h w"]) -> Candidate:
     return Candidate(x, raw, fit.last.scaled(fit.last.standardise(raw)))
 
 
-def scale_of(fit: ConvFit, y: Float[Tensor, "b o i j"], *, known: bool) -> Float[Tensor, "b 1 1 1"]:
-    """Factor of each image's activations: 1 unless it is free; then fitted to the candidate, or typical of a norm.
+def scale_of(fit: ConvFit, y: Float[Tensor, "b o i j"], *, known: bool) -> Float[Tensor, "#b 1 1 1"]:
+    """Factor of the activations: 1 unless it is free; then fitted to the candidate, or typical of a norm.
 
     Args:
         fit: what is known.
@@ -80,14 +83,15 @@ def scale_of(fit: ConvFit, y: Float[Tensor, "b o i j"], *, known: bool) -> Float
     """
     if not fit.free_scale:
         return y.new_ones(len(y), 1, 1, 1)
-    power = fit.outputs.square()
+    over = (1, 2, 3) if fit.last.norm == "group" else (0, 1, 2, 3)
+    power = fit.outputs.square().mean(over, keepdim=True)
     if not known:  # of a standard normal, a ReLU keeps half the mean square
-        return (0.5 / power.mean((1, 2, 3), keepdim=True)).sqrt()
-    shared = (y.detach().relu() * fit.outputs).sum((1, 2, 3), keepdim=True)
-    return (shared / power.sum((1, 2, 3), keepdim=True)).clamp_min(1e-6)
+        return (0.5 / power).sqrt()
+    shared = (y.detach().relu() * fit.outputs).mean(over, keepdim=True)
+    return (shared / power).clamp_min(1e-6)
 
 
-def gradient_below(fit: ConvFit, candidate: Candidate, scale: Float[Tensor, "b 1 1 1"], *, known: bool) -> Tensor:
+def gradient_below(fit: ConvFit, candidate: Candidate, scale: Float[Tensor, "#b 1 1 1"], *, known: bool) -> Tensor:
     """Gradient at the last convolution's output.
 
     What the ReLU hides of its norm is the candidate's, or one constant a channel if the candidate is not `known` yet.
@@ -98,12 +102,12 @@ def gradient_below(fit: ConvFit, candidate: Candidate, scale: Float[Tensor, "b 1
     xhat = first_guess(layer, fit.outputs * scale, fit.active)
     if known:
         xhat = with_hidden(layer, xhat, candidate.y.detach(), fit.active)
-    deviation = layer.statistics(candidate.raw.detach())[1] if layer.norm == "group" else None
+    deviation = layer.statistics(candidate.raw.detach())[1] if fit.free_scale else None
     return layer.backward(fit.above / scale, xhat, deviation)
 
 
 def mismatch(
-    fit: ConvFit, candidate: Candidate, dz: Tensor, scale: Float[Tensor, "b 1 1 1"]
+    fit: ConvFit, candidate: Candidate, dz: Tensor, scale: Float[Tensor, "#b 1 1 1"]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How far a candidate is from the activations and from the weight gradient.
 

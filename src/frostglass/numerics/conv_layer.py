@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 Pair = tuple[int, int]
-Norm = Literal["none", "fixed", "batch", "group"]
+Norm = Literal["none", "fixed", "batch", "own", "group"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,8 @@ class ConvLayer:
         weight: [o, c, kh, kw]; bias: [o] or None.
         stride, padding, dilation: of the convolution.
         norm: "fixed" are constants (BatchNorm in eval mode), "batch" the observed statistics of a batch in train mode
-            (constants forward, not backward), "group" are computed for each image, "none" leaves conv(x) as it is.
+            (constants forward, not backward), "own" those of whatever batch comes along (train mode, not observed),
+            "group" are computed for each image, "none" leaves conv(x) as it is.
         gamma, beta: [o]; ones and zeros where the norm has none.
         mean, var: [o], for "fixed" and "batch".
         groups: for "group".
@@ -55,7 +56,10 @@ class ConvLayer:
         return functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
 
     def statistics(self, raw: Float[Tensor, "b o i j"]) -> tuple[Tensor, Tensor]:
-        """(mean, 1 / deviation) [b, groups] of a GroupNorm whose input is `raw`."""
+        """(mean, 1 / deviation) of a norm whose input is `raw`: [b, groups] under "group", [o] under "own"."""
+        if self.norm == "own":
+            var, mean = torch.var_mean(raw, (0, 2, 3), correction=0)
+            return mean, (var + self.eps).rsqrt()
         var, mean = torch.var_mean(raw.reshape(len(raw), self.groups, -1), 2, correction=0)
         return mean, (var + self.eps).rsqrt()
 
@@ -65,7 +69,8 @@ class ConvLayer:
             return raw
         if self.norm == "group":
             return functional.group_norm(raw, self.groups, eps=self.eps)
-        return (raw - column(self.mean)) * column((self.var + self.eps).rsqrt())
+        mean, deviation = self.statistics(raw) if self.norm == "own" else (self.mean, (self.var + self.eps).rsqrt())
+        return (raw - column(mean)) * column(deviation)
 
     def scaled(self, xhat: Float[Tensor, "b o i j"]) -> Float[Tensor, "b o i j"]:
         """xhat -> y, what the ReLU reads."""
@@ -83,8 +88,8 @@ class ConvLayer:
 
         Args:
             dy: at y.
-            xhat: there; its values where the ReLU is off matter too under "batch" and "group".
-            deviation: [b, groups], 1 / deviation of each image's groups, for "group".
+            xhat: there; its values where the ReLU is off matter too under "batch", "own" and "group".
+            deviation: second of `statistics`, for "group" and "own".
         """
         if self.norm == "none":
             return dy
@@ -94,7 +99,11 @@ class ConvLayer:
             d, x = (t.reshape(len(dy), self.groups, -1) for t in (d, xhat))
             centred = d - d.mean(2, keepdim=True) - x * (d * x).mean(2, keepdim=True)
             return (deviation[..., None] * centred).view_as(dy)
-        d = d * column((self.var + self.eps).rsqrt())
+        if self.norm == "own":
+            assert deviation is not None
+        else:
+            deviation = (self.var + self.eps).rsqrt()
+        d = d * column(deviation)
         if self.norm == "fixed":
             return d
         over = (0, 2, 3)

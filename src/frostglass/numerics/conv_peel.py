@@ -74,9 +74,21 @@ class Peeled:
         return total if math.isfinite(total) else math.inf
 
 
-def determined(weight: Float[Tensor, "o c kh kw"], examples: int, size: tuple[int, int]) -> bool:
-    """Whether a weight gradient has at least as many equations a channel as there are unknowns."""
-    return weight.shape[0] * weight.shape[2] * weight.shape[3] >= examples * size[0] * size[1]
+def determined(layer: ConvLayer, examples: int, size: tuple[int, int]) -> bool:
+    """Whether a weight gradient has at least as many equations a channel as there are unknowns.
+
+    A stride splits places and kernel taps into classes that do not meet, so each class is counted by itself.
+    """
+    axes = zip(size, layer.weight.shape[2:], layer.stride, layer.padding, layer.dilation, strict=True)
+    rows, columns = (_classes(*axis) for axis in axes)
+    outputs = layer.weight.shape[0]
+    return all(outputs * tr * tc >= examples * nr * nc for nr, tr in rows for nc, tc in columns)
+
+
+def _classes(size: int, kernel: int, stride: int, padding: int, dilation: int) -> list[tuple[int, int]]:
+    """(places, taps) along one axis, for each remainder of the stride."""
+    taps = [(k * dilation - padding) % stride for k in range(kernel)]
+    return [(len(range(r, size, stride)), taps.count(r)) for r in range(stride)]
 
 
 def peel(problem: PeelProblem, relative: float) -> Peeled:
@@ -92,23 +104,62 @@ def peel(problem: PeelProblem, relative: float) -> Peeled:
     active = outputs > noise.clamp_min(relative * float(outputs.max()))
     dy = problem.above * active
     xhat, deviation = first_guess(layer, outputs, active), problem.deviation
-    right = problem.grad_weight.permute(0, 2, 3, 1).flatten(0, 2)
+    right, unseen = problem.grad_weight.permute(0, 2, 3, 1).flatten(0, 2), layer.norm == "own"
+    goal, spread, before = right, torch.ones_like(layer.gamma), math.inf
     for _ in range(ITERATIONS):
-        dz = layer.backward(dy, xhat, deviation)
+        dz = layer.backward(dy, xhat, spread if unseen else deviation)
         system = design(dz, layer, problem.size)
-        solution = torch.linalg.lstsq(system, right, driver="gelsd").solution
-        fit = float((system @ solution - right).norm() / right.norm())
+        if unseen:
+            spread = unseen_deviation(system, right, len(spread))
+            goal, dz = right * _rows(spread, right), dz / column(spread)
+        solution = torch.linalg.lstsq(system, goal, driver="gelsd").solution
+        fit = float((system @ solution - goal).norm() / goal.norm())
         inputs = solution.view(len(outputs), *problem.size, -1).permute(0, 3, 1, 2)
         if problem.rectified:
             inputs = inputs.clamp_min(0)
         raw = layer.conv(inputs)
         estimate = layer.standardise(raw)
+        if unseen:  # not by the deviation of `raw`, as `eps` is known in the scale of the truth alone
+            estimate = (raw - raw.mean((0, 2, 3), keepdim=True)) / column(spread)
+            spread = torch.ones_like(spread)
         forward = float((estimate - xhat)[active].norm() / xhat[active].norm())
-        if layer.norm in ("none", "fixed") or (fit < 1e-6 and forward < 1e-5):
+        stalled = abs(before - fit - forward) < 1e-4 * (fit + forward)
+        if layer.norm in ("none", "fixed") or (fit < 1e-6 and forward < 1e-5) or stalled:
             break
+        before = fit + forward
         xhat = with_hidden(layer, xhat, layer.scaled(estimate), active)
         deviation = layer.statistics(raw)[1] if layer.norm == "group" else None
     return Peeled(inputs, dz, fit, forward)
+
+
+def unseen_deviation(
+    system: Float[Tensor, "equations unknowns"], right: Float[Tensor, "equations c"], outputs: int
+) -> Float[Tensor, " o"]:
+    """The deviations s of a BatchNorm whose statistics were not seen, up to a common factor.
+
+    Without them the equations are system x = s * right, linear and homogeneous in x and s together. Projecting on what
+    `system` cannot reach leaves a quadratic form in s, whose null vector it is. Channels without gradient get 1.
+
+    Args:
+        system: `design` of the gradient for deviations of 1.
+        right: the weight gradient, a column a channel of the input.
+        outputs: channels of the output.
+    """
+    reachable = torch.linalg.qr(system).Q.view(outputs, -1, system.shape[1])
+    per_output = right.view(outputs, -1, right.shape[1])
+    size = per_output.square().sum((1, 2)).sqrt()
+    used = size > 1e-12 * size.max()
+    unit = per_output / torch.where(used, size, torch.ones_like(size))[:, None, None]
+    inside = torch.einsum("okn,okc->onc", reachable, unit).flatten(1)
+    left = torch.linalg.eigh(torch.eye(outputs, dtype=right.dtype) - inside @ inside.T).eigenvectors[:, 0]
+    s = left * left.sum().sign() / torch.where(used, size, torch.ones_like(size))
+    typical = s[used].abs().median()
+    return torch.where(used & (s.abs() > 1e-9 * typical), s / typical, torch.ones_like(s))
+
+
+def _rows(values: Float[Tensor, " o"], like: Float[Tensor, "equations c"]) -> Float[Tensor, "equations 1"]:
+    """One value an output channel, for each of its equations."""
+    return values.repeat_interleave(len(like) // len(values))[:, None]
 
 
 def design(
@@ -135,9 +186,9 @@ def with_hidden(layer: ConvLayer, xhat: Tensor, y: Tensor, active: Tensor) -> Te
 
 
 def first_guess(layer: ConvLayer, outputs: Tensor, active: Tensor) -> Tensor:
-    """xhat with one constant for the hidden entries of a channel; under "batch" the mean of xhat is known to be 0."""
+    """xhat with one constant for the hidden entries of a channel; under BatchNorm the mean of xhat is 0."""
     xhat = torch.where(active, layer.unscaled(outputs), torch.zeros_like(outputs))
-    if layer.norm == "batch":
+    if layer.norm in ("batch", "own"):
         hidden = -xhat.sum((0, 2, 3)) / (~active).sum((0, 2, 3)).clamp_min(1)
     else:
         hidden = torch.full_like(layer.gamma, -0.8)  # the mean of a standard normal below 0

@@ -52,7 +52,9 @@ class Head:
 
     @property
     def silent(self) -> bool:
-        """True if the gradient is zero: a saturated softmax, from which nothing follows."""
+        """True if nothing follows from the gradient: zeros (a saturated softmax), or values that are not finite."""
+        if not bool(self.grad_weight.isfinite().all() and self.grad_bias.isfinite().all()):
+            return True
         return float(self.grad_bias.abs().max()) == 0 or float(self.grad_weight.abs().max()) == 0
 
 

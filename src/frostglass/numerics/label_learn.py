@@ -48,21 +48,24 @@ class LearnedRule:
     """A fitted rule for one network and one K.
 
     Args:
-        network: per-class descriptors -> logits of P(n_c >= j), j = 1 .. levels.
+        networks: per-class descriptors -> logits of P(n_c >= j), j = 1 .. levels; their probabilities are averaged,
+            since one network's score moves by 0.02 with its start.
         mean, std: of the descriptors.
         typical: [d] mean feature of the simulation.
         with_bias: whether the bias gradient was simulated (else it is estimated from row sums there, too).
         gain: mean gain of multiset accuracy over the guess on simulated batches that were held out.
         gain_low: lower end of its 95 % interval.
+        reach: [f] largest absolute value of each standardised descriptor in the simulation.
     """
 
-    network: nn.Module
+    networks: tuple[nn.Module, ...]
     mean: Tensor
     std: Tensor
     typical: Float[Tensor, " d"]
     with_bias: bool
     gain: float
     gain_low: float
+    reach: Tensor
 
 
 def pool_from_images(
@@ -120,7 +123,7 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 def simulate(
     pool: Pool, examples: int, batches: int, *, distinct: bool, generator: torch.Generator
 ) -> tuple[Float[Tensor, "n k d1"], Float[Tensor, "n k"]]:
-    """(K [gW | gb], counts) of simulated batches; classes drawn evenly, a fifth of the batches skewed.
+    """(K [gW | gb], counts) of simulated batches; classes drawn evenly, a tenth of the batches skewed.
 
     Raises:
         ValueError: distinct labels asked for more examples than the pool has classes.
@@ -134,7 +137,7 @@ def simulate(
     begin = size.cumsum(0) - size
     chances = torch.ones(batches, len(present), dtype=torch.float64)
     if not distinct:
-        skewed = torch.rand(batches, 1, generator=generator, dtype=torch.float64) < 0.2
+        skewed = torch.rand(batches, 1, generator=generator, dtype=torch.float64) < 0.1
         exponential = -torch.rand(chances.shape, generator=generator, dtype=torch.float64).clamp_min(1e-12).log()
         chances = torch.where(skewed, exponential, chances)
     picked = present[torch.multinomial(chances, examples, replacement=not distinct, generator=generator)]
@@ -154,8 +157,9 @@ def learn(
     *,
     distinct: bool,
     with_bias: bool,
-    batches: int = 3000,
-    steps: int = 600,
+    batches: int = 6000,
+    steps: int = 400,
+    members: int = 3,
     seed: int = 0,
 ) -> LearnedRule:
     """Fits the rule for one layer and one K; some seconds on a CPU at ten classes.
@@ -165,35 +169,48 @@ def learn(
         pool: simulated images.
         distinct: labels are known to be distinct.
         with_bias: the update holds the bias gradient.
-        batches: simulated batches, a sixth of them held out (fewer with very many classes).
+        batches: simulated batches, a sixth of them held out (fewer for a large layer).
         steps: of Adam.
+        members: networks that are averaged.
         seed: of batches and starting weights.
     """
     made = torch.Generator().manual_seed(seed)
-    batches = max(240, min(batches, 400_000 // head.classes))
-    summed, counts = simulate(pool, head.examples, batches, distinct=distinct, generator=made)
+    each = head.grad_weight.numel()
+    batches = max(60, min(batches, 10_000_000 // each))
     typical = pool.features.mean(0)
-    x = _described(head, summed, typical, with_bias)
+    parts = []
+    for first in range(0, batches, max(1, 2_000_000 // each)):  # a piece of the gradients at a time is in memory
+        now = min(batches - first, max(1, 2_000_000 // each))
+        summed, truth = simulate(pool, head.examples, now, distinct=distinct, generator=made)
+        parts.append((_described(head, summed, typical, with_bias), truth))
+    x, counts = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
     levels = 1 if distinct else max(1, int(counts.max()))
     y = (counts[..., None] > torch.arange(levels)).float()
     held = batches // 6
     mean, std = x[held:].mean((0, 1)), x[held:].std((0, 1)).clamp_min(1e-3)
     x = (x - mean) / std
-    network = _fitted(x[held:], y[held:], steps, made)
-    with torch.no_grad():
-        found = decode(network(x[:held]).sigmoid(), head.examples)[0]
+    networks = tuple(_fitted(x[held:], y[held:], steps, made) for _ in range(members))
+    found = decode(_tails(networks, x[:held]), head.examples)[0]
     truth, flat = counts[:held], torch.full_like(counts[:held], head.examples / head.classes)
     gains = ((flat - truth).abs().sum(1) - (found - truth).abs().sum(1)) / (2 * head.examples)
     low = float(gains.mean() - 1.96 * gains.std() / held**0.5)
-    return LearnedRule(network, mean, std, typical, with_bias, float(gains.mean()), low)
+    return LearnedRule(networks, mean, std, typical, with_bias, float(gains.mean()), low, x.abs().amax((0, 1)))
 
 
-def apply(rule: LearnedRule, head: Head) -> tuple[Float[Tensor, " k"], float]:
-    """(whole counts of sum K, share of labels that the rule expects to have right) for one update."""
+def apply(rule: LearnedRule, head: Head) -> tuple[Float[Tensor, " k"], float, bool]:
+    """(whole counts of sum K, share of labels that the rule expects to have right, familiar) for one update.
+
+    Familiar: no descriptor is far outside what the simulation showed; elsewhere the expectation is worth little.
+    """
     x = (_described(head, head.summed[None], rule.typical, rule.with_bias) - rule.mean) / rule.std
-    with torch.no_grad():
-        counts, expected = decode(rule.network(x).sigmoid(), head.examples)
-    return counts[0], float(expected[0])
+    counts, expected = decode(_tails(rule.networks, x), head.examples)
+    familiar = bool((x.abs().amax((0, 1)) <= 1.5 * rule.reach + 0.5).all())
+    return counts[0], float(expected[0]), familiar
+
+
+@torch.no_grad()
+def _tails(networks: tuple[nn.Module, ...], x: Tensor) -> Tensor:
+    return torch.stack([network(x).sigmoid() for network in networks]).mean(0)
 
 
 def decode(tails: Float[Tensor, "n k levels"], examples: int) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"]]:
@@ -222,8 +239,13 @@ def decode(tails: Float[Tensor, "n k levels"], examples: int) -> tuple[Float[Ten
 def _fitted(x: Tensor, y: Tensor, steps: int, generator: torch.Generator) -> nn.Module:
     """A perceptron shared by all classes, by Adam on the log loss; starts from `generator`, not from global state."""
     width = 64
+
+    def linear(inputs: int, outputs: int) -> nn.Linear:
+        made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # no draw from the global generator
+        return made
+
     network = nn.Sequential(
-        nn.Linear(x.shape[-1], width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, y.shape[-1])
+        linear(x.shape[-1], width), nn.GELU(), linear(width, width), nn.GELU(), linear(width, y.shape[-1])
     )
     for layer in network:
         if isinstance(layer, nn.Linear):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,12 @@ from torch.func import functional_call
 
 from frostglass.core.update import BNStatistics, LocalPlan
 from frostglass.numerics.bn import recorded_bn
+from frostglass.numerics.client_optimizer import OptimizerState, optimizer_step
+from frostglass.numerics.fedavg import own_order
+from frostglass.numerics.recompute import recomputed
+
+REMEMBERED = 8
+"""Differentiable simulations of so many steps keep no graph beyond one step."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Trace:
 
     Args:
         gradients: by parameter name: the gradient, or W_before - W_after for `plan.kind == "delta"`.
-        bn: batch statistics per BatchNorm layer of the first forward pass.
+        bn: batch statistics per BatchNorm layer of the first forward pass (the first minibatch).
         logits: [b, k] of the first forward pass.
         loss: scalar, of the first forward pass.
         buffers: the model's buffers after the step (running statistics as the client would send them).
@@ -62,7 +68,9 @@ def local_update(
     targets: Float[Tensor, "b k"],
     plan: LocalPlan,
     *,
+    order: Sequence[Tensor] | None = None,
     differentiable: bool = False,
+    smooth: float = 0.0,
 ) -> Trace:
     """What a client that holds (images, targets) sends, per `plan`; `model` is left unchanged.
 
@@ -70,51 +78,100 @@ def local_update(
         model: the global model.
         images: in the bounds of its domain.
         targets: rows of mass at most 1.
-        plan: gradient or delta, steps, learning rate, mode.
-        differentiable: keep the graph to `images` and `targets` (second derivatives).
+        plan: gradient or delta, optimiser, steps, mode.
+        order: rows that each step sees, for all steps; None: the minibatches of `plan` as they lie, every epoch alike.
+            Its length is the number of steps (unused for a gradient).
+        differentiable: keep the graph to `images` and `targets` (second derivatives). From `REMEMBERED` steps on, the
+            graph of one step at a time: memory for all weights a step, and a third more time.
+        smooth: of Adam's derivative (see `numerics.client_optimizer`); 0 for the exact one.
 
     Returns:
         the trace; gradients are zero for parameters that the loss does not reach.
     """
     weights: dict[str, Tensor] = dict(trainable(model))
     buffers = {name: b.clone() for name, b in model.named_buffers()}
+    steps = _steps(plan, len(images), order)
+    client = _Client(model, plan, smooth, differentiable)
     with in_mode(model, plan.mode), torch.enable_grad():
+        first = (images, targets) if steps[0] is None else (images[steps[0]], targets[steps[0]])
         with recorded_bn(model) as bn:
-            logits = functional_call(model, {**weights, **buffers}, (images,))
-        loss = soft_cross_entropy(logits, targets)
+            logits = functional_call(model, {**weights, **buffers}, (first[0],))
+        loss = soft_cross_entropy(logits, first[1])
         grads = _gradients(loss, weights, differentiable)
-        if plan.kind == "gradient":
-            return _trace(grads, bn, logits, loss, buffers, differentiable)
-        start = weights
-        velocity: dict[str, Tensor] = {}
-        for step in range(plan.steps):
-            if step:
-                now = soft_cross_entropy(functional_call(model, {**weights, **buffers}, (images,)), targets)
-                grads = _gradients(now, weights, differentiable)
-            weights, velocity = _sgd(weights, grads, velocity, plan)
-            if not differentiable:
-                weights = {n: w.detach().requires_grad_(True) for n, w in weights.items()}
-        delta = {name: start[name] - weights[name] for name in start}
-    return _trace(delta, bn, logits, loss, buffers, differentiable)
+        if plan.kind == "delta":
+            start = weights
+            weights, state = optimizer_step(weights, grads, OptimizerState(), plan, smooth=smooth)
+            long = differentiable and len(steps) >= REMEMBERED
+            for rows in steps[1:]:
+                x, y = (images, targets) if rows is None else (images[rows], targets[rows])
+                weights, state = (client.recomputed if long else client.step)(weights, state, buffers, x, y)
+            grads = {name: start[name] - weights[name] for name in start}
+    return _trace(grads, bn, logits, loss, buffers, differentiable)
+
+
+def _steps(plan: LocalPlan, examples: int, order: Sequence[Tensor] | None) -> list[Tensor | None]:
+    """Rows of each step, None for all."""
+    if plan.kind == "gradient":
+        return [None]
+    if order is not None:
+        return list(order)
+    if plan.whole_batches(examples):
+        return [None] * plan.steps_for(examples)
+    return list(own_order(plan, examples))
+
+
+@dataclass(frozen=True)
+class _Client:
+    """Everything about a step that stays the same."""
+
+    model: nn.Module
+    plan: LocalPlan
+    smooth: float
+    differentiable: bool
+
+    def step(
+        self, weights: Mapping[str, Tensor], state: OptimizerState, buffers: Mapping[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
+        """(weights, state) after one more step; running statistics in `buffers` move on."""
+        if not self.differentiable:
+            weights = {n: w.detach().requires_grad_(True) for n, w in weights.items()}
+        loss = soft_cross_entropy(functional_call(self.model, {**weights, **buffers}, (x,)), y)
+        grads = _gradients(loss, weights, self.differentiable)
+        return optimizer_step(weights, grads, state, self.plan, smooth=self.smooth)
+
+    def recomputed(
+        self, weights: Mapping[str, Tensor], state: OptimizerState, buffers: Mapping[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
+        """The same without keeping the step's graph."""
+        names, firsts, seconds = list(weights), list(state.first), list(state.second)
+        cuts = len(names), len(names) + len(firsts), len(names) + len(firsts) + len(seconds)
+        before = {n: b.clone() for n, b in buffers.items()}
+        calls: list[int] = []
+
+        def run(*flat: Tensor) -> list[Tensor]:
+            held = OptimizerState(
+                dict(zip(firsts, flat[cuts[0] : cuts[1]], strict=True)),
+                dict(zip(seconds, flat[cuts[1] : cuts[2]], strict=True)),
+                state.steps,
+            )
+            # the repetition must not move the running statistics once more
+            own = {n: b.clone() for n, b in before.items()} if calls else buffers
+            calls.append(1)
+            with in_mode(self.model, self.plan.mode):
+                now = self.step(dict(zip(names, flat[: cuts[0]], strict=True)), held, own, flat[-2], flat[-1])
+            return [*now[0].values(), *now[1].first.values(), *now[1].second.values()]
+
+        flat = [*weights.values(), *state.first.values(), *state.second.values(), x, y]
+        after = recomputed(run, *flat)
+        k = len(names)
+        first = dict(zip(names, after[k : 2 * k], strict=True)) if len(after) > k else {}
+        second = dict(zip(names, after[2 * k :], strict=True)) if len(after) > 2 * k else {}
+        return dict(zip(names, after[:k], strict=True)), OptimizerState(first, second, state.steps + 1)
 
 
 def _gradients(loss: Tensor, weights: Mapping[str, Tensor], differentiable: bool) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss, list(weights.values()), create_graph=differentiable, allow_unused=True)
     return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), found, strict=True)}
-
-
-def _sgd(
-    weights: Mapping[str, Tensor], grads: Mapping[str, Tensor], velocity: Mapping[str, Tensor], plan: LocalPlan
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One step of torch.optim.SGD (dampening 0, no Nesterov), out of place so that it can be differentiated."""
-    new_weights, new_velocity = {}, {}
-    for name, w in weights.items():
-        g = grads[name] + plan.weight_decay * w if plan.weight_decay else grads[name]
-        if plan.momentum:
-            g = plan.momentum * velocity[name] + g if name in velocity else g
-            new_velocity[name] = g
-        new_weights[name] = w - plan.lr * g
-    return new_weights, new_velocity
 
 
 def _trace(

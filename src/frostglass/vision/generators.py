@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
+import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,6 @@ from torch import Tensor, nn
 
 from frostglass.core.errors import BadInput, close_match
 from frostglass.core.files import written_beside
-from frostglass.core.randomness import Rng
-from frostglass.vision.networks import torch_draws_from
-from frostglass.vision.weights import read_weights
 
 KIND = "frostglass generator 1"
 """What the metadata of a generator's file says; the number grows with the architecture."""
@@ -37,7 +34,7 @@ class Decoder(nn.Module):
     Args:
         latent: length of a latent; its prior is N(0, I).
         channels, size: of the images; sizes that are no power of two times 4 to 7 are cropped from the next larger one.
-        width: channels at the last doubling; four times as many at the first.
+        width: half the channels before the last doubling, a quarter of those on smaller grids.
     """
 
     def __init__(self, *, latent: int, channels: int, size: int, width: int) -> None:
@@ -48,15 +45,17 @@ class Decoder(nn.Module):
         self.settings = {"latent": latent, "channels": channels, "size": size, "width": width}
         self.latent_shape = (latent,)
         self.image_shape = (channels, size, size)
-        self.doublings = max(1, (size // 4).bit_length() - 1)
+        self.doublings = doublings_of(size)
         self.base = -(-size // 2**self.doublings)
-        widths = [width * min(4, 2 ** (self.doublings - i)) for i in range(self.doublings + 1)]
+        widths = widths_of(width, self.doublings)
         self.first = nn.Linear(latent, widths[0] * self.base**2)
-        self.norm = nn.GroupNorm(min(8, widths[0]), widths[0])
+        self.norm = group_norm(widths[0])
         blocks: list[nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
-            blocks += [nn.SiLU(), nn.ConvTranspose2d(inputs, outputs, 4, 2, 1), _norm(outputs)]
-        self.blocks = nn.Sequential(*blocks, nn.SiLU(), nn.Conv2d(widths[-1], channels, 3, 1, 1))
+        for inputs, outputs in pairwise(widths):
+            blocks += [nn.SiLU(), nn.ConvTranspose2d(inputs, outputs, 4, 2, 1), group_norm(outputs)]
+        # the last doubling by rearrangement: convolutions at full size would take most of the time
+        blocks += [nn.SiLU(), nn.Conv2d(widths[-1], 4 * channels, 3, 1, 1), nn.PixelShuffle(2)]
+        self.blocks = nn.Sequential(*blocks)
 
     def forward(self, z: Float[Tensor, "b d"]) -> Float[Tensor, "b c h w"]:
         """Images in [0, 1]."""
@@ -66,29 +65,18 @@ class Decoder(nn.Module):
         return images
 
 
-class Encoder(nn.Module):
-    """The decoder's mirror image: images to mean and log variance of their latent."""
-
-    def __init__(self, *, latent: int, channels: int, size: int, width: int) -> None:
-        super().__init__()
-        doublings = max(1, (size // 4).bit_length() - 1)
-        widths = [width * min(4, 2**i) for i in range(doublings + 1)]
-        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, 1, 1)]
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
-            layers += [nn.SiLU(), nn.Conv2d(inputs, outputs, 4, 2, 1), _norm(outputs)]
-        side = size
-        for _ in range(doublings):
-            side //= 2
-        self.body = nn.Sequential(*layers, nn.SiLU(), nn.Flatten())
-        self.head = nn.Linear(widths[-1] * side * side, 2 * latent)
-
-    def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
-        """(mean, log variance), [b, d] each."""
-        mean, spread = self.head(self.body(images - 0.5)).chunk(2, dim=1)
-        return mean, spread.clamp(-10, 4)
+def doublings_of(size: int) -> int:
+    """How often a grid of 4 to 7 pixels a side is doubled."""
+    return max(1, (size // 4).bit_length() - 1)
 
 
-def _norm(channels: int) -> nn.Module:
+def widths_of(width: int, doublings: int) -> list[int]:
+    """Channels from the smallest grid to the one before the last doubling."""
+    return [width * min(4, 2 ** (doublings - i)) for i in range(doublings)]
+
+
+def group_norm(channels: int) -> nn.Module:
+    """With eight groups, or as many as divide the channels."""
     return nn.GroupNorm(next(g for g in (8, 4, 2, 1) if channels % g == 0), channels)
 
 
@@ -111,8 +99,8 @@ class Untrained(nn.Module):
         down: list[nn.Module] = []
         up: list[nn.Module] = []
         for _ in range(depth):
-            down.append(nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), _norm(width), nn.LeakyReLU(0.2)))
-            up.append(nn.Sequential(nn.Conv2d(2 * width, width, 3, 1, 1), _norm(width), nn.LeakyReLU(0.2)))
+            down.append(nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), group_norm(width), nn.LeakyReLU(0.2)))
+            up.append(nn.Sequential(nn.Conv2d(2 * width, width, 3, 1, 1), group_norm(width), nn.LeakyReLU(0.2)))
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
         self.last = nn.Conv2d(width, channels, 1)
 
@@ -130,28 +118,115 @@ class Untrained(nn.Module):
         return images
 
 
-@dataclass(frozen=True)
-class FitSettings:
-    """How a generator is fitted.
+def save_generator(decoder: Decoder, path: str | Path, **about: str) -> Path:
+    """Writes a decoder with its sizes, so that loading needs no options; whole or not at all.
 
     Args:
-        latent: length of a latent.
-        width: channels at the last doubling.
-        steps: of Adam.
-        batch: images a step.
-        lr: peak learning rate, which falls to 0 along a cosine.
+        decoder: fitted.
+        path: ends in .safetensors; folders are made.
+        about: further texts for the file's metadata (what it was fitted on).
+
+    Raises:
+        BadInput: another extension, or a place that cannot be written.
     """
+    from safetensors.torch import save_file
 
-    latent: int = 256
-    width: int = 32
-    steps: int = 3000
-    batch: int = 64
-    lr: float = 2e-3
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise BadInput(f"generator: {path} must end in .safetensors; change the extension.")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in decoder.state_dict().items()}
+    # one entry: safetensors writes several in an arbitrary order, and the same fit should give the same file
+    metadata = {"frostglass": json.dumps({"kind": KIND, **decoder.settings, **about}, sort_keys=True)}
+    try:
+        with written_beside(path) as beside:
+            save_file(tensors, beside, metadata=metadata)
+    except OSError as problem:
+        raise BadInput(f"generator: {path} cannot be written ({problem.strerror}); choose another place.") from None
+    return path
 
-    def __post_init__(self) -> None:
-        least = {"latent": 1, "width": 1, "steps": 1, "batch": 1}
-        wrong = [f"generator.{n}: {getattr(self, n)} must be from {v}." for n, v in least.items() if getattr(self, n) < v]
-        if not self.lr > 0:
-            wrong.append(f"generator.lr: {self.lr} must be above 0.")
-        if wrong:
-            raise BadInput(wrong)
+
+def load_generator(path: str | Path) -> Decoder:
+    """A decoder as `save_generator` wrote it, in eval mode, its parameters frozen.
+
+    Raises:
+        BadInput: no such file, or no generator of this version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"generator: {path} is no file; write one with `frostglass fit-generator IMAGES --out {path}`.")
+    try:
+        with safe_open(path, framework="pt") as held:
+            metadata = json.loads((held.metadata() or {}).get("frostglass", "{}"))
+            tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 (it is no dict)
+        if metadata.get("kind") != KIND:
+            raise BadInput(f"generator: {path} is no {KIND!r} file; fit one with `frostglass fit-generator`.")
+        decoder = Decoder(**{name: int(metadata[name]) for name in _SHAPE})
+        decoder.load_state_dict(tensors)
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as problem:
+        line = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise BadInput(f"generator: {path} is damaged ({line}); fit it again.") from None
+    if not all(bool(t.isfinite().all()) for t in tensors.values()):
+        raise BadInput(f"generator: {path} holds values that are not finite; fit it again.")
+    return decoder.eval().requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=4)
+def from_factory(name: str) -> nn.Module:
+    """The generator that "package.module:factory" returns, called without arguments; in eval mode, frozen.
+
+    The current directory is searched too.
+
+    Raises:
+        BadInput: it does not import, raises, or returns something that is no generator of images in [0, 1].
+    """
+    try:
+        made: Any = _found(name)()
+    except BadInput:
+        raise
+    except Exception as problem:
+        line = (str(problem).splitlines() or [""])[0]
+        raise BadInput(f"generator: {name!r} raised {type(problem).__name__}: {line}.") from problem
+    shape = getattr(made, "latent_shape", None)
+    if not isinstance(made, nn.Module) or not isinstance(shape, tuple | list | torch.Size):
+        raise BadInput(
+            f"generator: {name!r} must return a torch.nn.Module with `latent_shape`, a tuple; it returned "
+            f"{type(made).__name__}."
+        )
+    made = made.eval().requires_grad_(False)
+    like = next(iter(made.parameters()), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            out = made(like.new_zeros(1, *shape))
+    except Exception as problem:
+        line = (str(problem).splitlines() or [""])[0]
+        raise BadInput(f"generator: {name!r} does not take a latent [1, {tuple(shape)}] ({line}).") from problem
+    if not isinstance(out, Tensor) or out.ndim != 4 or len(out) != 1 or not bool(out.isfinite().all()):
+        raise BadInput(f"generator: {name!r} must map latents to finite images [b, c, h, w].")
+    if float(out.min()) < -1e-3 or float(out.max()) > 1 + 1e-3:
+        raise BadInput(f"generator: {name!r} gives values from {float(out.min()):.3g} to {float(out.max()):.3g}; it "
+                       "must give images in [0, 1], as (x + 1) / 2 makes of [-1, 1].")  # fmt: skip
+    return made
+
+
+def _found(name: str) -> Callable[..., Any]:
+    module, _, path = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # last, so that no file there hides an installed package
+        importlib.invalidate_caches()
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as problem:
+        raise BadInput(
+            f"generator: the module of {name!r} does not import ({type(problem).__name__}: {problem}); correct the "
+            "name (searched: installed packages and the current directory)."
+        ) from problem
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise BadInput(f"generator: {module!r} has no {part!r}; {close_match(part, vars(found))}.")
+        found = getattr(found, part)
+    if not callable(found):
+        raise BadInput(f"generator: {name!r} is of type {type(found).__name__}; name a function.")
+    return found

@@ -28,8 +28,8 @@ def command(context: click.Context, file: Path) -> None:
         click.echo(f"{file.name}: {x.where} holds {x.what}; {fix}.")
     if states:
         click.echo(
-            f"{len(states)} generator state{'s' if len(states) > 1 else ''}: keys that were drawn from such a generator, "
-            "as the released InstaHide draws them, can be recomputed from this file."
+            f"{len(states)} generator state{'s' if len(states) > 1 else ''}: keys that were drawn from such a "
+            "generator, as the released InstaHide draws them, can be recomputed from this file."
         )
         context.exit(1)
     click.echo(f"{file.name}: no generator state found.")

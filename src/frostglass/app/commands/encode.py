@@ -22,7 +22,8 @@ _settings = [
     click.option("--channels", type=click.Choice(["1", "3"]), help="1 grey, 3 colour."),
     click.option("--c1", default=0.65, show_default=True, help="No coefficient exceeds it."),
     click.option("--c2", default=0.3, show_default=True, help="Least private share, with a pool."),
-    click.option("--law", type=click.Choice(["folded_normal", "dirichlet"]), default="folded_normal", show_default=True),
+    click.option("--law", type=click.Choice(["folded_normal", "dirichlet"]), default="folded_normal",
+                 show_default=True),
     click.option("--mask", type=click.Choice(["sign", "abs", "none"]), default="sign", show_default=True),
     click.option(
         "--label-mode", type=click.Choice(["exact", "quantised", "renormalised"]), default="quantised",
@@ -32,7 +33,8 @@ _settings = [
     click.option("--max-exposure", type=int, help="Refuse to go on when an image would be in more encodings."),
     click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
                  help="At an image that does not decode."),
-    click.option("--ledger", type=click.Path(path_type=Path), help="Owner's file of exposures.  [default: OUT.ledger.json]"),
+    click.option("--ledger", type=click.Path(path_type=Path),
+                 help="Owner's file of exposures.  [default: OUT.ledger.json]"),
     click.option("--insecure-seed", type=int, help="Keys that anybody can repeat, for tests; the set is marked."),
 ]  # fmt: skip
 
@@ -51,12 +53,12 @@ def _with_settings(function: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON, and only that, on stdout.")
 @click.pass_context
 def command(
-    context: click.Context, paths: Sequence[Path], resume: bool, verify: bool, as_json: bool, **settings: Any
+    context: click.Context, /, paths: Sequence[Path], resume: bool, verify: bool, as_json: bool, **settings: Any
 ) -> None:
     """Write encodings of IMAGES (a folder, digits, or parquet:FILE) to the new folder OUT, to be shared.
 
-    OUT holds encodings, targets and a manifest; no key, no names. How often each image was used stays in OUT.ledger.json,
-    readable by you alone. InstaHide is broken: it gives no (epsilon, delta).
+    OUT holds encodings, targets and a manifest; no key, no names. How often each image was used stays in
+    OUT.ledger.json, readable by you alone. InstaHide is broken: it gives no (epsilon, delta).
     """
     if verify:
         if len(paths) != 1:
@@ -137,7 +139,8 @@ def _encoder(settings: dict[str, Any], pool: Any) -> Any:
     return InstaHide(
         k=settings["k"], private=private, c1=settings["c1"], c2=settings["c2"], law=settings["law"],
         mask=settings["mask"], labels=settings["label_mode"], public=pool, max_exposure=settings["max_exposure"],
-        rounds=max(1, settings["rounds"]), insecure_seed=settings["insecure_seed"], dtype=getattr(torch, settings["dtype"]),
+        rounds=max(1, settings["rounds"]), insecure_seed=settings["insecure_seed"],
+        dtype=getattr(torch, settings["dtype"]),
     )  # fmt: skip
 
 
@@ -153,8 +156,8 @@ def _labels(given: str | None, images: str, held: Any) -> tuple[Any, int]:
         return read_labels(Path(given), held.names)
     if any("labels are arbitrary" in note for note in held.notes):
         raise BadInput(
-            f"labels: {images} is one folder without classes; give --labels FILE.csv (file name, label), --labels none, "
-            "or sort the images into one subfolder for each class."
+            f"labels: {images} is one folder without classes; give --labels FILE.csv (file name, label), --labels "
+            "none, or sort the images into one subfolder for each class."
         )
     return held.labels, held.classes
 

@@ -93,7 +93,9 @@ def _runs(plan: Any, out: Path, resume: bool, device: Any) -> list[dict[str, Any
     train, test = _images(plan, plan.seeds[0])
     for method in plan.method:  # what cannot be encoded is said before anything is trained
         if method.kind != "plain":
-            encoder_of(method, plan.training, train.images.shape[-1]).begin(train.images[:2048], train.labels[:2048], train.classes)
+            encoder_of(method, plan.training, train.images.shape[-1]).begin(
+                train.images[:2048], train.labels[:2048], train.classes
+            )
     steps = plan.training.epochs * -(-len(train) // plan.training.batch)
     results = []
     for seed in plan.seeds:
@@ -135,7 +137,9 @@ def _images(plan: Any, seed: int) -> tuple[Any, Any]:
 
     def part(rows: Any) -> Any:
         chosen = rows.tolist()
-        return replace(held, images=held.images[rows], labels=held.labels[rows], names=tuple(held.names[i] for i in chosen))
+        return replace(
+            held, images=held.images[rows], labels=held.labels[rows], names=tuple(held.names[i] for i in chosen)
+        )
 
     return part(order[cut:]), part(order[:cut][: data.test_limit])
 
@@ -144,7 +148,11 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """Mean test accuracy of each method over its seeds, in %."""
     methods = list(dict.fromkeys(r["method"] for r in results))
     counts = sorted({int(n) for r in results for n in r["encoded"]})
-    lines = ["".join([f"{'method':<26}{'seeds':>6}{'plain':>9}", *(f"{f'{n} enc.':>10}" for n in counts), f"{'enc./image':>12}"])]
+    lines = [
+        "".join(
+            [f"{'method':<26}{'seeds':>6}{'plain':>9}", *(f"{f'{n} enc.':>10}" for n in counts), f"{'enc./image':>12}"]
+        )
+    ]
     for name in methods:
         mine = [r for r in results if r["method"] == name]
 
@@ -154,7 +162,11 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         encoded = [mean([r["encoded"][str(n)] for r in mine if str(n) in r["encoded"]]) for n in counts]
         exposure = f"{statistics.fmean(r['encodings_per_image'] for r in mine):.0f}"
         plain = mean([r["plain"] for r in mine])
-        lines.append("".join([f"{name:<26}{len(mine):>6}{plain:>9}", *(f"{e:>10}" for e in encoded), f"{exposure:>12}"]))
+        lines.append(
+            "".join([f"{name:<26}{len(mine):>6}{plain:>9}", *(f"{e:>10}" for e in encoded), f"{exposure:>12}"])
+        )
     if any(r["encodings_per_image"] for r in results):
-        lines.append("Encodings give no (epsilon, delta); each further encoding of an image makes it easier to recover.")
+        lines.append(
+            "Encodings give no (epsilon, delta); each further encoding of an image makes it easier to recover."
+        )
     return "\n".join(lines)

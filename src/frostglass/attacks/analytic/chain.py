@@ -62,9 +62,9 @@ class Chain:
         return [name for name, norm in found if mode == "train" or norm.running_mean is None]
 
     def layers(self, mode: str, statistics: Mapping[str, BNStatistics]) -> tuple[ConvLayer, ...]:
-        """As tensors; `statistics` must hold every layer of `batch_norms(mode)`."""
-        by_batch = self.batch_norms(mode)
-        return tuple(_layer(b, statistics[b.norm_name] if b.norm_name in by_batch else None) for b in self.blocks)
+        """As tensors; a layer of `batch_norms(mode)` that `statistics` does not hold uses those of what it is given."""
+        seen = {n: statistics.get(n) for n in self.batch_norms(mode)}
+        return tuple(as_layer(b, seen.get(b.norm_name), b.norm_name in seen) for b in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,14 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
-def _layer(block: Block, statistics: BNStatistics | None) -> ConvLayer:
+def as_layer(block: Block, statistics: BNStatistics | None, by_batch: bool) -> ConvLayer:
+    """A block as tensors, in the model's dtype.
+
+    Args:
+        block: the block.
+        statistics: of the batch, None if they were not seen.
+        by_batch: whether its BatchNorm normalises by the batch.
+    """
     conv, norm = block.conv, block.norm
     like = conv.weight.detach()
     ones, zeros = like.new_ones(conv.out_channels), like.new_zeros(conv.out_channels)
@@ -218,6 +225,8 @@ def _layer(block: Block, statistics: BNStatistics | None) -> ConvLayer:
     if isinstance(norm, _BatchNorm):
         if statistics is not None:
             kind, mean, var = "batch", statistics.mean, statistics.var
+        elif by_batch:
+            kind = "own"
         elif norm.running_mean is not None and norm.running_var is not None:
             mean, var = norm.running_mean, norm.running_var
     return ConvLayer(

@@ -40,7 +40,7 @@ USABLE = 1e-3
 """Residual of the peeled activations up to which pixels are fitted to them."""
 
 GROUP_PRIOR = 10.0
-"""How much stronger the first prior is where GroupNorm leaves the activations' scale open."""
+"""How much stronger the first prior is where a norm leaves the activations' scale open."""
 
 REFRESH = 10
 """Iterations between two updates of what the last ReLU hides."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from frostglass.attacks.analytic.chain import Chain, find_chain
+from frostglass.attacks.analytic.chain import Chain, as_layer, find_chain
 from frostglass.attacks.inversion.restore import by_counts, targets_of
 from frostglass.attacks.inversion.target import update_problems
 from frostglass.core.batch import Domain
@@ -89,10 +89,10 @@ class Problem:
         return last.statistics(last.conv(x))[1].mean(0, keepdim=True).expand(examples, -1)
 
     @property
-    def free_contrast(self) -> bool:
-        """True if scaling an image's normalised pixels leaves the gradient as it is: a GroupNorm follows at once."""
+    def free_contrast(self) -> str:
+        """Whose contrast is not in the gradient, as the first norm undoes it: "image", "batch", or "" (nobody's)."""
         first = self.layers[0]
-        return first.norm == "group" and first.bias is None
+        return {"group": "image", "own": "batch"}.get(first.norm, "") if first.bias is None else ""
 
     def fit(self, activations: Tensor, above: Tensor) -> ConvFit:
         """What pixels are fitted to, on the attack's device."""
@@ -118,7 +118,7 @@ def problems_of(seen: Observation) -> list[str]:
     chain, misfit = find_chain(seen)
     if problems or chain is None:
         return [*problems, *([misfit] if misfit else [])]
-    problems = [*_message_problems(seen), *_missing(seen, chain), *_size_problems(seen, chain)]
+    problems = [*_message_problems(seen), *_unsent(seen, chain), *_size_problems(seen, chain)]
     if not problems:
         try:
             targets_of(seen, COUNTS)
@@ -163,27 +163,20 @@ def lay_out(seen: Observation, run: Runtime) -> Problem:
 def _message_problems(seen: Observation) -> list[str]:
     kinds = {m.kind for m in seen.messages if isinstance(m, GradientMessage)}
     plan = seen.local_plan
-    if kinds == {"delta"} and (plan is None or plan.steps != 1 or plan.lr == 0):
-        return ["update: a weight difference is read as a gradient only if 'local_plan' is granted and has one step."]
+    if kinds == {"delta"} and (plan is None or not plan.one_sgd_step(seen.examples or 1) or plan.lr == 0):
+        return [
+            "update: a weight difference is read as a gradient only if 'local_plan' is granted and is one step of SGD."
+        ]
     if seen.cohort is not None and seen.cohort > 1:
         return [f"update: {seen.cohort} clients are summed in it, and this attack reads the gradient of one."]
     return []
 
 
-def _missing(seen: Observation, chain: Chain) -> list[str]:
+def _unsent(seen: Observation, chain: Chain) -> list[str]:
     last = chain.blocks[-1].name
     wanted = [f"{chain.head_name}.weight", f"{chain.head_name}.bias", f"{last}.weight"]
-    found = [
-        f"update: the gradient of {n!r} was not sent; this attack needs it." for n in wanted if n not in seen.gradients
-    ]
-    held = set(seen.bn_batch or {})
-    lacking = [n for n in chain.batch_norms(seen.mode) if n not in held]
-    if lacking:
-        found.append(
-            f"threat.grants: {lacking[0]!r} normalises by the statistics of the batch ({len(lacking)} such layers), "
-            "which this attack needs; grant 'bn_batch'."
-        )
-    return found
+    absent = [n for n in wanted if n not in seen.gradients]
+    return [f"update: the gradient of {n!r} was not sent; this attack needs it." for n in absent]
 
 
 def _size_problems(seen: Observation, chain: Chain) -> list[str]:
@@ -197,11 +190,12 @@ def _size_problems(seen: Observation, chain: Chain) -> list[str]:
             f"client.batch: {b} images are more than {most}, up to which the classifier's inputs can be solved for "
             f"with {seen.classes} classes."
         )
-    if not determined(block.conv.weight, b, block.size):
-        o, _, kh, kw = block.conv.weight.shape
+    layer = as_layer(block, None, False)
+    if not determined(layer, b, block.size):
+        o, _, kh, kw = layer.weight.shape
         found.append(
             f"client.batch: {b} images of {block.size[0]} x {block.size[1]} values a channel are more than the "
-            f"{o * kh * kw} equations that the gradient of {block.name!r} gives a channel."
+            f"gradient of {block.name!r} determines, with {o * kh * kw} equations at a stride of {layer.stride[0]}."
         )
     return found
 

@@ -16,7 +16,7 @@ from frostglass.numerics import head
 from frostglass.numerics.conv_peel import CERTIFIED
 
 FITTED, FITTED_GROUP = 1e-3, 2e-3
-"""Largest loss of certified pixels; the second where a GroupNorm leaves the contrast free."""
+"""Largest loss of certified pixels; the second where a norm leaves the scale of the activations open."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PeelState:
 
 def info(problem: Problem, state: PeelState) -> dict[str, float | int | str | bool]:
     """Residuals, the certificate that rests on them, and what to make of it."""
-    grouped = len(problem.layers) > 1 and problem.layers[-2].norm == "group"
+    grouped = len(problem.layers) > 1 and problem.layers[-2].norm in ("group", "own")
     loss = float(state.best_loss)
     told: dict[str, float | int | str | bool] = {
         "heads_residual": state.heads_residual,
@@ -71,7 +71,9 @@ def info(problem: Problem, state: PeelState) -> dict[str, float | int | str | bo
         and loss < (FITTED_GROUP if grouped else FITTED)
     )
     if problem.free_contrast:
-        told["contrast"] = "a GroupNorm hides the contrast of each image; shown is that of a typical photograph"
+        told["contrast"] = (
+            f"a norm hides the contrast of every {problem.free_contrast}; shown is that of a typical photograph"
+        )
     if state.fell_back:
         told["warning"] = (
             "the gradient does not follow from the network exactly (noise, rounding, wrong labels or another batch "
@@ -83,10 +85,11 @@ def info(problem: Problem, state: PeelState) -> dict[str, float | int | str | bo
 
 
 def contrasted(problem: Problem, z: Tensor) -> Tensor:
-    """Each image scaled to a mean square of 1 in the normalised space, where the network does not see its scale."""
+    """Images scaled to a mean square of 1 in the normalised space, where the network does not see their scale."""
     if not problem.free_contrast:
         return z
-    return z / z.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-6)
+    over = (1, 2, 3) if problem.free_contrast == "image" else (0, 1, 2, 3)
+    return z / z.square().mean(over, keepdim=True).sqrt().clamp_min(1e-6)
 
 
 def agreement(problem: Problem, state: PeelState, images: Tensor) -> float:

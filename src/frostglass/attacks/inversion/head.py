@@ -69,7 +69,7 @@ def head_of(seen: Observation, feature_sum: float | None = None) -> Head:
     bias = torch.zeros(len(weight), dtype=torch.float64) if module.bias is None else module.bias.detach().double().cpu()
     plan = _delta_plan(seen)
     if plan is not None:
-        effective = plan.lr * _step_weight(plan)
+        effective = plan.lr * _step_weight(plan, examples_of(seen))
         moved = weight - grad_weight / 2, bias - (0 if grad_bias is None else grad_bias / 2)
         grad_weight = grad_weight / effective - plan.weight_decay * moved[0]
         grad_bias = None if grad_bias is None else grad_bias / effective - plan.weight_decay * moved[1]
@@ -96,7 +96,9 @@ def features_of(seen: Observation, images: Float[Tensor, "n c h w"]) -> Float[Te
     )
     try:
         with in_mode(seen.model, seen.mode), torch.no_grad(), torch.random.fork_rng():
-            for first in range(0, len(images) - per + 1, per):
+            # in train mode a batch of another size would have other statistics: leave the rest out
+            end = len(images) - (len(images) % per if seen.mode == "train" else 0)
+            for first in range(0, end, per):
                 batch = images[first : first + per].to(where.device, where.dtype)
                 # train mode writes running statistics: into copies
                 own = {n: b.clone() for n, b in seen.model.named_buffers()}
@@ -138,13 +140,18 @@ def _delta_plan(seen: Observation) -> LocalPlan | None:
         )
     if seen.local_plan.lr <= 0:
         raise BadInput("attack: a weight difference at learning rate 0 holds no gradient.")
+    if seen.local_plan.optimizer != "sgd":
+        raise BadInput(
+            "attack: Adam's weight difference does not keep the size of the gradient, so labels cannot be restored "
+            "from it; grant 'labels'."
+        )
     return seen.local_plan
 
 
-def _step_weight(plan: LocalPlan) -> float:
+def _step_weight(plan: LocalPlan, examples: int) -> float:
     """How often the gradient enters the difference: once a step, and again in each later step through momentum."""
     weight, velocity = 0.0, 0.0
-    for _ in range(plan.steps):
+    for _ in range(plan.steps_for(examples)):
         velocity = plan.momentum * velocity + 1
         weight += velocity
     return weight

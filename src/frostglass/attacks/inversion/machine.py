@@ -18,6 +18,7 @@ from frostglass.attacks.inversion.spaces import Jitter, Space, pixels
 from frostglass.attacks.inversion.state import InversionState, per_seed
 from frostglass.attacks.inversion.target import Target, lay_out, update_problems
 from frostglass.attacks.inversion.terms import Term, live, require
+from frostglass.attacks.inversion.validate import warnings_of
 from frostglass.core.drive import Scalars
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
@@ -87,6 +88,10 @@ class Inversion:
         if self.engine == "frozen_fd" and sent != "gradient":
             problems.append("attack: engine 'frozen_fd' reads gradients, not weight differences; use double_backward.")
         return problems
+
+    def warnings(self, seen: Observation) -> list[str]:
+        """Sentences on what about this observation may make the result mislead."""
+        return warnings_of(seen)
 
     def init(self, seen: Observation, run: Runtime) -> InversionState:
         """Starts of this rank's seeds, targets granted or restored."""

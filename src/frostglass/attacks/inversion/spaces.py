@@ -84,8 +84,8 @@ def random_shift(pixels: int, *, flip: bool) -> Jitter:
     """Rolled by up to `pixels` in both directions and, if `flip`, mirrored every other time (Yin et al. 2020)."""
 
     def draw(rng: Rng) -> Callable[[Tensor], Tensor]:
-        down, right = (rng.at("shift").integers(2 * pixels + 1, (2,)) - pixels).tolist()
-        mirrored = flip and bool(rng.at("flip").integers(2, (1,)).tolist()[0])
+        down, right = (int(n) for n in rng.at("shift").numpy().integers(-pixels, pixels + 1, 2))
+        mirrored = flip and rng.at("flip").numpy().random() < 0.5
         return lambda x: shifted(x, down, right, flip=mirrored)
 
     return draw

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from frostglass.attacks.inversion.validate import errors_of
 from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import GradientMessage, Observation
@@ -87,22 +88,7 @@ def lay_out(seen: Observation, run: Runtime) -> Target:
 
 def update_problems(seen: Observation) -> list[str]:
     """What does not fit between the update and the model, a sentence each."""
-    weights = trainable(seen.model)
-    sent = seen.gradients
-    found = []
-    unknown = sorted(set(sent) - {n for n, _ in seen.model.named_parameters()})
-    if unknown:
-        found.append(f"update: parameter {unknown[0]!r} is not in the model ({len(unknown)} such); names must agree.")
-    shared = [n for n in weights if n in sent]
-    if not shared:
-        found.append("update: no trainable parameter of the model was sent; there is nothing to match.")
-    for name in shared:
-        if sent[name].shape != weights[name].shape:
-            found.append(
-                f"update: {name!r} has shape {tuple(sent[name].shape)}, the model's parameter "
-                f"{tuple(weights[name].shape)}."
-            )
-    return found
+    return errors_of(seen)
 
 
 def refuse_broken_values(seen: Observation) -> None:

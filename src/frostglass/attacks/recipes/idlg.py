@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from frostglass.attacks.inversion.lbfgs import lbfgs
 from frostglass.attacks.inversion.machine import Inversion
-from frostglass.attacks.inversion.restore import by_row_minimum
+from frostglass.attacks.inversion.restore import Restored, by_idlg, by_row_minimum
 from frostglass.attacks.inversion.seeds import Restart
 from frostglass.attacks.inversion.spaces import pixels
 from frostglass.attacks.inversion.terms import match_squared
 from frostglass.attacks.registry import ATTACKS
-from frostglass.core.threat import Knows
+from frostglass.core.threat import Knows, Observation
 
 
 @ATTACKS.register(paper="Zhao et al. 2020, arXiv:2001.02610 (iDLG)", family="inversion")
@@ -41,10 +41,14 @@ def idlg(
         terms=lambda seen: (match_squared(squared),),
         update=lbfgs(lr=lr, iterations=inner, history=history),
         steps=steps,
-        restore=by_row_minimum(),
+        restore=_label,
         seeds=seeds,
         space=pixels(box=False),
         restart=Restart(restart_every, restart_factor) if restart_every else None,
         every=every,
         needs=frozenset({Knows.EXAMPLES}),
     )
+
+
+def _label(seen: Observation) -> Restored:
+    return by_idlg()(seen) if seen.examples == 1 else by_row_minimum()(seen)

@@ -5,9 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from frostglass.core.registry import Registry
+
+
+class NotAvailable(Exception):
+    """A metric cannot be computed here; its text says why, and the score is n/a."""
+
+
+@dataclass(frozen=True)
+class MetricContext:
+    """What a few metrics look at beyond the pair; only scoring builds it.
+
+    Args:
+        pool: [n, c, h, w] in [0, 1], original images of the evaluation source, those of the batch among them.
+        index: [b] row of `pool` that holds the original of each pair.
+        model: the audited network; takes images in [0, 1].
+    """
+
+    pool: Tensor
+    index: Tensor
+    model: nn.Module
 
 
 @dataclass(frozen=True)
@@ -16,13 +35,32 @@ class Metric:
 
     Args:
         name: in plans and scorecards.
-        score: ([b, c, h, w], [b, c, h, w]) in [0, 1] -> [b], matched pairs in order.
+        score: ([b, c, h, w], [b, c, h, w]) in [0, 1] -> [b], matched pairs in order; with `needs_context` it takes a
+            `MetricContext` as its third argument. NaN for a pair without a score; `NotAvailable` if there is none here.
         higher_is_closer: direction.
+        needs_context: it compares with a pool, so that it has a chance level of its own and takes no null.
+        least_side: smallest height and width that it is defined for; a plan for smaller images is refused.
+        about: one sentence that belongs beside the numbers, given the context.
     """
 
     name: str
-    score: Callable[[Tensor, Tensor], Tensor]
+    score: Callable[..., Tensor]
     higher_is_closer: bool = True
+    needs_context: bool = False
+    least_side: int = 1
+    about: Callable[[MetricContext], str] | None = None
+
+    def values(self, found: Tensor, truth: Tensor, context: MetricContext | None = None) -> Tensor:
+        """`score`, with the context where it is needed: [b] in float64.
+
+        Raises:
+            NotAvailable: it cannot be computed here, or lacks its context.
+        """
+        if not self.needs_context:
+            return self.score(found, truth).double()
+        if context is None:
+            raise NotAvailable("it compares with a pool of private images, and there is none here")
+        return self.score(found, truth, context).double()
 
 
 METRICS: Registry[Metric] = Registry("metric", "frostglass.auditing.metrics")

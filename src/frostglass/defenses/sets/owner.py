@@ -25,9 +25,7 @@ from torch import Tensor
 from frostglass.core.errors import BadInput
 from frostglass.defenses.sources import Images
 
-_ABOUT = (
-    "For the owner of the images alone: how many encodings each image has appeared in helps whoever unmixes them."
-)
+_ABOUT = "For the owner of the images alone: how many encodings each image has appeared in helps whoever unmixes them."
 
 
 @contextmanager

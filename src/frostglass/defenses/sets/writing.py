@@ -20,7 +20,15 @@ from frostglass.core.files import write_json, written_beside
 from frostglass.core.randomness import Insecure
 from frostglass.defenses.cost import cost_of
 from frostglass.defenses.instahide import InstaHide
-from frostglass.defenses.sets.manifest import FORMAT, MANIFEST, VERSION, problems_of, read_manifest, sha256_of, shard_name
+from frostglass.defenses.sets.manifest import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    problems_of,
+    read_manifest,
+    sha256_of,
+    shard_name,
+)
 from frostglass.defenses.sets.owner import Counts, Progress, digest_of, load_counts, load_progress
 from frostglass.defenses.sources import Images, PrivateSet
 from frostglass.numerics.keystream import Secret
@@ -44,7 +52,7 @@ class SetWriter:
         out: folder that must not exist yet.
         rounds: encodings of each image as first image; every further one makes the images easier to recover.
         names: one per image, for the ledger.
-        ledger: owner's file with the exposure of each image; one that exists is continued. Default: out + ".ledger.json".
+        ledger: owner's file with the exposure of each image; one that exists is continued. None: out + ".ledger.json".
         with_targets: False leaves targets out of the set.
         shard_rows: encodings in a shard; None for about 256 MiB.
 
@@ -231,7 +239,9 @@ class SetWriter:
         self.encoder.forget()
         manifest = self._manifest(prior, progress)
         write_json(self.staging / MANIFEST, manifest)
-        Counts(self.digest, prior.first + progress.first, prior.partner + progress.partner).save(self.ledger, self.names)
+        Counts(self.digest, prior.first + progress.first, prior.partner + progress.partner).save(
+            self.ledger, self.names
+        )
         umask = os.umask(0)
         os.umask(umask)
         self.staging.chmod(0o777 & ~umask)
@@ -269,7 +279,9 @@ class SetWriter:
             "labels": self.encoder.labels if self.with_targets else "none",
             "pixels": [0.0 if self.encoder.mask == "abs" else -1.0, 1.0],
             "exposure_histogram": histogram(own),
-            "cost": cost_of(law.k, law.private, len(self.data), 0 if public is None else len(public), self.rounds).lines(),
+            "cost": cost_of(
+                law.k, law.private, len(self.data), 0 if public is None else len(public), self.rounds
+            ).lines(),
             "shards": progress.shards,
         }
         if before.any():
