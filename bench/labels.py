@@ -6,12 +6,14 @@ approximation over batches; a rule beats the guess where the interval of the dif
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from frostglass.attacks.inversion.counting import CountRule
 from frostglass.attacks.inversion.head import dummy_images, features_of
+from frostglass.core.files import write_json
 from frostglass.core.randomness import Rng
 from frostglass.numerics.label_counts import (
     Head,
@@ -37,11 +40,11 @@ from frostglass.numerics.labels import (
     sum_rule,
 )
 from frostglass.vision import datasets, networks, weights
-from harness import cifar, parser, save
+from harness import RESULTS, cifar, environment, parser, save
 
 CLASSES, SIZE = 10, 32
-VICTIMS = ("resnet20 random", "small_bn_cnn random", "resnet20 trained")
-AUXILIARY = 1500
+VICTIMS = ("resnet20 trained", "small_bn_cnn random", "resnet20 random")
+AUXILIARY, AUXILIARY_TRAIN = 1500, 480  # in train mode they are run again for every K
 BATCHES = (1, 2, 4, 8, 16, 32, 48)
 
 
@@ -90,7 +93,7 @@ def features(net: nn.Module, mode: str, examples: int, held: Data, which: str, r
     """Of private ("images") or auxiliary images; in eval mode each is run once a network."""
     images: Tensor = getattr(held, which)
     if mode == "train":
-        found = features_of(view(net, mode, examples), images if rows is None else images[rows])
+        found = features_of(view(net, mode, examples), images[:AUXILIARY_TRAIN] if rows is None else images[rows])
         assert found is not None
         return found
     if (net, which) not in _EVAL:
@@ -139,7 +142,7 @@ def named(counts: Tensor) -> Tensor:
 
 
 def rules(
-    held: Data, net: nn.Module, mode: str, examples: int, distinct: bool
+    held: Data, net: nn.Module, mode: str, examples: int, distinct: bool, trained: bool
 ) -> dict[str, Callable[[Head], tuple[Tensor, str]]]:
     """Every rule that applies: head -> (counts, confidence)."""
     seen = view(net, mode, examples)
@@ -165,11 +168,12 @@ def rules(
 
     made: dict[str, Callable[[Head], tuple[Tensor, str]]] = {
         "counts": default_of(default),
-        "counts, auxiliary": default_of(granted),
         "least squares, uniform": squares(lambda h: posterior_uniform(CLASSES)),
         "least squares, observed": squares(posterior_observed),
         "least squares, labelled auxiliary": squares(confusion),
     }
+    if trained:  # elsewhere the identity settles it, and auxiliary images change little
+        made["counts, auxiliary"] = default_of(granted)
     if examples <= CLASSES:
         made["row minimum"] = lambda h: (named(row_minimum(h.grad_weight, h.examples)), "")
         made["sum"] = lambda h: (named(sum_rule(h.grad_weight, h.examples)), "")
@@ -195,7 +199,7 @@ def cell(
     seconds: dict[str, float] = {}
     for net in nets:
         net.train(mode == "train")
-        each = rules(held, net, mode, examples, distinct)
+        each = rules(held, net, mode, examples, distinct, victim.endswith(" trained"))
         for head, truth in batches(held, net, mode, examples, distinct, -(-count // len(nets))):
             flat = torch.full_like(truth, examples / CLASSES)
             guessed.append(count_accuracy(flat, truth))
@@ -232,40 +236,49 @@ def cell(
     return rows
 
 
+def cells(sizes: Sequence[int]) -> list[tuple[str, str, int, bool]]:
+    """(victim, mode, K, distinct), the trained network first."""
+    return [
+        (victim, mode, examples, distinct)
+        for victim in VICTIMS
+        for mode in ("eval", "train")
+        for examples in sizes
+        for distinct in (True, False)
+        if not (distinct and examples > CLASSES) and not (examples == 1 and not distinct)
+    ]
+
+
+def earlier(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run that was stopped: cells that are in the file are not run again."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--batches", type=int, default=100)
     made.add_argument("--seeds", type=int, default=4, help="random networks a victim")
-    made.add_argument("--victim", choices=VICTIMS, default=None)
     options = made.parse_args()
     torch.set_num_threads(options.threads)
     held = data(options.quick)
     count, sizes = (12, (1, 4, 16)) if options.quick else (options.batches, BATCHES)
-    rows: list[dict[str, Any]] = []
-    for victim in VICTIMS if options.victim is None else (options.victim,):
-        for mode in ("eval", "train"):
-            for examples in sizes:
-                for distinct in (True, False):
-                    if (distinct and examples > CLASSES) or (examples == 1 and not distinct):
-                        continue
-                    part = cell(held, victim, mode, examples, distinct, count, options.seeds)
-                    rows += part
-                    for row in part[:2]:
-                        told = (
-                            "rule",
-                            "multiset",
-                            "exact",
-                            "guess",
-                            "said",
-                            "multiset_where_said",
-                            "seconds_per_batch",
-                        )
-                        print(victim, mode, examples, row["labels"], *(row[k] for k in told), file=sys.stderr)
+    path = (options.out or RESULTS) / "labels.json"
+    rows = [] if options.quick else earlier(path)
+    done = {(r["victim"], r["mode"], r["K"], r["labels"]) for r in rows}
     about = {
         "note": "CIFAR-10 images are JPEG re-encodings; private and auxiliary images are disjoint test images.",
-        "auxiliary_images": AUXILIARY,
+        "auxiliary_images": {"eval": AUXILIARY, "train": AUXILIARY_TRAIN},
         "auxiliary_labels": "only for 'least squares, labelled auxiliary'",
     }
+    for victim, mode, examples, distinct in cells(sizes):
+        if (victim, mode, examples, "distinct" if distinct else "repeated") in done:
+            continue
+        part = cell(held, victim, mode, examples, distinct, count, options.seeds)
+        rows += part
+        told = ("rule", "multiset", "exact", "guess", "multiset_where_said", "said")
+        print(victim, mode, examples, part[0]["labels"], *(part[0][k] for k in told), file=sys.stderr, flush=True)
+        if not options.quick:
+            value = {"bench": "labels", "environment": environment(options.threads), **about, "rows": rows}
+            write_json(path, value)
     save("labels", options.threads, rows, options.out, **about)
 
 

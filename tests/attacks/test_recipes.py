@@ -188,8 +188,8 @@ def test_deep_inversion_reads_the_gradient_for_labels_alone() -> None:
     assert not any(t.gradient for t in attack.terms(seen))
 
 
-def test_deep_inversion_raises_the_networks_confidence_and_starts_in_blocks() -> None:
-    seen, private = observe("small_bn_cnn", width=8)
+def test_deep_inversion_starts_in_blocks_and_goes_on_in_pixels() -> None:
+    seen, _ = observe("small_bn_cnn", width=8)
     attack = made("deep_inversion", steps=40)
     state = attack.init(seen, RUN)
     z = state.z

@@ -329,7 +329,7 @@ def test_the_batch_itself_is_never_its_own_null() -> None:
     batch = Batch(flipped, one_hot([0, 0], 2), Domain(), ("image 0", "image 1"))
     assert others.outside(batch) == [2, 3, 5]
     context = others.context(flipped.double(), [2, 3, 5], torch.arange(2))
-    assert torch.equal(context.pool, torch.cat([flipped, images[[2, 3, 5]]]).double())
+    assert torch.equal(context.pool, torch.cat([flipped, images[[2, 3, 5]]]))
 
 
 def ready(plan: Plan) -> Prepared:

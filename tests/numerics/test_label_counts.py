@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from frostglass.numerics import label_counts, label_fit, label_learn
+from frostglass.numerics import label_counts, label_fit, label_learn, label_pool
 from frostglass.numerics.label_counts import Head
 
 
@@ -162,7 +162,7 @@ def test_the_learned_rule_beats_the_guess_on_a_confident_network_from_its_weight
     k = 8
     picks = [torch.randint(len(labels), (k,), generator=made) for _ in range(40)]
     heads = [gradient(weight, bias, features[i], labels[i]) for i in picks]
-    pool = label_learn.pool_from_weights(weight, bias, float(features.mean()), made)
+    pool = label_pool.pool_from_weights(weight, bias, float(features.mean()), made)
     rule = label_learn.learn(heads[0], pool, distinct=False, with_bias=with_bias, batches=900, steps=150)
     assert rule.gain_low > 0
     gains = []
@@ -182,13 +182,13 @@ def test_learning_leaves_the_global_generator_alone_and_repeats() -> None:
     before = torch.get_rng_state()
     rules = []
     for _ in range(2):
-        pool = label_learn.pool_from_weights(weight, bias, 1.0, torch.Generator().manual_seed(0), size=500)
+        pool = label_pool.pool_from_weights(weight, bias, 1.0, torch.Generator().manual_seed(0), size=500)
         rules.append(label_learn.learn(head, pool, distinct=True, with_bias=True, batches=240, steps=20))
     assert torch.equal(before, torch.get_rng_state())
     assert label_learn.apply(rules[0], head)[1] == label_learn.apply(rules[1], head)[1]
 
 
 def test_distinct_labels_cannot_outnumber_the_classes_that_a_pool_shows() -> None:
-    pool = label_learn.Pool(torch.ones(4, 2).double(), torch.zeros(4, 3).double(), torch.tensor([0, 0, 1, 1]))
+    pool = label_pool.Pool(torch.ones(4, 2).double(), torch.zeros(4, 3).double(), torch.tensor([0, 0, 1, 1]))
     with pytest.raises(ValueError, match="distinct"):
-        label_learn.simulate(pool, 3, 5, distinct=True, generator=torch.Generator())
+        label_pool.simulate(pool, 3, 5, distinct=True, generator=torch.Generator())

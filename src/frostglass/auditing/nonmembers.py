@@ -70,7 +70,7 @@ class NonMembers:
             index: [b] which images of the batch are scored.
         """
         others = [i for i in outside if i in self.common][:MOST_NULL]
-        return MetricContext(torch.cat([private, self.images[others].to(private)]), index, self.model)
+        return MetricContext(torch.cat([private.to(self.images), self.images[others]]), index, self.model)
 
 
 def non_members(prepared: Prepared, report: ReportPlan) -> NonMembers | None:

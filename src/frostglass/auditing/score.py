@@ -68,8 +68,9 @@ def score(
     goal = _unit_range(truth.private)
     order = assign(found, goal)
     outside = [] if others is None else others.outside(truth.private)
-    index = (order >= 0).nonzero().flatten()
-    context = None if others is None else others.context(goal, outside, index)
+    context = None
+    if others is not None and any(METRICS[name].make().needs_context for name in metrics):
+        context = others.context(goal, outside, (order >= 0).nonzero().flatten())
     values, notes = _values(found, goal, order, metrics, context)
     private = _rows(values, order, result, truth.private, "private")
     if others is not None and null:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frostglass.numerics import label_counts as basics
-from frostglass.numerics import label_learn
+from frostglass.numerics import label_learn, label_pool
 from frostglass.numerics.label_counts import Head
 from frostglass.numerics.label_fit import fit_counts
 
@@ -107,15 +107,15 @@ def _wobble(head: Head, features: Tensor) -> float:
     return float(head.examples**0.5 * p.std(0).max())
 
 
-def pool_of(head: Head, granted: Tensor | None, dummies: Tensor | None) -> label_learn.Pool:
+def pool_of(head: Head, granted: Tensor | None, dummies: Tensor | None) -> label_pool.Pool:
     """Simulated images: granted ones if there are enough, else made from the layer's weights at the features' size."""
     made = torch.Generator().manual_seed(0)
     if granted is not None and len(granted) >= _ENOUGH:
-        return label_learn.pool_from_images(granted, granted @ head.weight.T + head.bias, made)
+        return label_pool.pool_from_images(granted, granted @ head.weight.T + head.bias, made)
     known = basics.mean_feature(head)[None] if dummies is None else dummies
     level = max(float(known.abs().mean()), 1e-3)  # a floor keeps one dead gradient from collapsing the simulation
     positive = bool((known >= -1e-3 * level).all())
-    return label_learn.pool_from_weights(head.weight, head.bias, level, made, positive=positive)
+    return label_pool.pool_from_weights(head.weight, head.bias, level, made, positive=positive)
 
 
 def untrained(head: Head, features: Tensor | None) -> bool:

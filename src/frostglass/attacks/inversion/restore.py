@@ -17,7 +17,7 @@ from frostglass.attacks.inversion.head import classifier_of, dummy_images, examp
 from frostglass.core.errors import BadInput
 from frostglass.core.threat import Observation
 from frostglass.numerics import label_counts as counting
-from frostglass.numerics import label_learn
+from frostglass.numerics import label_pool
 from frostglass.numerics.label_counts import Head
 from frostglass.numerics.labels import counts_to_targets, row_minimum, single_label, sum_rule
 
@@ -190,14 +190,14 @@ def _matrix(seen: Observation, head: Head, features: Tensor | None, source: Post
     if features is None:
         raise BadInput(f"attack: the network gives no posteriors for {seen.examples} images in {seen.mode} mode.")
     logits = features @ head.weight.T + head.bias
-    pool = label_learn.pool_from_images(features, logits, torch.Generator().manual_seed(0))
+    pool = label_pool.pool_from_images(features, logits, torch.Generator().manual_seed(0))
     return counting.posterior_measured(logits.softmax(1), pool.labels)
 
 
-def _beats_guess(head: Head, pool: label_learn.Pool, solve: Callable[[Head], counting.Counts]) -> bool:
+def _beats_guess(head: Head, pool: label_pool.Pool, solve: Callable[[Head], counting.Counts]) -> bool:
     """Whether a rule's mean gain over K/C on simulated batches is above 0 with 95 % confidence."""
     made = torch.Generator().manual_seed(1)
-    summed, truth = label_learn.simulate(pool, head.examples, 200, distinct=False, generator=made)
+    summed, truth = label_pool.simulate(pool, head.examples, 200, distinct=False, generator=made)
     sent = summed / head.examples
     found = torch.stack([solve(Head(head.weight, head.bias, g[:, :-1], g[:, -1], head.examples)).counts for g in sent])
     flat = torch.full_like(truth, head.examples / head.classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from frostglass.attacks.inversion.engine import Engine
 from frostglass.attacks.inversion.machine import Inversion
 from frostglass.attacks.inversion.rules import adam, chain, scale, sign
 from frostglass.attacks.inversion.schedules import step_decay
@@ -12,7 +13,13 @@ from frostglass.core.threat import Knows
 
 @ATTACKS.register(paper="Geiping et al. 2020, NeurIPS (Inverting Gradients)", family="inversion")
 def inverting_gradients(
-    *, steps: int = 4800, lr: float = 0.1, tv: float = 1e-1, seeds: int = 1, every: int = 50
+    *,
+    steps: int = 4800,
+    lr: float = 0.1,
+    tv: float = 1e-1,
+    seeds: int = 1,
+    engine: Engine = "double_backward",
+    every: int = 50,
 ) -> Inversion:
     """Cosine matching and total variation, Adam on the sign of the gradient, box projection.
 
@@ -24,6 +31,7 @@ def inverting_gradients(
         lr: start of the learning rate.
         tv: weight of the total variation (1e-1 to 1e-6 in the paper, by model).
         seeds: restarts.
+        engine: "double_backward", or "frozen_fd" for networks that cannot be differentiated twice.
         every: iterations between two reports.
     """
     return Inversion(
@@ -32,6 +40,7 @@ def inverting_gradients(
         update=chain(sign(), adam(), scale(step_decay(lr, at=(3 / 8, 5 / 8, 7 / 8), factor=0.1))),
         steps=steps,
         seeds=seeds,
+        engine=engine,
         every=every,
         needs=frozenset({Knows.EXAMPLES, Knows.LABELS}),
     )
