@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from victims import observe
 
 from frostglass.attacks.analytic.first_layer import find_first_linear
 from frostglass.attacks.analytic.proof import prove, solve_targets
@@ -17,6 +16,7 @@ from frostglass.core.randomness import Rng
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import GradientMessage, Knows
 from frostglass.numerics.assign import assign
+from victims import observe
 
 RUN = Runtime(Rng.from_seed(0, "exact"))
 ONLY_COUNT = frozenset({Knows.EXAMPLES})

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from victims import observe
 
 from frostglass.attacks.inversion.machine import Inversion
 from frostglass.attacks.inversion.restore import by_counts, by_row_minimum
@@ -20,6 +19,7 @@ from frostglass.core.randomness import Rng
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import GradientMessage, Knows
 from frostglass.core.update import LocalPlan
+from victims import observe
 
 RUN = Runtime(Rng.from_seed(0, "inversion"))
 
@@ -81,7 +81,7 @@ def test_label_rules_find_distinct_and_repeated_labels_of_a_random_network() -> 
 
 def test_only_the_layers_that_were_sent_are_matched() -> None:
     seen, _ = observe("small_bn_cnn", width=8)
-    some = {n: g for n, g in list(seen.gradients.items())[-3:]}
+    some = dict(list(seen.gradients.items())[-3:])
     partial = replace(seen, messages=(GradientMessage(some, "gradient"),))
     found = drive(plain(20), partial, RUN)
     assert found.objective < 1

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from scenes import same_outcome, small
 from torch import nn
 
 import frostglass
 from frostglass.auditing.plan import load_plan, parse_plan
+from scenes import same_outcome, small
 
 
 def net() -> nn.Sequential:

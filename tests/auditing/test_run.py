@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from scenes import Custom, outcome_of, same_outcome, small
 
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing import run as running
@@ -24,6 +23,7 @@ from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.events import Event
 from frostglass.core.journal import read_journal
 from frostglass.core.reconstruction import Reconstruction
+from scenes import Custom, outcome_of, same_outcome, small
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from victims import frozen_copy, observe
 
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.plan import parse_plan
@@ -18,6 +17,7 @@ from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.randomness import Rng
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import ALWAYS, GradientMessage, Knows, Observation
+from victims import frozen_copy, observe
 
 RUN = Runtime(Rng.from_seed(3, "contract"))
 VICTIMS = [("mlp", {"hidden": (64, 32)}), ("small_bn_cnn", {"width": 8}), ("lenet", {})]

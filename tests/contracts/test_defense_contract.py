@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from victims import photo_batch
 
 from frostglass.core.batch import Batch
 from frostglass.core.defense import Defense, stack
@@ -14,6 +13,7 @@ from frostglass.core.update import LocalPlan, Update
 from frostglass.defenses.registry import DEFENSES
 from frostglass.numerics.local_update import local_update
 from frostglass.vision import networks
+from victims import photo_batch
 
 SEED = Insecure(7)
 

@@ -67,7 +67,8 @@ def command(
                 bar.set_postfix(psnr=f"{psnr:.1f}")
 
         found = fit(held.images, settings, rng, device=place, progress=show)
-    save_generator(found.decoder, out, fitted_on=f"{len(held)} images", steps=str(steps), seed=str(seed))
+    about = {"fitted_on": f"{len(held)} images", "steps": str(steps), "seed": str(seed)}
+    save_generator(found.decoder, out, **about, held_out_psnr=f"{found.psnr:.2f}")
     click.echo(
         f"{out}: draws {size} x {size} images from {latent} numbers; images that it was not fitted to come back at "
         f"{found.psnr:.1f} dB (the best that a projection onto it can give is near that)."
