@@ -22,6 +22,7 @@ from frostglass.defenses.encoded_dataset import (
     soft_collate,
 )
 from frostglass.defenses.instahide import InstaHide
+from frostglass.vision.borrowed import import_torchvision
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution"),
@@ -43,14 +44,10 @@ def example(name: str) -> ModuleType:
 
 
 def needs(package: str, extra: str) -> None:
-    """Skips where a trainer is not installed, or torchvision, which it imports by itself, does not fit torch."""
+    """Skips where a trainer is not installed."""
     pytest.importorskip(package, reason=f"{package} is not installed; pip install 'frostglass[{extra}]'")
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return
-    except RuntimeError as wrong:
-        pytest.skip(f"{package} imports torchvision, which does not fit the torch installed here ({wrong})")
+    if importlib.util.find_spec("torchvision") is not None:
+        import_torchvision()  # these packages import it by themselves, and a CUDA build beside a CPU torch needs a hand
 
 
 def photos(n: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
