@@ -149,8 +149,8 @@ def rules(
     dummies = features_of(seen, dummy_images(seen, max(384, 2 * examples)))
     auxiliary = features(net, mode, examples, held, "auxiliary")
     assert dummies is not None
-    default = CountRule(dummies, distinct=distinct)
-    granted = CountRule(auxiliary, granted=True, distinct=distinct)
+    default = CountRule(dummies, distinct=distinct, coupled=mode == "train")
+    granted = CountRule(auxiliary, granted=True, distinct=distinct, coupled=mode == "train")
 
     def default_of(rule: CountRule) -> Callable[[Head], tuple[Tensor, str]]:
         def use(head: Head) -> tuple[Tensor, str]:

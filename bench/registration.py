@@ -190,8 +190,8 @@ def verdict(gains: dict[str, Any]) -> str:
     gain, control = gains[best]["psnr_gain"], gains["half_pixel"]["psnr_gain"]["mean"]
     words = "helps" if gain["mean"] > control + 0.1 else "does not help beyond the smoothing of a warp"
     return (
-        f"registration {words} here: {best} is the best method, {gain['mean']:+.2f} dB over the pixel mean; the control "
-        f"that aligns nothing, {control:+.2f} dB (n = {gain['n']})"
+        f"registration {words} here: {best} is the best method, {gain['mean']:+.2f} dB over the pixel mean; the "
+        f"control that aligns nothing, {control:+.2f} dB (n = {gain['n']})"
     )
 
 

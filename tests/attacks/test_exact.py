@@ -68,9 +68,7 @@ def test_spear_does_not_need_to_be_told_the_batch_size() -> None:
 def test_spear_proves_nothing_from_a_noised_gradient_and_shows_nothing_unproved() -> None:
     seen, _ = observe("mlp", size=32, batch=4, knows=ONLY_COUNT, hidden=(256, 64))
     noise = Rng.from_seed(1)
-    noised = {
-        n: g + g.square().mean().sqrt() * noise.at(n).normal(g.shape, like=g) for n, g in seen.gradients.items()
-    }
+    noised = {n: g + g.square().mean().sqrt() * noise.at(n).normal(g.shape, like=g) for n, g in seen.gradients.items()}
     found = drive(ATTACKS["spear"].make(steps=4), replace(seen, messages=(GradientMessage(noised, "gradient"),)), RUN)
     assert int(found.proved.sum()) == 0
     assert len(found.images) == 0

@@ -50,6 +50,46 @@ def test_the_truth_is_optimal_and_the_objective_falls(name: str, mode: str) -> N
     assert found.objective < 0.9 * start
 
 
+def test_shuffled_epochs_are_searched_one_by_one_and_merged() -> None:
+    plan = LocalPlan("delta", epochs=2, lr=0.05, minibatch=1)
+    seen, private = observe("small_bn_cnn", width=8, plan=plan)
+    attack, events = plain(20), []
+    state = attack.init(seen, RUN)
+    assert state.z.shape == (1, 4, 3, 16, 16)  # two images, two epochs
+    found = drive(attack, seen, RUN, emit=events.append)
+    assert found.images.shape == private.images.shape
+    assert found.targets is not None
+    assert len(found.targets) == 2
+    progress = [e.values for e in events if e.kind == "progress"]
+    assert progress[-1]["objective"] < progress[0]["objective"]
+    assert progress[-1]["epochs"] > 0
+    one_epoch, _ = observe("small_bn_cnn", width=8, plan=LocalPlan("delta", lr=0.05, minibatch=1))
+    assert len(attack.init(one_epoch, RUN).z[0]) == 2  # its order only names the images
+    whole, _ = observe("small_bn_cnn", width=8, plan=LocalPlan("delta", epochs=2, lr=0.05))
+    assert len(attack.init(whole, RUN).z[0]) == 2
+
+
+def test_equal_epochs_at_the_truth_agree_and_cost_nothing() -> None:
+    from frostglass.attacks.inversion.engine import Objective, evaluate
+    from frostglass.attacks.inversion.spaces import pixels
+    from frostglass.attacks.inversion.target import lay_out
+    from frostglass.attacks.inversion.terms import epoch_agreement
+
+    seen, private = observe("small_bn_cnn", width=8, plan=LocalPlan("delta", epochs=2, lr=0.05, minibatch=1))
+    target = lay_out(seen, RUN)
+    problem = Objective(target, (match_cosine(), epoch_agreement()), pixels(), "double_backward", 0, 1, private.targets)
+    z = seen.domain.normalise(private.images).repeat(2, 1, 1, 1)
+    found = evaluate(z, problem)
+    assert float(found.own) < 1e-5
+    z[2:] += 0.3
+    assert float(evaluate(z, problem).values["epochs"]) == pytest.approx(0.15**2, rel=1e-3)
+
+
+def test_adams_sign_is_followed_through_a_smoothed_derivative() -> None:
+    seen, _ = observe("small_bn_cnn", width=8, batch=1, plan=LocalPlan("delta", lr=1e-3, optimizer="adam"))
+    assert drive(plain(40), seen, RUN).objective < 0.7  # 0.95 without: a sign has no slope
+
+
 def test_long_differences_can_be_attacked() -> None:
     plan = LocalPlan("delta", local_steps=12, lr=0.02)
     seen, _ = observe("small_bn_cnn", width=4, size=8, plan=plan)

@@ -76,6 +76,7 @@ def test_every_term_is_in_the_table() -> None:
     makers = {n for n, f in vars(terms).items() if callable(f) and f.__module__ == terms.__name__ and n[0] != "_"}
     terms_made = {n for n in makers if n != "Term" and get_type_hints(getattr(terms, n)).get("return") is terms.Term}
     named = {"match_cosine", "match_layer_norms", "match_squared", "total_variation", "bn_statistics"}
+    named.add("epoch_agreement")  # 0 unless a client shuffles its epochs: tested with local updates
     assert terms_made == named | {"l2_norm", "variation_norm", "cross_entropy"}, "add it to TERMS above"
 
 

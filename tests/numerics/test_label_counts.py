@@ -189,6 +189,7 @@ def test_learning_leaves_the_global_generator_alone_and_repeats() -> None:
 
 
 def test_distinct_labels_cannot_outnumber_the_classes_that_a_pool_shows() -> None:
+    head = Head(torch.zeros(3, 2).double(), torch.zeros(3).double(), torch.zeros(3, 2), torch.zeros(3), 3)
     pool = label_pool.Pool(torch.ones(4, 2).double(), torch.zeros(4, 3).double(), torch.tensor([0, 0, 1, 1]))
     with pytest.raises(ValueError, match="distinct"):
-        label_pool.simulate(pool, 3, 5, distinct=True, generator=torch.Generator())
+        label_pool.simulate(pool, head, 5, distinct=True, coupled=False, generator=torch.Generator())

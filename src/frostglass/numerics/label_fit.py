@@ -73,10 +73,13 @@ def fit_counts(
 
 def _frame(head: Head, pool: Tensor, rank: int) -> _Frame:
     mean = mean_feature(head)
-    covariance = 1.5 * torch.cov(pool.double().T)  # other images vary otherwise: rather too wide than too narrow
-    covariance += torch.diag(0.01 * covariance.diagonal() + 1e-9)
-    values, vectors = torch.linalg.eigh(covariance)
-    values, vectors = values[-rank:].clamp_min(1e-12), vectors[:, -rank:]
+    centred = (pool.double() - pool.double().mean(0)) / max(1, len(pool) - 1) ** 0.5
+    # from the images' side: a layer may be wide, and there are a few hundred images
+    squares, weights = torch.linalg.eigh(centred @ centred.T)
+    keep = squares[-rank:] > 1e-9 * squares[-1].clamp_min(1e-300)
+    squares, weights = squares[-rank:][keep], weights[:, -rank:][:, keep]
+    vectors = centred.T @ weights / squares.sqrt()
+    values = 1.5 * squares  # other images vary otherwise: rather too wide than too narrow
     level = vectors * values.sqrt()
     across = mean - vectors @ (vectors.T @ mean)
     basis = torch.cat([vectors, (across / across.norm().clamp_min(1e-12))[:, None]], 1)

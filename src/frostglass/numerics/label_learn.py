@@ -54,6 +54,7 @@ def learn(
     *,
     distinct: bool,
     with_bias: bool,
+    coupled: bool = False,
     batches: int = 6000,
     steps: int = 400,
     members: int = 3,
@@ -66,19 +67,20 @@ def learn(
         pool: simulated images.
         distinct: labels are known to be distinct.
         with_bias: the update holds the bias gradient.
+        coupled: the client's BatchNorm uses the batch (see `simulate`).
         batches: simulated batches, a sixth of them held out (fewer for a large layer).
         steps: of Adam.
         members: networks that are averaged.
         seed: of batches and starting weights.
     """
     made = torch.Generator().manual_seed(seed)
-    each = head.grad_weight.numel()
+    each = head.weight.numel() + head.examples * head.weight.shape[1] // 4
     batches = max(60, min(batches, 10_000_000 // each))
     typical = pool.features.mean(0)
     parts = []
     for first in range(0, batches, max(1, 2_000_000 // each)):  # a piece of the gradients at a time is in memory
         now = min(batches - first, max(1, 2_000_000 // each))
-        summed, truth = simulate(pool, head.examples, now, distinct=distinct, generator=made)
+        summed, truth = simulate(pool, head, now, distinct=distinct, coupled=coupled, generator=made)
         parts.append((_described(head, summed, typical, with_bias), truth))
     x, counts = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
     levels = 1 if distinct else max(1, int(counts.max()))

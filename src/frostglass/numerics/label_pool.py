@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from frostglass.numerics.label_counts import Head
+
 TEMPERATURE = 2.0
 """Of the posterior from which labels of simulated images are drawn: trained networks are about twice too sure."""
 _MARGIN = 14.0  # largest logit margin that features made from weights are pushed to
@@ -86,13 +88,24 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def simulate(
-    pool: Pool, examples: int, batches: int, *, distinct: bool, generator: torch.Generator
+    pool: Pool, head: Head, batches: int, *, distinct: bool, coupled: bool, generator: torch.Generator
 ) -> tuple[Float[Tensor, "n k d1"], Float[Tensor, "n k"]]:
     """(K [gW | gb], counts) of simulated batches; classes drawn evenly, a tenth of the batches skewed.
+
+    Args:
+        pool: images to draw from.
+        head: the layer, and K; its gradient is not used.
+        batches: how many.
+        distinct: no label occurs twice in a batch.
+        coupled: the client's BatchNorm uses the batch: features are moved towards the mean of all images, by a random
+            share from 0.5 of the way, after labels are drawn. A class that is frequent in a batch is then predicted
+            too rarely, which makes its bias gradient speak.
+        generator: of all draws.
 
     Raises:
         ValueError: distinct labels asked for more examples than the pool has classes.
     """
+    examples = head.examples
     classes = pool.logits.shape[1]
     present = torch.bincount(pool.labels, minlength=classes).nonzero()[:, 0]
     if distinct and examples > len(present):
@@ -108,9 +121,14 @@ def simulate(
     picked = present[torch.multinomial(chances, examples, replacement=not distinct, generator=generator)]
     within = torch.rand(picked.shape, generator=generator, dtype=torch.float64)
     rows = order[begin[picked] + (within * size[picked]).long()]
-    hot = torch.nn.functional.one_hot(pool.labels, classes).double()
-    error = torch.softmax(pool.logits, 1) - hot
-    counts = torch.nn.functional.one_hot(picked, classes).sum(1).double()
-    extended = torch.cat([pool.features, pool.features.new_ones(len(pool.features), 1)], 1)
-    summed = torch.stack([error[i].T @ extended[i] for i in rows])
-    return summed.float().double(), counts  # what is sent is float32: no signal below its rounding
+    features = pool.features[rows]
+    if coupled:
+        share = 0.7 + 0.6 * torch.rand(batches, 1, 1, generator=generator, dtype=torch.float64)
+        features = features - share * (features.mean(1, keepdim=True) - pool.features.mean(0))
+        if bool((pool.features >= 0).all()):
+            features = features.clamp_min(0)
+    hot = torch.nn.functional.one_hot(picked, classes).double()
+    error = torch.softmax(features @ head.weight.T + head.bias, 2) - hot
+    extended = torch.cat([features, features.new_ones(batches, examples, 1)], 2)
+    summed = error.transpose(1, 2) @ extended
+    return summed.float().double(), hot.sum(1)  # what is sent is float32: no signal below its rounding

@@ -61,7 +61,7 @@ class Peel:
     fallback: Inversion
     every: int
     needs: frozenset[Knows] = frozenset({Knows.EXAMPLES})
-    _problems: weakref.WeakKeyDictionary[Observation, Problem] = field(
+    _problems: weakref.WeakKeyDictionary[Observation, tuple[torch.device, torch.dtype, Problem]] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False, compare=False
     )
 
@@ -161,10 +161,12 @@ class Peel:
         return max(0.0, float(cosine_distance(found.double(), goal.flat.double())))
 
     def _prepared(self, seen: Observation, run: Runtime) -> Problem:
-        if seen not in self._problems:
+        held = self._problems.get(seen)
+        if held is None or held[:2] != (run.device, run.dtype):
             refuse_broken_values(seen)
-            self._problems[seen] = peel_problem.lay_out(seen, run)
-        return self._problems[seen]
+            held = (run.device, run.dtype, peel_problem.lay_out(seen, run))
+            self._problems[seen] = held
+        return held[2]
 
     def _heads(self, problem: Problem, state: PeelState, run: Runtime) -> tuple[PeelState, Scalars]:
         """A few starts for one of the possible labels."""
@@ -255,6 +257,8 @@ def peel(*, steps: int = 500, lr: float = 1.0, tv: float = 1e-5, tv_start: float
     convolution follows by linear least squares; pixels are fitted to it by Adam, without second derivatives. Every
     stage has a residual, and the three together are a certificate that does not use the private images. Where the
     algebra fails (noise, rounding to half precision, wrong labels) gradient matching (`thaw`) takes over, uncertified.
+    Labels and statistics of BatchNorm layers are used where granted and solved for where not; without the latter, as
+    under GroupNorm, the contrast of the images is not in the gradient, and that of a typical photograph is shown.
 
     Args:
         steps: iterations on the pixels.

@@ -52,12 +52,14 @@ class CountRule:
         granted: those images are of the same kind as the private ones (else dummy images).
         distinct: the labels are known to be distinct.
         with_bias: the updates hold a bias gradient.
+        coupled: the client's BatchNorm uses the batch.
     """
 
     features: Float[Tensor, "n d"] | None
     granted: bool = False
     distinct: bool = False
     with_bias: bool = True
+    coupled: bool = False
     _learned: list[label_learn.LearnedRule | None] = field(default_factory=list, repr=False, compare=False)
 
     def count(self, head: Head) -> Counted:
@@ -90,7 +92,7 @@ class CountRule:
             distinct = self.distinct and head.examples <= head.classes
             try:
                 pool = pool_of(head, images, self.features)
-                found = label_learn.learn(head, pool, distinct=distinct, with_bias=self.with_bias)
+                found = label_learn.learn(head, pool, distinct=distinct, with_bias=self.with_bias, coupled=self.coupled)
             except ValueError:  # the simulation names fewer classes than the batch must hold
                 self._learned.append(None)
             else:

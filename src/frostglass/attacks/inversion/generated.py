@@ -34,6 +34,7 @@ def latent(generator: nn.Module, *, limit: float = 3.0) -> Space:
         start=lambda target, rows, rng, like: rng.normal((rows, *shape), like=like),
         images=images,
         box=lambda z, target: z.clamp(-limit, limit),
+        per_row=True,
     )
 
 

@@ -79,6 +79,12 @@ def head_of(seen: Observation, feature_sum: float | None = None) -> Head:
     return Head(weight, bias, grad_weight, grad_bias, examples_of(seen))
 
 
+def coupled(seen: Observation) -> bool:
+    """Whether the images of a batch see each other: BatchNorm in train mode."""
+    norms = (m for m in seen.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return seen.mode == "train" and any(True for _ in norms)
+
+
 def features_of(seen: Observation, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"] | None:
     """Inputs of the classifier on `images`, in the client's mode and in batches of the client's size.
 

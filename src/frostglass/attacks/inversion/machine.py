@@ -17,7 +17,7 @@ from frostglass.attacks.inversion.rules import Rule, StepInfo
 from frostglass.attacks.inversion.spaces import Jitter, Space, pixels
 from frostglass.attacks.inversion.state import InversionState, per_seed
 from frostglass.attacks.inversion.target import Target, lay_out, update_problems
-from frostglass.attacks.inversion.terms import Term, live, require
+from frostglass.attacks.inversion.terms import Term, epoch_agreement, live, require
 from frostglass.attacks.inversion.validate import warnings_of
 from frostglass.core.drive import Scalars
 from frostglass.core.errors import BadInput
@@ -25,6 +25,7 @@ from frostglass.core.randomness import Rng
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
+from frostglass.numerics.fedavg import merge_epochs
 
 __all__ = ["Inversion", "InversionState"]
 
@@ -166,6 +167,8 @@ class Inversion:
         images = seen.domain.clamp(target.denormalise(self.space.images(best, target)).detach())
         labels = self.space.labels(best, target)
         targets = state.targets if labels is None else labels.detach()
+        if target.order(len(images)) is not None:
+            images = merge_epochs(images, target.epochs, targets.argmax(1).tolist())
         counts = state.counts if labels is None else _counts(targets)
         info: dict[str, float | int | str | bool] = {"seed": state.seeds[pick], "seeds": self.seeds}
         told = {"seeds_dropped": state.lost, "restarts": state.restarts, "unregistered": state.unregistered}
@@ -210,7 +213,10 @@ class Inversion:
         if held is None or held[0] != where:
             terms = live(self.terms(seen))
             require(terms, seen)
-            held = (where, lay_out(seen, run), terms)
+            target = lay_out(seen, run)
+            if target.epochs > 1 and self.space.per_row:
+                terms = (*terms, epoch_agreement())
+            held = (where, target, terms)
             self._laid_out[seen] = held
         return held[1], held[2]
 
@@ -220,7 +226,8 @@ class Inversion:
             state = seeds.restarted(state, self.restart, self.update, self.space, target, run, t)
         if self.consensus is not None and self.consensus.due(t):
             rows = [self.space.images(z, target) for z in state.z]
-            shape = (0, len(state.targets), *target.seen.image_shape)
+            count = len(state.targets) * (target.epochs if self.space.per_row else 1)
+            shape = (0, count, *target.seen.image_shape)
             images = torch.stack(rows).detach() if rows else state.z.new_zeros(shape)
             found = find_anchor(images, state.alive, self.consensus, target, run.world)
             state = replace(seeds.forget_best(state), anchor=found.z, unregistered=found.unregistered)

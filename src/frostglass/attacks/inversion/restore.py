@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frostglass.attacks.inversion.counting import Confidence, CountRule, pool_of, untrained
-from frostglass.attacks.inversion.head import classifier_of, dummy_images, examples_of, features_of, head_of
+from frostglass.attacks.inversion.head import classifier_of, coupled, dummy_images, examples_of, features_of, head_of
 from frostglass.core.errors import BadInput
 from frostglass.core.threat import Observation
 from frostglass.numerics import label_counts as counting
@@ -126,7 +126,7 @@ def by_least_squares(posterior: Posterior = "observed", ridge: float = 1e-2) -> 
             return counting.least_squares_counts(h.grad_bias, m, h.examples, ridge=ridge)
 
         found = solve(head)
-        if not untrained(head, features) and not _beats_guess(head, pool, solve):
+        if not untrained(head, features) and not _beats_guess(head, pool, solve, coupled(seen)):
             return _guessed(seen, head, found.residual, "least_squares")
         return _restored(seen, found.counts, "low", found.residual, "least_squares")
 
@@ -150,6 +150,7 @@ def by_counts() -> Restore:
             granted=seen.auxiliary is not None,
             distinct=seen.labels_distinct is True,
             with_bias=classifier_of(seen)[2] is not None,
+            coupled=coupled(seen),
         )
         found = rule.count(head)
         return _restored(seen, found.counts, found.confidence, found.residual, f"counts: {found.rule}")
@@ -194,10 +195,10 @@ def _matrix(seen: Observation, head: Head, features: Tensor | None, source: Post
     return counting.posterior_measured(logits.softmax(1), pool.labels)
 
 
-def _beats_guess(head: Head, pool: label_pool.Pool, solve: Callable[[Head], counting.Counts]) -> bool:
+def _beats_guess(head: Head, pool: label_pool.Pool, solve: Callable[[Head], counting.Counts], together: bool) -> bool:
     """Whether a rule's mean gain over K/C on simulated batches is above 0 with 95 % confidence."""
     made = torch.Generator().manual_seed(1)
-    summed, truth = label_pool.simulate(pool, head.examples, 200, distinct=False, generator=made)
+    summed, truth = label_pool.simulate(pool, head, 200, distinct=False, coupled=together, generator=made)
     sent = summed / head.examples
     found = torch.stack([solve(Head(head.weight, head.bias, g[:, :-1], g[:, -1], head.examples)).counts for g in sent])
     flat = torch.full_like(truth, head.examples / head.classes)

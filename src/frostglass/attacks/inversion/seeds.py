@@ -37,7 +37,8 @@ class Restart:
 def start_of(
     space: Space, target: Target, rows: int, numbers: tuple[int, ...], run: Runtime, *path: str | int
 ) -> Tensor:
-    """Fresh variables of seeds by their numbers, [s, rows, ...]."""
+    """Fresh variables of seeds by their numbers, [s, rows, ...]; rows for every shuffled epoch where the space can."""
+    rows = rows * target.epochs if space.per_row else rows
     like = torch.zeros((), dtype=run.dtype, device=run.device)
     made = [space.start(target, rows, run.rng.at("start", number, *path), like) for number in numbers]
     if not made:  # a rank without seeds still needs the shape

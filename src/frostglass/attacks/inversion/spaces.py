@@ -27,6 +27,7 @@ class Space:
         labels: (variable of one seed, target) -> [rows, k] targets on the graph, None if they are no part of it.
         box: (variables of all seeds, target) -> the same, limited to what is allowed.
         holds_labels: whether `labels` returns something.
+        per_row: rows are independent and `start` makes any number of them.
     """
 
     start: Callable[[Target, int, Rng, Tensor], Tensor]
@@ -34,6 +35,7 @@ class Space:
     labels: Callable[[Tensor, Target], Tensor | None] = lambda z, target: None
     box: Callable[[Tensor, Target], Tensor] = lambda z, target: z
     holds_labels: bool = False
+    per_row: bool = False
 
 
 def pixels(start: float = 1.0, *, box: bool = True, coarse: int = 1) -> Space:
@@ -52,7 +54,7 @@ def pixels(start: float = 1.0, *, box: bool = True, coarse: int = 1) -> Space:
     def limit(z: Tensor, target: Target) -> Tensor:
         return torch.minimum(torch.maximum(z, target.low), target.high)
 
-    made = Space(begin, lambda z, target: z)
+    made = Space(begin, lambda z, target: z, per_row=True)
     return replace(made, box=limit) if box else made
 
 

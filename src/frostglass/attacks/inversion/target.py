@@ -16,6 +16,7 @@ from frostglass.core.runtime import Runtime
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import BNStatistics, LocalPlan
 from frostglass.numerics.distance import flatten
+from frostglass.numerics.fedavg import Order, epoch_order
 from frostglass.numerics.local_update import trainable
 
 
@@ -47,6 +48,18 @@ class Target:
     def denormalise(self, z: Tensor) -> Tensor:
         """z * std + mean, as the domain does it, with constants that are on the device already."""
         return z * self.std + self.mean
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that went through the images in an order of their own, which the attacker does not know; else 1."""
+        n = self.seen.examples
+        shuffled = n is not None and self.plan.kind == "delta" and not self.plan.whole_batches(n)
+        return self.plan.epochs if shuffled else 1
+
+    def order(self, images: int) -> Order | None:
+        """Rows of each simulated step where there is an image of its own for every epoch; None for the plan's own."""
+        n = self.seen.examples
+        return epoch_order(self.plan, n) if n is not None and self.epochs > 1 and images == n * self.epochs else None
 
     @property
     def names(self) -> list[str]:

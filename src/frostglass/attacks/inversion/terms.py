@@ -132,6 +132,21 @@ def bn_statistics(weight: float | Schedule, source: Knows, *, relative: bool = F
     return Term("bn", weight, value, needs=frozenset({source}))
 
 
+def epoch_agreement(weight: float | Schedule = 10.0) -> Term:
+    """Squared distance of each epoch's mean image to that of all epochs (Dimitrov et al. 2022, Eq. 6, with the mean).
+
+    For a variable that holds an image for every epoch of a client that shuffles; 0 for any other.
+    """
+
+    def value(c: Candidate) -> Tensor:
+        if c.target.order(len(c.z)) is None:
+            return c.z.new_zeros(())
+        means = c.z.unflatten(0, (c.target.epochs, -1)).mean(1)
+        return (means - means.mean(0)).square().mean()
+
+    return Term("epochs", weight, value)
+
+
 def available_bn(seen: Observation) -> Knows | None:
     """The best BatchNorm statistics that were granted and exist: of the batch, else running, else None."""
     if seen.bn_batch:
