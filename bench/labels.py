@@ -99,8 +99,8 @@ def features(net: nn.Module, mode: str, examples: int, held: Data, which: str, r
     if (net, which) not in _EVAL:
         found = features_of(view(net, mode, 64), images)
         assert found is not None
-        _EVAL[net, which] = found
-    return _EVAL[net, which] if rows is None else _EVAL[net, which][rows]
+        _EVAL[net, which] = found.float()  # wide layers: half the memory
+    return (_EVAL[net, which] if rows is None else _EVAL[net, which][rows]).double()
 
 
 def draw(held: Data, examples: int, distinct: bool, rng: Rng) -> Tensor:

@@ -53,6 +53,7 @@ def test_the_objective_falls(which: str, matching: str, file: str) -> None:
     assert bool(((found.images >= 0) & (found.images <= 1)).all())
 
 
+@pytest.mark.slow
 def test_a_projection_finds_what_its_generator_drew(tmp_path: Path) -> None:
     """The private image is one that the generator draws, so the projection can be exact where pixels are not."""
     from dataclasses import replace

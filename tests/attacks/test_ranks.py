@@ -18,13 +18,12 @@ from frostglass.attacks.inversion import ranks
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.store import CheckpointStore, load_tensors
 from frostglass.core.drive import drive
-from frostglass.core.errors import AttackFailed, BadInput
+from frostglass.core.errors import BadInput
 from frostglass.core.events import Event
 from frostglass.core.randomness import Rng
 from frostglass.core.runtime import Runtime, World
 
 RUN = Runtime(Rng.from_seed(0, "ranks"), dtype=torch.float64)
-KILLED = 11
 
 
 def attack(steps: int, seeds: int = 3) -> Any:
@@ -81,7 +80,7 @@ def doomed(rank: int, size: int, folder: str, mortal: int | None) -> None:
         run = replace(RUN, world=world)
         result = drive(attack(20), observed(), run, emit=die, store=store, save_every=4)
         torch.save(result.images, Path(folder) / f"{rank}.pt")
-    except AttackFailed as wrong:
+    except ranks.RankLost as wrong:
         told = str(wrong)
     (Path(folder) / f"{rank}.txt").write_text(told)
     sys.stdout.flush()

@@ -161,6 +161,9 @@ def test_warnings_reach_the_report_of_an_audit(tmp_path: Any) -> None:
     import frostglass
     from scenes import small
 
-    plan = small(defense=[{"name": "none"}], model={"name": "small_bn_cnn", "options": {"width": 4}})
-    quiet = frostglass.audit(plan, out=tmp_path / "a", device="cpu")
-    assert not [w for w in quiet.cells[0].warnings if w.startswith("Update:")]
+    noisy = {"name": "dp_sgd", "noise_multiplier": 1.0}
+    plan = small({"name": "thaw", "steps": 5, "every": 5}, defense=[{"name": "none"}, noisy])
+    report = frostglass.audit(plan, out=tmp_path / "a", device="cpu")
+    told = [[w for w in cell.warnings if w.startswith("Update:")] for cell in report.cells]
+    assert told[0] == []
+    assert any("a defence that changed the update" in w for w in told[1])

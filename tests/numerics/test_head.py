@@ -47,8 +47,9 @@ def test_inputs_are_exact_with_distinct_and_repeated_labels(labels: list[int]) -
     assert error < 1e-5
 
 
-def test_inputs_are_exact_where_the_network_is_confident() -> None:
-    residual, error = solved(one_hot([0, 3, 3, 8], CLASSES).double(), seed=5, confidence=3.0)
+@pytest.mark.parametrize("labels", [[0, 3, 3, 8], [0, 9, 8, 1, 1, 2, 4, 8]])
+def test_inputs_are_exact_where_the_network_is_confident(labels: list[int]) -> None:
+    residual, error = solved(one_hot(labels, CLASSES).double(), seed=5, confidence=3.0)
     assert residual < head.ACCEPTED
     assert error < 1e-5
 

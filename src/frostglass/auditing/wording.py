@@ -195,6 +195,11 @@ def objective_words(cell: Cell) -> str:
             "Nothing was optimised blindly: the gradient was computed again from the recovered batch and equals the "
             f"observed one (relative error {significant(end)}). This is a fact, not an estimate."
         )
+    if cell.info.get("certificate") is True and end is not None:
+        return (
+            "The algebra of the attack held: its own residuals are at rounding level, a certificate that uses no ground "
+            f"truth. Fitting pixels then ended at an objective of {significant(end)}."
+        )
     if end is None or math.isnan(end):
         return "This attack reports no objective: it optimises nothing, and there is no gap to the truth to test."
     if truth is None or math.isnan(truth):

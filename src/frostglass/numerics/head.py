@@ -23,6 +23,9 @@ from frostglass.core.randomness import Rng
 ACCEPTED = 1e-4
 """Largest residual of a solution; wrong ones end above 1e-2, right ones below 1e-5 in float32 gradients."""
 
+_NEGATIVE = 1e-3
+"""Largest negative share of inputs that follow a ReLU."""
+
 _HOPELESS = 0.3
 """A start whose residual is above this after 25 iterations is given up."""
 
@@ -93,7 +96,7 @@ def prepare(
 
 
 def solve(
-    problem: HeadProblem, rng: Rng, *, starts: int = 8, first: int = 0, iterations: int = 60
+    problem: HeadProblem, rng: Rng, *, starts: int = 8, first: int = 0, iterations: int = 300
 ) -> tuple[Float[Tensor, "b b"], float]:
     """The best of a few random starts, polished if it is accepted; ends at the first start that is.
 
@@ -110,10 +113,15 @@ def solve(
     best, least = torch.eye(len(problem.rows), dtype=torch.float64), math.inf
     for k in range(first, first + starts):
         mixing, residual = _descend(problem, _start(problem, k, rng.at(k)), 1.0, iterations)
+        if residual < 10 * _HOPELESS:  # the sign term may hold a solution up, and pulls at inputs rounded below zero
+            free, lower = _descend(problem, mixing, 0.0, iterations)
+            found = inputs_of(problem, free)
+            if float(found.clamp_max(0).norm() / found.norm().clamp_min(1e-300)) < _NEGATIVE:
+                mixing, residual = free, lower
         if residual < least:
             best, least = mixing, residual
         if least < ACCEPTED:
-            return _descend(problem, best, 0.0, 30)  # the sign term pulls at inputs that rounding made negative
+            break
     return best, least
 
 

@@ -123,7 +123,7 @@ def simulate(
     rows = order[begin[picked] + (within * size[picked]).long()]
     features = pool.features[rows]
     if coupled:
-        share = 0.7 + 0.6 * torch.rand(batches, 1, 1, generator=generator, dtype=torch.float64)
+        share = 0.5 + 0.5 * torch.rand(batches, 1, 1, generator=generator, dtype=torch.float64)
         features = features - share * (features.mean(1, keepdim=True) - pool.features.mean(0))
         if bool((pool.features >= 0).all()):
             features = features.clamp_min(0)

@@ -82,7 +82,8 @@ def local_update(
         order: rows that each step sees, for all steps; None: the minibatches of `plan` as they lie, every epoch alike.
             Its length is the number of steps (unused for a gradient).
         differentiable: keep the graph to `images` and `targets` (second derivatives). From `REMEMBERED` steps on, the
-            graph of one step at a time: memory for all weights a step, and a third more time.
+            graph of one step at a time: the memory of all weights a step instead, and 1.4 to 1.7 times the time
+            (ResNet-20, 8 images of 32 px, 16 steps: 143 MiB and 3.7 s instead of 475 MiB and 2.6 s).
         smooth: of Adam's derivative (see `numerics.client_optimizer`); 0 for the exact one.
 
     Returns:

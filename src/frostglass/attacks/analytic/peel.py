@@ -30,11 +30,14 @@ from frostglass.numerics.distance import cosine_distance, flatten
 from frostglass.numerics.image import total_variation
 from frostglass.numerics.local_update import local_update
 
-SEARCH = 40
+SEARCH = 24
 """Steps for the classifier's inputs, at the most."""
 
 STARTS = 8
 """Starts of that solve in one step."""
+
+SETTLED = 5e-4
+"""A hundredth of the residual below which a minimum that was found twice counts as the least one."""
 
 USABLE = 1e-3
 """Residual of the peeled activations up to which pixels are fitted to them."""
@@ -177,9 +180,12 @@ class Peel:
         if residual < state.heads_residual:
             targets = problem.targets[choice].to(state.targets)
             new = replace(new, mixing=mixing, heads_residual=residual, targets=targets)
+        # the least residual, found twice in many starts and too large: the equations have no solution
+        alone = len(problem.targets) == 1 and state.tried >= 3
+        settled = alone and abs(residual - state.heads_residual) < 0.01 * residual < SETTLED
         if new.heads_residual < head.ACCEPTED:
             new = replace(new, stage="activations", tried=0)
-        elif new.tried == SEARCH:
+        elif settled or new.tried == SEARCH:
             new = replace(new, stage="matching", fell_back=True)
         return new, {"heads_residual": new.heads_residual}
 

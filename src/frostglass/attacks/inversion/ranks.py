@@ -24,6 +24,10 @@ from frostglass.core.runtime import World
 S = TypeVar("S")
 
 
+class RankLost(AttackFailed):
+    """Another rank is gone: no further cell of a run can be computed by those that are left."""
+
+
 def seeds_of(world: World, seeds: int) -> tuple[int, ...]:
     """The numbers of the seeds that this rank holds; may be empty."""
     return tuple(range(world.rank, seeds, world.size))
@@ -61,7 +65,7 @@ def _together(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as wrong:  # torch.distributed's errors are RuntimeErrors
-        raise AttackFailed(
+        raise RankLost(
             f"ranks: {what} failed, another rank was killed or is late ({_first_line(wrong)}); start all ranks again "
             "with --resume to go on from the last checkpoint"
         ) from wrong

@@ -80,7 +80,8 @@ def grad_inversion(
         group: a_group of Eq. 11.
         consensus_start: first refresh; a quarter of the steps if left out (5,000 of 20,000, as in the paper).
         consensus_every: iterations between refreshes; the anchor is held fixed in between.
-        register: method of the registered mean.
+        register: method of the registered mean. On small images it gained no more than a random shift by a fraction of
+            a pixel, which smooths as a warp does (bench/registration.py); agreement itself gains.
         box: limit pixels to their range after every step (the paper does not say).
         engine: "double_backward", or "frozen_fd" for networks that cannot be differentiated twice.
         seeds: |G|; the lowest objective is returned.
