@@ -197,8 +197,8 @@ def objective_words(cell: Cell) -> str:
         )
     if cell.info.get("certificate") is True and end is not None:
         return (
-            "The algebra of the attack held: its own residuals are at rounding level, a certificate that uses no ground "
-            f"truth. Fitting pixels then ended at an objective of {significant(end)}."
+            "The algebra of the attack held: its own residuals are at rounding level, a certificate that uses no "
+            f"ground truth. Fitting pixels then ended at an objective of {significant(end)}."
         )
     if end is None or math.isnan(end):
         return "This attack reports no objective: it optimises nothing, and there is no gap to the truth to test."
