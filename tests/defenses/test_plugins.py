@@ -45,9 +45,9 @@ def example(name: str) -> ModuleType:
 
 def needs(package: str, extra: str) -> None:
     """Skips where a trainer is not installed."""
-    pytest.importorskip(package, reason=f"{package} is not installed; pip install 'frostglass[{extra}]'")
     if importlib.util.find_spec("torchvision") is not None:
         import_torchvision()  # these packages import it by themselves, and a CUDA build beside a CPU torch needs a hand
+    pytest.importorskip(package, reason=f"{package} is not installed; pip install 'frostglass[{extra}]'")
 
 
 def photos(n: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
