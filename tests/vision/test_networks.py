@@ -14,7 +14,7 @@ from torch import nn
 from frostglass.core.batch import Domain
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
-from frostglass.vision.modes import in_mode
+from frostglass.numerics.local_update import in_mode
 from frostglass.vision.networks import (
     MODELS,
     Normalise,
@@ -326,6 +326,6 @@ class TestFactories:
 def test_modes_are_each_restored():
     model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3))
     model[1].eval()
-    with in_mode(model, training=False):
+    with in_mode(model, "eval"):
         assert not any(module.training for module in model.modules())
     assert (model.training, model[0].training, model[1].training) == (True, True, False)

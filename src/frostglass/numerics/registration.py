@@ -117,6 +117,21 @@ def _grey(image: _Array) -> _Array:
     return np.ascontiguousarray(image @ np.asarray(weights, image.dtype), np.float32)
 
 
+def _warped(image: _Array, matrix: Any) -> _Array:
+    """`image` read through the 2 x 3 `matrix`, edges repeated."""
+    import cv2
+
+    return np.asarray(
+        cv2.warpAffine(
+            image,
+            matrix,
+            (image.shape[1], image.shape[0]),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+    )
+
+
 def _ecc(image: _Array, grey: _Array, target: _Array, *, affine: bool) -> _Array | None:
     import cv2
 
@@ -128,15 +143,7 @@ def _ecc(image: _Array, grey: _Array, target: _Array, *, affine: bool) -> _Array
         return None
     if not np.isfinite(matrix).all() or np.abs(matrix[:, 2]).max() > 0.25 * max(grey.shape):
         return None  # a shift by a quarter of the picture is no alignment of two guesses at one image
-    return np.asarray(
-        cv2.warpAffine(
-            image,
-            matrix,
-            (image.shape[1], image.shape[0]),
-            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
-    )
+    return _warped(image, matrix)
 
 
 def _dis(image: _Array, grey: _Array, target: _Array) -> _Array | None:
@@ -170,12 +177,4 @@ def _phase(image: _Array, grey: _Array, target: _Array) -> _Array | None:
     if max(abs(right), abs(down)) > 0.25 * max(grey.shape):
         return None
     matrix = np.asarray([[1, 0, right], [0, 1, down]], np.float32)
-    return np.asarray(
-        cv2.warpAffine(
-            image,
-            matrix,
-            (image.shape[1], image.shape[0]),
-            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
-    )
+    return _warped(image, matrix)

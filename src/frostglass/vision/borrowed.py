@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from frostglass.core.errors import BadInput, close_match
-from frostglass.vision.modes import in_mode
+from frostglass.numerics.local_update import in_mode
 from frostglass.vision.normalise import IMAGENET_MEAN, IMAGENET_STD, Normalised
 
 
@@ -177,7 +177,7 @@ def _try_out(network: nn.Module, name: str, shape: Mapping[str, int]) -> None:
     like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
     images = like.new_zeros(2, shape["channels"], shape["size"], shape["size"])
     try:
-        with torch.no_grad(), in_mode(network, training=False):
+        with torch.no_grad(), in_mode(network, "eval"):
             logits = network(images)
     except Exception as problem:
         raise BadInput(

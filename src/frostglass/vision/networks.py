@@ -16,7 +16,7 @@ from torch import nn
 from frostglass.core.errors import BadInput, close_match
 from frostglass.core.randomness import Rng
 from frostglass.core.registry import Registry
-from frostglass.vision.modes import in_mode
+from frostglass.numerics.local_update import in_mode
 from frostglass.vision.normalise import Normalise, Normalised, domain_of
 
 __all__ = ["MODELS", "Normalise", "Normalised", "build", "domain_of", "fix_for_opacus", "torch_draws_from"]
@@ -93,7 +93,7 @@ def fix_for_opacus(model: nn.Module) -> nn.Module:
     from opacus.validators import ModuleValidator  # 3 s to import
 
     fixed: nn.Module = ModuleValidator.fix(model)
-    with in_mode(fixed, training=True):  # in evaluation mode Opacus would report that, too
+    with in_mode(fixed, "train"):  # in evaluation mode Opacus would report that, too
         left = ModuleValidator.validate(fixed, strict=False)
     problems = [f"model: Opacus refuses it ({problem}); use another network." for problem in left]
     problems += [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from frostglass.auditing.metrics.identification import copies, identified, pool_words
 from frostglass.auditing.metrics.registry import METRICS, Metric, MetricContext, NotAvailable
-from frostglass.vision.modes import in_mode
+from frostglass.numerics.local_update import in_mode
 
 CHUNK = 64
 
@@ -31,7 +31,7 @@ def penultimate(model: nn.Module, images: Float[Tensor, "n c h w"]) -> Float[Ten
     hooks = [m.register_forward_pre_hook(keep) for m in model.modules() if isinstance(m, nn.Linear)]
     rows = []
     try:
-        with torch.no_grad(), in_mode(model, training=False):
+        with torch.no_grad(), in_mode(model, "eval"):
             for part in images.split(CHUNK):
                 held.clear()
                 logits = model(part.to(like.device, like.dtype))
