@@ -172,10 +172,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 NOTE = (
-    "CIFAR-10 test images (JPEG re-encodings). 'trained': a public ResNet-20 trained on the original CIFAR-10; '150 steps':"
-    " Adam on CIFAR-10 train images. 'batch': train mode, statistics of the batch granted; 'running': eval mode, running"
-    " statistics granted. A row whose objective is far above its value at the truth is an optimiser that failed, not"
-    " privacy. Spread: sd and range of batch means. K=4 and K=1 of the small network: 5 batches, elsewhere 3."
+    "CIFAR-10 test images (JPEG re-encodings). 'trained': a public ResNet-20 trained on the original CIFAR-10; '150 "
+    "steps': Adam on CIFAR-10 train images. 'batch': train mode, statistics of the batch granted; 'running': eval "
+    "mode, running statistics granted. A row whose objective is far above its value at the truth is an optimiser "
+    "that failed, not privacy. Spread: sd and range of batch means. K=4 and K=1 of the small network: 5 batches, "
+    "elsewhere 3."
 )
 
 
