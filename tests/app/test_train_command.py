@@ -14,10 +14,12 @@ import torch
 from frostglass.app.cli import main
 from frostglass.app.commands.train import load_train_plan
 from frostglass.core.errors import BadInput
+from frostglass.core.randomness import Rng
 from frostglass.federated import training
 from frostglass.federated.checkpoint_check import check_checkpoint
-from frostglass.federated.feeds import augmented
-from frostglass.federated.train_plan import TrainingPlan
+from frostglass.federated.feeds import augmented, takes_encodings
+from frostglass.federated.train_plan import MethodPlan, TrainingPlan
+from frostglass.vision.networks import build
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution"),
@@ -239,3 +241,29 @@ def test_augmentation_moves_whole_images() -> None:
     turned = ((flipped[..., :-1] > flipped[..., 1:]) & (flipped[..., 1:] > 0)).any(-1).any(-1)[:, 0]
     assert 60 < int(turned.sum()) < 140, "about half are flipped, the others run upwards"
     assert augmented(images, "none", None) is images
+
+
+def test_an_interruption_names_the_command_that_ran(plan, tmp_path, capsys, monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Run, "_epoch", interrupted)
+    code, _, err = call(capsys, "train", plan, "--out", tmp_path / "cut")
+    assert code == 130
+    assert "`frostglass train` with the same arguments and --resume goes on" in err
+    monkeypatch.setattr("frostglass.defenses.cost.cost_of", interrupted)
+    code, _, err = call(capsys, "cost", "--private-images", "10")
+    assert (code, err.strip()) == (130, "Interrupted."), "cost has nothing to resume"
+
+
+def test_a_network_that_sees_magnitudes_sees_no_signs() -> None:
+    rng, x = Rng.from_seed(0, "test"), torch.rand(4, 1, 8, 8) * 2 - 1
+    plain, blind = (
+        takes_encodings(build("small_bn_cnn", classes=3, channels=1, size=8, rng=rng).eval(), sees)
+        for sees in ("pixels", "magnitudes")
+    )
+    assert plain.state_dict().keys() == blind.state_dict().keys()
+    assert torch.equal(blind(x), blind(-x))
+    assert torch.allclose(blind(x), plain(x.abs() * 2 - 1))
+    assert not torch.allclose(plain(x), plain(-x))
+    assert MethodPlan(kind="instahide", sees="magnitudes").takes != MethodPlan(kind="instahide").takes

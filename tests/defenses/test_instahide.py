@@ -22,6 +22,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure, OsKey
 from frostglass.defenses import encoder as encoder_module
 from frostglass.defenses import key_ring
+from frostglass.defenses.cost import cost_of
 from frostglass.defenses.honesty import PrivacyCaution, claimed_work
 from frostglass.defenses.instahide import InstaHide, average_predictions
 from frostglass.defenses.registry import DEFENSES
@@ -583,6 +584,9 @@ def test_it_says_what_it_is() -> None:
         assert "broken" in text
     assert "claimed brute-force work" in enc.report()
     assert "30 public" in enc.report()
+    assert enc.manifest()["cost"] == cost_of(6, 2, 40, 30, 1).lines()
+    assert InstaHide(k=6, private=2, public=photos(30)).manifest()["cost"] == []  # nothing has been encoded yet
+    assert " ".join(cost_of(6, 2, 5000, 1_280_000, 50).text().split()) in doc
 
 
 def test_claimed_work_is_that_of_the_paper() -> None:
@@ -654,7 +658,7 @@ def test_bad_images_rows_and_labels(args, match) -> None:
     [
         (photos(1), "too few for 2"),
         (photos(30, 1), "1 channels against 3"),
-        (photos(30, 3, 5, 4), "resize, or crop=True"),
+        (photos(30, 3, 5, 4), "make both alike"),
         (PublicPool(photos(30, 3, 3, 9), crop=True), "too small to crop"),
         (photos(30, dtype=torch.float32), "store both alike"),
     ],

@@ -97,6 +97,7 @@ def test_bounds_hold_exactly(k: int, private: int, c1: float, c2: float, law: st
         (MixLaw(4, 5), "not possible"),
         (MixLaw(0, 0), "not possible"),
         (MixLaw(4, 4, first=0.7), "cannot be reached"),
+        (MixLaw(10**9, 2), "more than the 1024"),  # and at once: nothing of that size is drawn to find out
     ],
 )
 def test_impossible_laws_are_refused_beforehand(law: MixLaw, reason: str) -> None:
@@ -214,6 +215,19 @@ def test_memory_maps_mix_like_memory(tmp_path) -> None:
     for path in PATHS:
         both = [mixing.mix(t, None, 4, keys, "sign", torch.empty(6, 48), path) for t in (private, mapped)]
         assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_mapped_public_pool_mixes_with_private_tensors(tmp_path, dtype) -> None:
+    """torch and numpy name the same dtype differently; what they hold is alike."""
+    private, public = table(20, 48, dtype), table(30, 48, dtype)
+    np.save(tmp_path / "pool.npy", public.numpy())
+    mapped, keys = np.load(tmp_path / "pool.npy", mmap_mode="r"), keys_for(6, 5, 2, 20, 30, 48, 1)
+    for path in PATHS:
+        both = [mixing.mix(private, t, 2, keys, "sign", torch.empty(6, 48), path) for t in (public, mapped)]
+        assert torch.equal(*both)
+    with pytest.raises(BadInput, match="do not mix"):
+        mixing.mix(private.double(), mapped, 2, keys, "sign", torch.empty(6, 48))
 
 
 def test_float64_batches_mix_in_float64() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -64,6 +65,7 @@ def demo(
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder: new or empty.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as scenario.client.batch=8.")
 @click.option("--resume", is_flag=True, help="Go on with a run of this plan that was interrupted.")
+@click.option("--gate", is_flag=True, help="Exit by verdict: 0 BOUNDED, 10 VIOLATED, 11 INCONCLUSIVE, 12 BROKEN CLAIM.")
 @device_option
 @json_option
 @verbose_option
@@ -74,6 +76,7 @@ def audit(
     out: Path,
     overrides: Sequence[str],
     resume: bool,
+    gate: bool,
     device: str,
     as_json: bool,
     verbose: int,
@@ -81,7 +84,8 @@ def audit(
     """Run the attacks of PLAN (a TOML file) and write scorecard and report to --out."""
     from frostglass.auditing.plan import load_plan
 
-    _run(context, load_plan(plan, overrides), out, device, resume=resume, as_json=as_json, verbose=verbose)
+    checked = load_plan(plan, overrides)
+    _run(context, checked, out, device, resume=resume, as_json=as_json, verbose=verbose, gate=gate)
 
 
 @cli.command()
@@ -179,27 +183,42 @@ def _registry(kind: str) -> Any:
 
 
 def _run(
-    context: click.Context, plan: Any, out: Path, device: str, *, resume: bool, as_json: bool, verbose: int
+    context: click.Context,
+    plan: Any,
+    out: Path,
+    device: str,
+    *,
+    resume: bool,
+    as_json: bool,
+    verbose: int,
+    gate: bool = False,
 ) -> None:
     from frostglass.app.terminal import listener
+    from frostglass.attacks.inversion.ranks import joined_world, own_device
     from frostglass.auditing.run import run_plan
-    from frostglass.auditing.table import table_text
     from frostglass.core.runtime import pick_device
 
-    report = run_plan(
-        plan,
-        out,
-        device=pick_device(device),
-        resume=resume,
-        emit=listener(verbose=verbose),
-        debug=context.obj["debug"],
-    )
+    own = own_device(pick_device(device))
+    with joined_world(device=own) as world:  # of torchrun; alone where it did not start this process
+        report = run_plan(
+            plan,
+            out,
+            device=own,
+            resume=resume,
+            emit=listener(verbose=verbose),
+            debug=context.obj["debug"],
+            world=world,
+        )
+    if world.rank:
+        return
     if as_json:
         click.echo(json.dumps(report.scorecard.model_dump(mode="json"), indent=2))
     else:
-        click.echo(f"\n{report.headline}\n\n{table_text(report.scorecard)}\n\nReport: {report.html}")
+        click.echo(f"\n{report}")
     if report.scorecard.failed:
         context.exit(INTERNAL)
+    if gate and report.scorecard.verdict is not None:
+        context.exit(report.scorecard.verdict.exit_code)
 
 
 def _fresh(out: Path) -> Path:
@@ -224,10 +243,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without a letter is no reason to fail
-    sys.exit(_guarded(lambda: cli.main(arguments, prog_name="frostglass", standalone_mode=False), debug))
+    sys.exit(
+        _guarded(lambda: cli.main(arguments, prog_name="frostglass", standalone_mode=False), debug, _goes_on(arguments))
+    )
 
 
-def _guarded(call: Callable[[], Any], debug: bool) -> int:
+def _goes_on(arguments: Sequence[str]) -> str:
+    """What to do after an interruption of the command that `arguments` call."""
+    name = next((a for a in arguments if a in cli.commands), "")
+    if any(p.name == "resume" for p in getattr(cli.commands.get(name), "params", ())):
+        return f" `frostglass {name}` with the same arguments and --resume goes on."
+    return ""
+
+
+def _guarded(call: Callable[[], Any], debug: bool, goes_on: str = "") -> int:
     try:
         result = call()
         return result if isinstance(result, int) else OK
@@ -235,7 +264,7 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
         wrong.show()
         return BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted. `frostglass audit` with the same arguments and --resume goes on.", err=True)
+        click.echo(f"Interrupted.{goes_on}", err=True)
         return 130
     except Exception as wrong:
         if debug:
@@ -244,7 +273,9 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
 
 
 def _told(wrong: Exception) -> int:
-    """One sentence a problem on stderr; the exit code."""
+    """One sentence a problem on stderr; the exit code. Of several ranks all refuse the same, and the first says it."""
+    if isinstance(wrong, BadInput) and os.environ.get("RANK", "0") != "0":
+        return BAD_INPUT
     if isinstance(wrong, FrostglassError):
         for problem in wrong.problems if isinstance(wrong, BadInput) else [str(wrong)]:
             click.echo(f"error: {problem}", err=True)

@@ -47,15 +47,6 @@ def claimed_work(k: int, private: int, images: int, public: int) -> tuple[float,
     return float(images) ** (k - 1), float(images) ** (k / 2)
 
 
-def cost_line(k: int, private: int, images: int, public: int) -> str:
-    """The paper's claim in one line, with what it is worth."""
-    naive, middle = claimed_work(k, private, images, public)
-    return (
-        f"claimed brute-force work: {naive:.1e} tries ({middle:.1e} meet-in-the-middle); a worst-case figure for a "
-        "single encoding, which published attacks on many encodings do not pay"
-    )
-
-
 def histogram_line(histogram: dict[int, int]) -> str:
     """Appearances and images, short: equal neighbours are not merged, long tables are cut to their ends."""
     items = [f"{images} images in {count}" for count, images in sorted(histogram.items())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ from frostglass.core.batch import Batch
 from frostglass.core.defense import Defense
 from frostglass.core.errors import BadInput
 from frostglass.defenses.batch_mixer import BatchMixer
+from frostglass.defenses.cost import Cost, cost_of
 from frostglass.defenses.encoder import Encoded, RowEncoder
-from frostglass.defenses.honesty import INFERENCE, WARNING, caution, cost_line, histogram_line
+from frostglass.defenses.honesty import INFERENCE, WARNING, caution, histogram_line
 from frostglass.defenses.inference import TestEncodings, average_predictions
 from frostglass.defenses.key_ring import KeyRing
 from frostglass.defenses.registry import DEFENSES
@@ -180,9 +182,16 @@ class InstaHide(RowEncoder):
             "augment": self.augment if self.augmentation is not None else None,
         }
 
+    def cost(self) -> Cost | None:
+        """What undoing these encodings is claimed to cost and what it has cost; None before the first encoding."""
+        if self.ledger is None or not self.ledger.first.any():
+            return None
+        public = 0 if self.public is None else len(self.public)
+        return cost_of(self.law.k, self.law.private, len(self.ledger), public, int(self.ledger.first.max()))
+
     def manifest(self) -> dict[str, Any]:
         """What may stand beside published encodings: settings, exposure histogram, version, warning; never a key."""
-        histogram = {} if self.ledger is None else self.ledger.histogram()
+        histogram, cost = {} if self.ledger is None else self.ledger.histogram(), self.cost()
         return {
             **self.settings(),
             "images": 0 if self.ledger is None else len(self.ledger),
@@ -190,6 +199,7 @@ class InstaHide(RowEncoder):
             "exposure_histogram": {str(count): images for count, images in histogram.items()},
             "cautions": self.cautions,
             "insecure": self.insecure,
+            "cost": [] if cost is None else cost.lines(),
             "guarantee": "no (epsilon, delta)",
             "warning": WARNING,
             "library": f"frostglass {__version__}",
@@ -215,7 +225,8 @@ class InstaHide(RowEncoder):
                 f"encodings per image: mean {total.mean():.1f}, most {total.max():.0f}; as first image "
                 f"{first.mean():.1f}, as partner {partner.mean():.1f}"
             )
-            lines.append(cost_line(self.law.k, self.law.private, images, public))
+            cost = self.cost()
+            lines += [] if cost is None else cost.lines()
         rounds = "a fresh one every epoch, which is what breaks InstaHide" if self.rounds is None else str(self.rounds)
         lines.append(f"rounds of fresh encodings: {rounds}")
         lines += [f"caution: {text}" for text in self.cautions]
@@ -225,6 +236,10 @@ class InstaHide(RowEncoder):
         marked = ", INSECURE" if self.insecure else ""
         return f"InstaHide({', '.join(f'{name}={value!r}' for name, value in self.settings().items())}{marked})"
 
+
+# The report of `frostglass cost` for the challenge's setting with 5,000 images, so that help() shows it too.
+_COST = [textwrap.fill(t, 116, subsequent_indent="  ") for t in cost_of(6, 2, 5000, 1_280_000, 50).text().splitlines()]
+InstaHide.__doc__ = f"{InstaHide.__doc__}\n{textwrap.indent(chr(10).join(_COST), ' ' * 4)}\n"
 
 __all__ = ["InstaHide", "TestEncodings", "average_predictions", "instahide"]
 
@@ -268,4 +283,5 @@ def instahide(
         claim="heuristic",
         settings={"k": k, "private": mixing.private, "c1": c1, "c2": c2, "law": law, "mask": mask, "labels": labels},
         encodes=True,
+        adaptive=("spear", "gallery", "learned_inverter"),
     )

@@ -30,4 +30,5 @@ def mixup(*, k: int = 4, c1: float = 0.65, law: Law = "folded_normal", labels: L
         claim="heuristic",
         settings={"k": k, "c1": c1, "law": law, "labels": labels},
         encodes=True,
+        adaptive=("spear", "gallery", "learned_inverter"),
     )

@@ -109,11 +109,12 @@ class PrivateSet:
         index = np.asarray(rows.cpu().numpy() if isinstance(rows, Tensor) else rows)
         if index.ndim != 1 or (len(index) and index.dtype.kind not in "iu"):
             raise BadInput("rows: give a list of row numbers of the private set.")
-        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < len(self)):
+        checked = index.astype(np.int64)
+        if len(checked) and int(checked.view(np.uint64).max()) >= len(self):  # negative ones are huge there
             raise BadInput(
                 f"rows: {int(index.min())} to {int(index.max())} are not all in the set of {len(self)} images."
             )
-        return index.astype(np.int64)
+        return checked
 
     def gathered(self, index: NDArray[np.int64]) -> Tensor:
         """[n, c, h, w]: copies of the images `index`."""
@@ -205,7 +206,10 @@ class PublicPool:
         elif self.crop and (mine[1] < shape[1] or mine[2] < shape[2]):
             found.append(f"public: {mine[1:]} images are too small to crop {shape[1:]} from.")
         elif not self.crop and mine != shape:
-            found.append(f"public: images of shape {mine} against {shape} of the private ones; resize, or crop=True.")
+            found.append(
+                f"public: images of shape {mine} against {shape} of the private ones; make both alike, or crop "
+                "larger public images (crop=True)."
+            )
         if _name(self.images.dtype) != _name(dtype):
             found.append(f"public: {_name(self.images.dtype)} against {_name(dtype)} private images; store both alike.")
         if found:

@@ -15,7 +15,7 @@ from frostglass.core.randomness import Rng
 from frostglass.defenses.honesty import PrivacyCaution
 from frostglass.defenses.instahide import InstaHide, average_predictions
 from frostglass.defenses.public_pool import open_pool
-from frostglass.federated.train_plan import MethodPlan, TrainingPlan
+from frostglass.federated.train_plan import MethodPlan, Sees, TrainingPlan
 from frostglass.vision.byte_images import ByteImages
 from frostglass.vision.normalise import Normalise
 
@@ -136,15 +136,27 @@ def augmented(images: Tensor, kind: str, draws: torch.Generator | None) -> Tenso
     return out
 
 
-def takes_encodings(model: nn.Module) -> nn.Module:
-    """The same network with its input normalisation undone: encodings in [-1, 1] are seen as they are."""
+def takes_encodings(model: nn.Module, sees: Sees = "pixels") -> nn.Module:
+    """The same network with its input normalisation undone: encodings in [-1, 1] are seen as they are.
+
+    Args:
+        model: changed in place.
+        sees: "magnitudes" puts 2 |x| - 1 before it, for encodings and plain images alike. Under the sign mask this
+            loses nothing (the sign of a pixel is a fair coin given |x|) and spares the network learning it.
+    """
     for module in model.modules():
         if isinstance(module, Normalise):
             channels = module.mean.shape[1]
             module.constants = ((0.0,) * channels, (1.0,) * channels)
             module.mean.zero_()
             module.std.fill_(1.0)
+    if sees == "magnitudes":
+        model.register_forward_pre_hook(_magnitudes)
     return model
+
+
+def _magnitudes(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].abs() * 2 - 1,)
 
 
 def feed_of(held: ByteImages, method: MethodPlan, plan: TrainingPlan, rng: Rng, device: torch.device) -> Feed:

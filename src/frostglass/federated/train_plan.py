@@ -11,7 +11,7 @@ from frostglass.core.errors import BadInput
 from frostglass.numerics.key_rows import Law
 from frostglass.numerics.mixing import Labels, Mask
 
-PIXELS_OF = {"plain": "[0, 1], normalised inside", "mixup": "[-1, 1]", "instahide": "[-1, 1]"}
+Sees = Literal["pixels", "magnitudes"]
 
 
 class _Strict(BaseModel):
@@ -50,6 +50,9 @@ class MethodPlan(_Strict):
     c2: float = Field(0.3, ge=0, le=1, description="least private share, with a pool")
     law: Law = Field("folded_normal", description='of the coefficients: "folded_normal" or "dirichlet"')
     mask: Mask = Field("sign", description='"sign", "abs" or "none"; mixup has none')
+    sees: Sees = Field(
+        "pixels", description='"magnitudes": the network takes 2 |x| - 1, as the sign of a masked pixel is a fair coin'
+    )
     labels: Labels = Field("exact", description='"exact", "quantised" or "renormalised"')
     partners: Literal["iid", "permutation"] = Field("iid", description="how partners are drawn")
     rounds: int | None = Field(
@@ -66,6 +69,13 @@ class MethodPlan(_Strict):
         if self.name or self.kind == "plain":
             return self.name or "plain"
         return f"{self.kind}-{'cross' if self.public else 'inside'}-k{self.k}"
+
+    @property
+    def takes(self) -> str:
+        """What the trained network takes as pixels."""
+        if self.kind == "plain":
+            return "[0, 1], normalised inside"
+        return "2 |x| - 1 of x in [-1, 1]" if self.sees == "magnitudes" else "[-1, 1]"
 
 
 class TrainingPlan(_Strict):

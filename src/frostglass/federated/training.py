@@ -19,7 +19,7 @@ from frostglass.core.files import write_json, write_text, written_beside
 from frostglass.core.randomness import Rng
 from frostglass.defenses.sets.owner import Progress, load_progress
 from frostglass.federated.feeds import EncodedFeed, Feed, feed_of, takes_encodings
-from frostglass.federated.train_plan import PIXELS_OF, MethodPlan, TrainingPlan, TrainPlan
+from frostglass.federated.train_plan import MethodPlan, TrainingPlan, TrainPlan
 from frostglass.vision.byte_images import ByteImages
 from frostglass.vision.networks import build
 from frostglass.vision.weights import save_weights
@@ -103,7 +103,7 @@ class Run:
             self.plan.model.name, classes=self.train.classes, channels=channels, size=size,
             options=self.plan.model.options, rng=self.rng.at("model"),
         )  # fmt: skip
-        return (model if self.method.kind == "plain" else takes_encodings(model)).to(self.device)
+        return (model if self.method.kind == "plain" else takes_encodings(model, self.method.sees)).to(self.device)
 
     def _epoch(self, epoch: int) -> dict[str, float]:
         t = self.plan.training
@@ -239,7 +239,7 @@ class Run:
             "plain": rows[-1]["test_plain"],
             "encoded": {str(n): value for n, value in encoded.items()},
             "encodings_per_image": rows[-1]["encodings_per_image"],
-            "pixels": PIXELS_OF[self.method.kind],
+            "pixels": self.method.takes,
             "insecure": encoder is not None and encoder.insecure,
         }
         save_weights(self.model, self.folder / "model.safetensors")

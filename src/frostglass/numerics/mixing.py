@@ -9,6 +9,7 @@ because coefficients sum to 1 and all sources share one normalisation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from frostglass.core.errors import BadInput
-from frostglass.numerics.fused_mixing import kernel, mix_labels, mix_rows
+from frostglass.numerics.fused_mixing import kernel, mix_labels, mix_more_rows, mix_rows
 from frostglass.numerics.key_rows import KeyRows, mask_width
 
 Mask: TypeAlias = Literal["sign", "abs", "none"]
@@ -72,20 +73,27 @@ def mix(
     Raises:
         BadInput: the tables differ in width or dtype, or "fused" was asked for and cannot be had.
     """
-    if public is not None and (public.shape[1] != private.shape[1] or public.dtype != private.dtype):
+    if public is not None and (public.shape[1] != private.shape[1] or pixel_type(public) != pixel_type(private)):
         raise BadInput(
-            f"public: rows of {public.shape[1]} {public.dtype} pixels do not mix with private rows of "
-            f"{private.shape[1]} {private.dtype}; store both alike."
+            f"public: rows of {public.shape[1]} {pixel_type(public)} pixels do not mix with private rows of "
+            f"{private.shape[1]} {pixel_type(private)}; store both alike."
         )
-    fits = out.device.type == "cpu" and out.dtype in (torch.float32, torch.bfloat16) and kernel(mix_rows) is not None
+    run = kernel(mix_rows if keys.indices.shape[1] <= 4 else mix_more_rows)
+    fits = run is not None and out.device.type == "cpu" and out.dtype in (torch.float32, torch.bfloat16)
     if backend == "fused" and not fits:
         raise BadInput("backend: 'fused' needs numba, CPU and float32 or bfloat16 output; use 'auto' or 'torch'.")
     if backend == "reference":
         return out.copy_(mix_reference(private, public, inside, keys, mask))
     if backend == "torch" or not fits:
         return out.copy_(mix_torch(private, public, inside, keys, mask, out.device))
-    _mix_fused(private, public, inside, keys, mask, out)
+    assert run is not None
+    _mix_fused(run, private, public, inside, keys, mask, out)
     return out
+
+
+def pixel_type(table: Table) -> str:
+    """Its dtype by name, the same for a tensor and for an array or memory map."""
+    return str(table.dtype).removeprefix("torch.")
 
 
 def _readonly(table: Table) -> NDArray[np.generic]:
@@ -96,9 +104,15 @@ def _readonly(table: Table) -> NDArray[np.generic]:
     return view
 
 
-def _mix_fused(private: Table, public: Table | None, inside: int, keys: KeyRows, mask: Mask, out: Tensor) -> None:
-    run = kernel(mix_rows)
-    assert run is not None
+def _mix_fused(
+    run: Callable[..., None],
+    private: Table,
+    public: Table | None,
+    inside: int,
+    keys: KeyRows,
+    mask: Mask,
+    out: Tensor,
+) -> None:
     scale, shift = affine(private.dtype)
     first = _readonly(private)
     if mask == "sign" and keys.bits is None:
