@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import frostglass.attacks
-from frostglass.attacks.inversion import engine, seeds, spaces, terms
+from frostglass.attacks.inversion import choice, elimination, engine, seeds, spaces, terms
 from frostglass.attacks.inversion.lbfgs import lbfgs
 from frostglass.attacks.inversion.machine import Inversion
 from frostglass.attacks.inversion.rules import Rule, adam, chain, scale
@@ -267,7 +267,7 @@ def test_the_choice_among_seeds_is_the_objectives_alone() -> None:
     truth = seen.domain.normalise(private.images)
     near = replace(state, best=torch.stack([truth, torch.zeros_like(truth)]), best_loss=torch.tensor([2.0, 1.0]))
     assert attack.read(seen, near).info["seed"] == 1
-    for chooses in (attack.read, seeds.choose, seeds.keep_best, drive):
+    for chooses in (attack.read, choice.choose, choice.combined, elimination.eliminated, seeds.keep_best, drive):
         assert not {"truth", "private", "images"} & set(inspect.signature(chooses).parameters)
 
 

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from frostglass.attacks.inversion import ranks
+from frostglass.attacks.inversion.choice import AgreeingMean
+from frostglass.attacks.inversion.elimination import Elimination
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.store import CheckpointStore, load_tensors
 from frostglass.core.drive import drive
@@ -57,6 +59,20 @@ def worker(rank: int, size: int, folder: str, steps: int, seeds: int) -> None:
     last = [e.values for e in events if e.kind == "progress"][-1]
     kept = {"images": result.images, "objective": result.objective, "info": dict(result.info), "best": last["best"]}
     torch.save(kept, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def many(seeds: int) -> Any:
+    """Seeds of which some are dropped on the way, the others averaged in the end."""
+    whole = replace(attack(20, seeds), consensus=None)
+    return replace(whole, eliminate=Elimination((0.3, 0.6)), combine=AgreeingMean(within=9, shared=0))
+
+
+def chooser(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    world = joined(rank, size, folder)
+    result = drive(many(5), observed(), replace(RUN, world=world))
+    torch.save({"images": result.images, "info": dict(result.info)}, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -113,6 +129,20 @@ def test_two_ranks_equal_one_over_twenty_steps_with_a_refresh(tmp_path: Path, se
         torch.testing.assert_close(found["images"], alone.images, rtol=1e-6, atol=1e-7)  # read in float32
         assert found["info"]["seed"] == alone.info["seed"]
         assert found["info"]["seeds"] == seeds
+
+
+@pytest.mark.slow
+def test_two_ranks_drop_and_average_the_seeds_that_one_would(tmp_path: Path) -> None:
+    assert spawn(chooser, str(tmp_path)) == [0, 0]
+    alone = drive(many(5), observed(), RUN)
+    assert alone.info["seeds_eliminated"] == 3
+    assert alone.info["images_averaged"]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found["images"], alone.images, rtol=1e-6, atol=1e-7)
+        assert found["info"].keys() == alone.info.keys()
+        for name, value in alone.info.items():
+            assert found["info"][name] == pytest.approx(value, rel=1e-9), name
 
 
 @pytest.mark.slow

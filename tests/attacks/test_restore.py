@@ -174,3 +174,17 @@ def test_a_confident_network_is_left_to_the_learned_rule_and_no_high_confidence_
 def test_a_restoration_is_done_once_an_observation() -> None:
     seen, _ = relabelled("mlp", [1, 1, 1])
     assert restore.restored_of(seen, restore.by_counts()) is restore.restored_of(seen, restore.RESTORE["counts"]())
+
+
+def test_minibatches_of_one_size_are_counted_and_uneven_ones_refused() -> None:
+    even = LocalPlan("delta", "eval", epochs=2, lr=0.01, minibatch=2)
+    seen, truth = relabelled("small_bn_cnn", [3, 0, 1, 0, 0, 2], plan=even)
+    assert torch.equal(restore.restored_of(seen, restore.by_counts()).counts, truth)
+    for plan, times in (
+        (LocalPlan("delta", "eval", lr=0.01, minibatch=5), "5.0 times"),  # the last step sees one image
+        (LocalPlan("delta", "eval", lr=0.01, minibatch=2, momentum=0.9), r"2\.7 times"),
+    ):
+        uneven, _ = relabelled("small_bn_cnn", [3, 0, 1, 0, 0, 2], plan=plan)
+        with pytest.raises(BadInput, match=times):
+            restore.restored_of(uneven, restore.by_counts())
+        assert int(restore.restored_of(uneven, restore.by_row_minimum()).counts.sum()) == 6

@@ -10,6 +10,7 @@ differences cross kinks and are wrong on ReLU networks (cosine below 0.7 to the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -26,6 +27,7 @@ from frostglass.attacks.inversion.terms import Candidate, Term
 from frostglass.numerics.bn import recorded_bn
 from frostglass.numerics.image import anchor_distance
 from frostglass.numerics.local_update import Trace, in_mode, local_update, soft_cross_entropy, trainable
+from frostglass.numerics.second_order import second_order_convolutions
 
 Engine: TypeAlias = Literal["double_backward", "frozen_fd"]
 Augment: TypeAlias = Callable[[Tensor], Tensor]
@@ -111,15 +113,17 @@ def _simulated(z: Tensor, problem: Objective, *, differentiable: bool) -> Candid
     target = problem.target
     if any(term.gradient for term in problem.terms):
         smooth = ADAM_SMOOTHING if target.plan.optimizer == "adam" else 0.0
-        trace = local_update(
-            target.model,
-            images,
-            targets,
-            target.plan,
-            order=target.order(len(images)),
-            differentiable=differentiable,
-            smooth=smooth,
-        )
+        with second_order_convolutions() if differentiable else nullcontext():
+            trace = local_update(
+                target.model,
+                images,
+                targets,
+                target.plan,
+                order=target.order(len(images)),
+                differentiable=differentiable,
+                smooth=smooth,
+                statistics=any(term.statistics for term in problem.terms),
+            )
     else:
         trace = _forward(target, dict(trainable(target.model)), images, targets, mode="eval")
     return Candidate(pixels, images, targets, trace, target)

@@ -14,6 +14,9 @@ from frostglass.numerics.label_counts import Head, bias_gradient
 from frostglass.numerics.labels import classifier_layer
 from frostglass.numerics.local_update import in_mode
 
+UNEVEN = 1.5
+"""How much more than another one image may weigh in a FedAvg difference from which labels are counted."""
+
 _SCALES = (1, 2, 4, 8, 16, 32)  # sides of the noise grids that dummy images are summed from
 
 
@@ -59,8 +62,12 @@ def head_of(seen: Observation, feature_sum: float | None = None) -> Head:
         feature_sum: typical sum of a feature vector, to replace a missing bias gradient; its sign and size matter only
             then.
 
+    In minibatches of one size the steps of an epoch are means over all images together, so the same scale holds; where
+    momentum or a smaller last step makes images weigh unequally, the labels cannot be counted.
+
     Raises:
-        BadInput: no classifier gradient, or a FedAvg difference whose learning rate is not granted.
+        BadInput: no classifier gradient; a FedAvg difference whose learning rate is not granted; of Adam; or of
+            minibatches that weigh images too unequally.
     """
     layer, grad_weight, grad_bias = classifier_of(seen)
     module = seen.model.get_submodule(layer)
@@ -69,7 +76,7 @@ def head_of(seen: Observation, feature_sum: float | None = None) -> Head:
     bias = torch.zeros(len(weight), dtype=torch.float64) if module.bias is None else module.bias.detach().double().cpu()
     plan = _delta_plan(seen)
     if plan is not None:
-        effective = plan.lr * _step_weight(plan, examples_of(seen))
+        effective = plan.lr * sum(_step_weights(plan, examples_of(seen)))
         moved = weight - grad_weight / 2, bias - (0 if grad_bias is None else grad_bias / 2)
         grad_weight = grad_weight / effective - plan.weight_decay * moved[0]
         grad_bias = None if grad_bias is None else grad_bias / effective - plan.weight_decay * moved[1]
@@ -151,13 +158,30 @@ def _delta_plan(seen: Observation) -> LocalPlan | None:
             "attack: Adam's weight difference does not keep the size of the gradient, so labels cannot be restored "
             "from it; grant 'labels'."
         )
+    least, most = _weights_of_images(seen.local_plan, examples_of(seen))
+    if most > UNEVEN * least:
+        raise BadInput(
+            f"attack: in minibatches of {seen.local_plan.minibatch} out of {seen.examples} with momentum "
+            f"{seen.local_plan.momentum:g}, one image enters the difference up to {most / least:.1f} times as much as "
+            "another, so labels cannot be counted from it; grant 'labels', or restore by 'row_minimum'."
+        )
     return seen.local_plan
 
 
-def _step_weight(plan: LocalPlan, examples: int) -> float:
-    """How often the gradient enters the difference: once a step, and again in each later step through momentum."""
-    weight, velocity = 0.0, 0.0
-    for _ in range(plan.steps_for(examples)):
-        velocity = plan.momentum * velocity + 1
-        weight += velocity
-    return weight
+def _step_weights(plan: LocalPlan, examples: int) -> list[float]:
+    """How often each step's gradient enters the difference: once, and again in each later step through momentum."""
+    steps = plan.steps_for(examples)
+    return [float(sum(plan.momentum**k for k in range(steps - t))) for t in range(steps)]
+
+
+def _weights_of_images(plan: LocalPlan, examples: int) -> tuple[float, float]:
+    """(least, greatest) weight in the difference that one image can have, whatever the order of minibatches."""
+    weights = _step_weights(plan, examples)
+    if plan.whole_batches(examples):
+        return 1.0, 1.0
+    assert plan.minibatch is not None
+    per_epoch = len(weights) // plan.epochs
+    sizes = [min(plan.minibatch, examples - step * plan.minibatch) for step in range(per_epoch)]
+    shares = [weight / sizes[t % per_epoch] for t, weight in enumerate(weights)]
+    epochs = [shares[first : first + per_epoch] for first in range(0, len(shares), per_epoch)]
+    return sum(map(min, epochs)), sum(map(max, epochs))

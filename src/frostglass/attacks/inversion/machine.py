@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from frostglass.attacks.inversion import ranks, seeds
+from frostglass.attacks.inversion.choice import AgreeingMean, choose, combined, ends_told
 from frostglass.attacks.inversion.consensus import Consensus, find_anchor
+from frostglass.attacks.inversion.elimination import Elimination, eliminated
 from frostglass.attacks.inversion.engine import Engine, Evaluation, Objective, evaluate
 from frostglass.attacks.inversion.restore import Restore, by_counts, restored_of, targets_of
 from frostglass.attacks.inversion.rules import Rule, StepInfo
@@ -47,6 +49,8 @@ class Inversion:
         space: what is searched.
         consensus: what draws the seeds together, None if nothing does.
         restart: when a seed starts anew, None for never.
+        eliminate: when the worse part of the seeds is dropped, None for never.
+        combine: how agreeing seeds are averaged into the result, None for the best seed alone; pixel spaces only.
         jitter: what happens to the images before the network sees them.
         engine: how the gradient is taken (see `engine`).
         every: iterations between two reports.
@@ -62,6 +66,8 @@ class Inversion:
     space: Space = field(default_factory=pixels)
     consensus: Consensus | None = None
     restart: seeds.Restart | None = None
+    eliminate: Elimination | None = None
+    combine: AgreeingMean | None = None
     jitter: Jitter | None = None
     engine: Engine = "double_backward"
     every: int = 50
@@ -75,6 +81,13 @@ class Inversion:
         wrong = [w for w, n in (("steps", self.steps), ("seeds", self.seeds), ("every", self.every)) if n < 1]
         if wrong:
             raise BadInput([f"attack.{w}: must be a whole number from 1." for w in wrong])
+        if self.combine is not None and not self.space.per_row:
+            raise BadInput("attack.combine: seeds can be averaged in pixel spaces only; return the best seed instead.")
+
+    @property
+    def shares_seeds(self) -> bool:
+        """True: `step` knows `run.world`, so that every rank of a run takes part in it."""
+        return True
 
     def check(self, seen: Observation) -> list[str]:
         """Sentences on why this observation cannot be attacked."""
@@ -147,10 +160,10 @@ class Inversion:
             alive=alive,
             first_loss=torch.where(state.first_loss.isinf(), found.own, state.first_loss),
             last_loss=found.own,
-            lost=(~alive).sum(),
+            lost=state.lost + (state.alive & ~alive).sum(),
         )
         scalars = self._scalars(found, new, run, t)
-        return (seeds.choose(new, run.world) if t == self.steps - 1 else new), scalars
+        return (self._settled(new, target, terms, run, t) if t == self.steps - 1 else new), scalars
 
     def done(self, state: InversionState) -> bool:
         """Never early: the schedule ends the run."""
@@ -162,6 +175,9 @@ class Inversion:
         Before the last step the choice is among the seeds of this rank.
         """
         _, target, _ = self._laid_out[seen]
+        if not state.seeds:  # a rank without seeds, before the end
+            none = torch.zeros(0, *seen.image_shape)
+            return Reconstruction(images=none, proved=torch.zeros(0, dtype=torch.bool), objective=float("nan"))
         pick = int(state.best_loss.argmin())
         best = state.best[pick]
         images = seen.domain.clamp(target.denormalise(self.space.images(best, target)).detach())
@@ -173,6 +189,7 @@ class Inversion:
         info: dict[str, float | int | str | bool] = {"seed": state.seeds[pick], "seeds": self.seeds}
         told = {"seeds_dropped": state.lost, "restarts": state.restarts, "unregistered": state.unregistered}
         info |= {name: int(value) for name, value in told.items() if int(value)}
+        info |= ends_told(state)
         if labels is None and seen.labels is None:
             info |= restored_of(seen, self.restore).info
         objective = float(state.best_loss[pick])
@@ -221,7 +238,9 @@ class Inversion:
         return held[1], held[2]
 
     def _arranged(self, state: InversionState, target: Target, run: Runtime, t: int) -> InversionState:
-        """Before a step: restarts and a new anchor, where they are due."""
+        """Before a step: fewer seeds, restarts and a new anchor, where they are due."""
+        if self.eliminate is not None and self.eliminate.due(t, self.steps):
+            state = eliminated(state, self.eliminate, run.world)
         if self.restart is not None and self.restart.due(t, self.steps):
             state = seeds.restarted(state, self.restart, self.update, self.space, target, run, t)
         if self.consensus is not None and self.consensus.due(t):
@@ -232,6 +251,19 @@ class Inversion:
             found = find_anchor(images, state.alive, self.consensus, target, run.world)
             state = replace(seeds.forget_best(state), anchor=found.z, unregistered=found.unregistered)
         return state
+
+    def _settled(
+        self, state: InversionState, target: Target, terms: tuple[Term, ...], run: Runtime, t: int
+    ) -> InversionState:
+        """After the last step: what is returned, by objective alone."""
+        if self.combine is None:
+            return choose(state, run.world)
+        problem = replace(self._objective(target, terms, state, t), anchor=None)
+
+        def objective(z: Tensor) -> Tensor:
+            return evaluate(z, problem, gradient=False).own
+
+        return combined(state, self.combine, objective, target.epochs, run.world)
 
     def _objective(self, target: Target, terms: tuple[Term, ...], state: InversionState, t: int) -> Objective:
         group = self.consensus.weight if self.consensus is not None else 0.0

@@ -1,13 +1,15 @@
 """Everything that crosses ranks: sums for the consensus, numbers for reports, the final choice, checkpoints in step.
 
-Seed g of a run lives on rank g mod size, whatever the number of ranks: a run on two ranks makes the draws of a run on
-one. Ranks meet at consensus refreshes, at reports, at checkpoints and at the end, and nowhere else.
+Seed g of a run begins on rank g mod size, and its draws are addressed by g: a run on two ranks makes those of a run on
+one. Ranks meet at consensus refreshes, eliminations, reports, checkpoints and at the end, and nowhere else.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,30 +35,72 @@ def seeds_of(world: World, seeds: int) -> tuple[int, ...]:
     return tuple(range(world.rank, seeds, world.size))
 
 
+def started() -> bool:
+    """Whether `torchrun` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Of this rank: "cuda" without a number is dealt out by torchrun's LOCAL_RANK."""
+    if device.type != "cuda" or device.index is not None or not started():
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 @contextmanager
-def joined_world(*, device: torch.device | None = None, timeout_s: float = 300.0) -> Iterator[World]:
+def joined_world(*, device: torch.device | None = None, timeout_s: float = 6 * 3600.0) -> Iterator[World]:
     """The ranks that `torchrun` started, joined for the block; World(0, 1) where it did not start this process.
 
     Args:
-        device: of the computation; NCCL on CUDA, else gloo.
-        timeout_s: how long a rank waits for another before it gives up.
+        device: of this rank's computation; NCCL where every rank has a CUDA device of its own, else gloo.
+        timeout_s: how long a rank waits for one that is alive. A rank that is killed is noticed at once; the others do
+            wait while one of them scores, or runs an attack that has no seeds to share.
 
     Raises:
         BadInput: torchrun's variables are there but the ranks cannot find each other.
+        RankLost: in the block, if torchrun ends this process because another is gone.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if not started() or dist.is_initialized():
         size = dist.get_world_size() if dist.is_initialized() else 1
         yield World(dist.get_rank(), size) if size > 1 else World()
         return
-    backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(_backend(device), timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as wrong:
         raise BadInput(f"ranks: cannot be joined ({_first_line(wrong)}); start with torchrun.") from None
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        with _ended_in_words():
+            yield World(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def _backend(device: torch.device | None) -> str:
+    if device is None or device.type != "cuda":
+        return "gloo"
+    torch.cuda.set_device(device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    return "nccl" if here <= torch.cuda.device_count() else "gloo"
+
+
+@contextmanager
+def _ended_in_words() -> Iterator[None]:
+    """SIGTERM, by which torchrun ends the ranks that are left when one is gone, as a RankLost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise RankLost("ranks: told to stop, another rank is gone or the job was cancelled" + _GO_ON)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_GO_ON = "; start all ranks again with --resume to go on from the last checkpoint."
 
 
 @contextmanager
@@ -66,13 +110,17 @@ def _together(what: str) -> Iterator[None]:
         yield
     except RuntimeError as wrong:  # torch.distributed's errors are RuntimeErrors
         raise RankLost(
-            f"ranks: {what} failed, another rank was killed or is late ({_first_line(wrong)}); start all ranks again "
-            "with --resume to go on from the last checkpoint"
+            f"ranks: {what} failed, another rank was killed or is late ({_first_line(wrong)})" + _GO_ON
         ) from wrong
 
 
 def _first_line(wrong: BaseException) -> str:
     return next((line.strip() for line in str(wrong).splitlines() if line.strip()), type(wrong).__name__)[:200]
+
+
+def lost_by(world: World, wrong: BaseException) -> str:
+    """Why this rank ends, and with it the run."""
+    return f"ranks: rank {world.rank} failed ({type(wrong).__name__}: {_first_line(wrong)})" + _GO_ON
 
 
 def total(x: Tensor, world: World, what: str) -> Tensor:
@@ -113,6 +161,59 @@ def gathered(value: Any, world: World, what: str) -> list[Any]:
         found: list[Any] = [None] * world.size
         dist.all_gather_object(found, value)
     return found
+
+
+def from_first(call: Callable[[], S], world: World, what: str) -> S:
+    """call() on rank 0 alone; every rank gets its value.
+
+    Raises:
+        BadInput: on every rank, where rank 0 refuses.
+    """
+    if world.size == 1:
+        return call()
+    found, refused = _tried(call) if world.rank == 0 else (None, None)
+    found, refused = gathered((found, refused), world, what)[0]
+    if refused is not None:
+        raise BadInput(refused)
+    return found
+
+
+def same_on_all(value: S, world: World, what: str) -> S:
+    """`value`, if all ranks hold the same.
+
+    Raises:
+        BadInput: on every rank, where they differ.
+    """
+    if len(set(gathered(value, world, what))) > 1:
+        raise BadInput(f"ranks: they hold different {what}; give all of them the same files and plan.")
+    return value
+
+
+def on_all(call: Callable[[], S], world: World, what: str) -> S:
+    """call() on every rank; each keeps its own value.
+
+    Raises:
+        BadInput: on every rank, where one refuses.
+    """
+    if world.size == 1:
+        return call()
+    found, refused = _tried(call)
+    wrong = [problems for problems in gathered(refused, world, what) if problems is not None]
+    if wrong:
+        raise BadInput(wrong[0])
+    return found
+
+
+def _tried(call: Callable[[], Any]) -> tuple[Any, tuple[str, ...] | None]:
+    try:
+        return call(), None
+    except BadInput as refused:
+        return None, refused.problems
+
+
+def agreed(stop: Callable[[], bool], world: World) -> Callable[[], bool]:
+    """`stop`, made one answer: all ranks stop if one of them would. Asked by all ranks at the same reports."""
+    return lambda: any(gathered(bool(stop()), world, "a report"))
 
 
 @dataclass

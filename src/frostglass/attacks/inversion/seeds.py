@@ -1,4 +1,4 @@
-"""What becomes of seeds: dropped when they break, restarted when they diverge, one chosen at the end."""
+"""What becomes of seeds: dropped when they break, restarted when they diverge."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from frostglass.attacks.inversion import ranks
 from frostglass.attacks.inversion.rules import Rule
 from frostglass.attacks.inversion.spaces import Space
 from frostglass.attacks.inversion.state import InversionState, per_seed, where_seeds
 from frostglass.attacks.inversion.target import Target
-from frostglass.core.runtime import Runtime, World
+from frostglass.core.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -64,33 +63,8 @@ def restarted(
         rule=where_seeds(lost, rule.init(fresh), state.rule),
         alive=state.alive | lost,
         first_loss=torch.where(lost, inf, state.first_loss),
+        lost=state.lost - (lost & ~state.alive).sum(),
         restarts=state.restarts + lost.sum(),
-    )
-
-
-def choose(state: InversionState, world: World) -> InversionState:
-    """After the last step: every rank holds the one seed with the lowest own objective of all ranks, and no other.
-
-    The truth has no part in the choice: it is no argument of this function, nor of anything that calls it.
-    """
-    if world.size == 1:
-        return state
-    what = "the choice among seeds"
-    held = [(float(state.best_loss[i]), number, i) for i, number in enumerate(state.seeds)]
-    bid = min(held, default=(float("inf"), -1, 0))
-    bids = ranks.gathered(bid[:2], world, what)
-    owner = min(range(world.size), key=lambda rank: bids[rank])
-    mine = state.best[bid[2]] if held else state.best.new_zeros(state.best.shape[1:])
-    return replace(
-        state,
-        best=ranks.from_rank(mine.contiguous(), owner, world, what)[None],
-        best_loss=state.best_loss.new_full((1,), bids[owner][0]),
-        seeds=(bids[owner][1],),
-        alive=state.alive.new_ones(1),
-        first_loss=state.best_loss.new_full((1,), bids[owner][0]),
-        last_loss=state.best_loss.new_full((1,), bids[owner][0]),
-        lost=ranks.total(state.lost, world, what),
-        restarts=ranks.total(state.restarts, world, what),
     )
 
 

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What became of the mean of seeds.
+
+    Args:
+        seeds: how many agreed.
+        images: images of which their mean is returned; of the others, that of the best seed.
+        best: objective of the best seed under the weights of the last step.
+    """
+
+    seeds: int
+    images: int
+    best: float
 
 
 @dataclass(frozen=True)
@@ -23,10 +40,12 @@ class InversionState:
         seeds: their numbers in the whole run.
         alive: [s] False once a value was not finite: such a seed is dropped, and the others go on.
         first_loss, last_loss: [s] own objective at the (re)start and at the last step, to detect divergence.
-        lost: seeds dropped so far.
+        lost: seeds dropped so far because a value was not finite.
         anchor: [b, c, h, w] what the seeds agree on, in normalised space; None before the first refresh.
         restarts: restarts of diverged seeds so far.
         unregistered: images that could not be registered at the last refresh.
+        eliminated: seeds of all ranks left behind so far because others had lower objectives.
+        averaged: set at the end where seeds may be averaged and some agreed.
     """
 
     z: Tensor
@@ -43,6 +62,8 @@ class InversionState:
     anchor: Tensor | None
     restarts: Tensor
     unregistered: Tensor
+    eliminated: int = 0
+    averaged: Averaged | None = None
 
 
 def per_seed(mask: Bool[Tensor, " s"], like: Tensor) -> Bool[Tensor, ...]:
@@ -60,3 +81,29 @@ def where_seeds(mask: Bool[Tensor, " s"], new: Any, old: Any) -> Any:
     if isinstance(old, tuple):
         return tuple(where_seeds(mask, n, o) for n, o in zip(new, old, strict=True))
     return old
+
+
+def take_seeds(index: Tensor, held: Any) -> Any:
+    """The seeds at `index` [n] of a state: tensors have seeds first, tuples are walked, anything else stays."""
+    if isinstance(held, Tensor):
+        return held.index_select(0, index)
+    if isinstance(held, tuple):
+        return tuple(take_seeds(index, part) for part in held)
+    return held
+
+
+def join_seeds(parts: Sequence[Any]) -> Any:
+    """The inverse of `take_seeds`: parts of one state, one after another, on the device of the first."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat([part.to(first.device) for part in parts])
+    if isinstance(first, tuple):
+        return tuple(join_seeds(column) for column in zip(*parts, strict=True))
+    return first
+
+
+def on_host(held: Any) -> Any:
+    """The same with tensors in the memory of the CPU, to be sent to another process."""
+    if isinstance(held, Tensor):
+        return held.detach().cpu()
+    return tuple(on_host(part) for part in held) if isinstance(held, tuple) else held

@@ -61,6 +61,13 @@ class Target:
         n = self.seen.examples
         return epoch_order(self.plan, n) if n is not None and self.epochs > 1 and images == n * self.epochs else None
 
+    def as_sent(self, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Gradients of a candidate as the client's defence would send them, noise apart, where that grant was given.
+
+        So pruned entries are not matched, rounding is passed straight through, and clipping scales.
+        """
+        return own if self.seen.defence is None else self.seen.defence.simulate(own, self.gradients)
+
     @property
     def names(self) -> list[str]:
         """Parameters that were sent."""

@@ -46,6 +46,7 @@ class Term:
         value: scalar, on the graph.
         needs: grants without which the term cannot be computed.
         gradient: True if it compares with the observed update (a prior does not).
+        statistics: False if it does not read `candidate.trace.bn`; where no term does, that is not computed.
     """
 
     name: str
@@ -53,10 +54,12 @@ class Term:
     value: Callable[[Candidate], Tensor]
     needs: frozenset[Knows] = field(default_factory=frozenset)
     gradient: bool = False
+    statistics: bool = True
 
 
 def _simulated(c: Candidate) -> list[Tensor]:
-    return [c.trace.gradients[name] for name in c.target.names]
+    sent = c.target.as_sent({name: c.trace.gradients[name] for name in c.target.names})
+    return [sent[name] for name in c.target.names]
 
 
 def match_cosine(weight: float | Schedule = 1.0) -> Term:
@@ -64,8 +67,9 @@ def match_cosine(weight: float | Schedule = 1.0) -> Term:
     return Term(
         "cosine",
         weight,
-        lambda c: distance.cosine_distance(distance.flatten(_simulated(c)), c.target.flat),
+        lambda c: distance.cosine(_simulated(c), list(c.target.gradients.values())),
         gradient=True,
+        statistics=False,
     )
 
 
@@ -76,6 +80,7 @@ def match_layer_norms(weight: float | Schedule = 1.0) -> Term:
         weight,
         lambda c: distance.layer_norms(_simulated(c), list(c.target.gradients.values())),
         gradient=True,
+        statistics=False,
     )
 
 
@@ -86,12 +91,13 @@ def match_squared(weight: float | Schedule = 1.0) -> Term:
         weight,
         lambda c: distance.squared_error(_simulated(c), list(c.target.gradients.values())),
         gradient=True,
+        statistics=False,
     )
 
 
 def total_variation(weight: float | Schedule) -> Term:
     """Anisotropic total variation of the variable (mean absolute difference)."""
-    return Term("tv", weight, lambda c: image.total_variation(c.z))
+    return Term("tv", weight, lambda c: image.total_variation(c.z), statistics=False)
 
 
 def variation_norm(weight: float | Schedule) -> Term:
@@ -99,12 +105,12 @@ def variation_norm(weight: float | Schedule) -> Term:
 
     The norm is our reading: like all other norms of that objective it is not squared.
     """
-    return Term("tv", weight, lambda c: image.variation_norm(c.z))
+    return Term("tv", weight, lambda c: image.variation_norm(c.z), statistics=False)
 
 
 def l2_norm(weight: float | Schedule) -> Term:
     """||x||_2 per image (Yin et al. 2021, Eq. 9), not squared."""
-    return Term("l2", weight, lambda c: image.mean_norm(c.z))
+    return Term("l2", weight, lambda c: image.mean_norm(c.z), statistics=False)
 
 
 def cross_entropy(weight: float | Schedule) -> Term:
@@ -112,7 +118,7 @@ def cross_entropy(weight: float | Schedule) -> Term:
 
     A prior: the observed gradient has no part in it.
     """
-    return Term("cross_entropy", weight, lambda c: c.trace.loss)
+    return Term("cross_entropy", weight, lambda c: c.trace.loss, statistics=False)
 
 
 def bn_statistics(weight: float | Schedule, source: Knows, *, relative: bool = False) -> Term:
@@ -144,7 +150,7 @@ def epoch_agreement(weight: float | Schedule = 10.0) -> Term:
         means = c.z.unflatten(0, (c.target.epochs, -1)).mean(1)
         return (means - means.mean(0)).square().mean()
 
-    return Term("epochs", weight, value)
+    return Term("epochs", weight, value, statistics=False)
 
 
 def available_bn(seen: Observation) -> Knows | None:

@@ -1,0 +1,124 @@
+"""Convolutions whose gradients are cheap to differentiate: for simulations of a client step that keep the graph.
+
+PyTorch's double backward of a convolution takes the second gradient of the weight for a batch of images and the
+gradient of the output for kernels of an image's size, which is slow on CPU. The same sum is an ordinary input gradient.
+With g the gradient of y = conv(x, w), and a and b what its gradients of x and of w are multiplied with,
+
+    d/dg = conv(a, w) + conv(x, b),    d/dx = input gradient of (g, b),    d/dw = weight gradient of (g, a).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class second_order_convolutions(TorchFunctionMode):
+    """In the block, `conv2d` has a gradient that is cheap to differentiate once more, to its input and to weights that
+    are themselves results.
+
+    Weights that are leaves get a gradient where a graph is kept (`create_graph=True`) and none in the pass after it: an
+    attack's derivative goes to the images. Third derivatives are refused.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replaces convolutions of explicit padding; everything else passes."""
+        if func is torch.conv2d and torch.is_grad_enabled():
+            return _conv2d(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Form(NamedTuple):
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if isinstance(padding, str) or input.ndim != 4:
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    form = _Form(_pair(stride), _pair(padding), _pair(dilation), groups)
+    y: Tensor = _Convolution.apply(input, weight, form)  # type: ignore[no-untyped-call]
+    return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    return (both[0], both[-1])
+
+
+def _convolved(x: Tensor, w: Tensor, form: _Form) -> Tensor:
+    y: Tensor = torch.ops.aten.convolution(
+        x, w, None, form.stride, form.padding, form.dilation, False, (0, 0), form.groups
+    )
+    return y
+
+
+def _slopes(g: Tensor, x: Tensor, w: Tensor, form: _Form, of_x: bool, of_w: bool) -> tuple[Tensor | None, ...]:
+    """Gradients of conv(x, w) times g: (of x, of w), None where not asked for."""
+    found = torch.ops.aten.convolution_backward(
+        g, x, w, None, form.stride, form.padding, form.dilation, False, (0, 0), form.groups, (of_x, of_w, False)
+    )
+    return found[0] if of_x else None, found[1] if of_w else None
+
+
+def _wanted(w: Tensor) -> bool:
+    return w.requires_grad and (torch.is_grad_enabled() or not w.is_leaf)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, form: _Form) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.form = form
+        return _convolved(x, w, form)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        asked = (ctx.needs_input_grad[0], _wanted(w))
+        taken = _Slopes.apply if torch.is_grad_enabled() else _slopes
+        return *taken(slopes[0], x, w, ctx.form, *asked), None
+
+
+class _Slopes(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, w: Tensor, form: _Form, of_x: bool, of_w: bool
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(g, x, w)
+        ctx.form = form
+        ctx.set_materialize_grads(False)
+        return _slopes(g, x, w, form, of_x, of_w)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, x, w = ctx.saved_tensors
+        form, needs = ctx.form, ctx.needs_input_grad
+        of_g = of_x = of_w = None
+        if needs[0] and a is not None:
+            of_g = _convolved(a, w, form)
+        if needs[0] and b is not None:
+            more = _convolved(x, b, form)
+            of_g = more if of_g is None else of_g.add_(more)
+        if needs[1] and b is not None:
+            of_x = _slopes(g, x, b, form, True, False)[0]
+        if a is not None and _wanted(w):
+            of_w = _slopes(g, a, w, form, False, True)[1]
+        return of_g, of_x, of_w, None, None, None
