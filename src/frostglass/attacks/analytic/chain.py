@@ -68,7 +68,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One call of a watched module in the probe."""
 
     name: str
@@ -82,22 +82,22 @@ def find_chain(seen: Observation) -> tuple[Chain | None, str]:
     problem = _foreign(seen)
     if problem:
         return None, problem
-    images = _probe_images(seen)
-    calls, logits = _calls(seen, images)
+    images = probe_images(seen)
+    calls, logits = calls_of(seen, images)
     blocks: list[Block] = []
     before: Tensor | None = None  # what the last block wrote, before its ReLU
     at = 0
     while at < len(calls) and isinstance(calls[at].module, nn.Conv2d):
         conv = calls[at]
-        if before is not None and not _same(conv.read, before.relu()):
+        if before is not None and not same(conv.read, before.relu()):
             return None, f"what {conv.name!r} reads is not the ReLU of what {_last(blocks)!r} writes; {_PLAIN}"
         at += 1
         norm = calls[at] if at < len(calls) and isinstance(calls[at].module, nn.BatchNorm2d | nn.GroupNorm) else None
         if norm is not None:
-            if not _same(norm.read, conv.wrote):
+            if not same(norm.read, conv.wrote):
                 return None, f"{norm.name!r} does not read what {conv.name!r} writes; {_PLAIN}"
             at += 1
-        block, problem = _block(conv, norm)
+        block, problem = as_block(conv, norm)
         if block is None:
             return None, problem
         blocks.append(block)
@@ -112,7 +112,7 @@ def _finish(
     seen: Observation,
     images: Tensor,
     logits: Tensor,
-    calls: list[_Call],
+    calls: list[Call],
     at: int,
     blocks: list[Block],
     before: Tensor | None,
@@ -123,12 +123,12 @@ def _finish(
     head = calls[at] if at < len(calls) else None
     if head is None or not isinstance(head.module, nn.Linear) or at + 1 != len(calls):
         return None, f"after {_last(blocks)!r} there is more than one Linear layer; {_PLAIN}"
-    if head.read.shape != before.flatten(1).shape or not _same(head.read, before.relu().flatten(1)):
+    if head.read.shape != before.flatten(1).shape or not same(head.read, before.relu().flatten(1)):
         return None, (
             f"{head.name!r} does not read every value of the ReLU after {_last(blocks)!r}; pooling there hides where "
             "they were, and this attack needs them."
         )
-    if head.module.bias is None or not _same(logits, head.wrote):
+    if head.module.bias is None or not same(logits, head.wrote):
         return None, f"{head.name!r} has no bias, or is not the last thing the model does; this attack needs both."
     affine = _affine(seen, images, calls[0].read)
     if affine is None:
@@ -150,7 +150,7 @@ def _foreign(seen: Observation) -> str:
     return ""
 
 
-def _probe_images(seen: Observation) -> Tensor:
+def probe_images(seen: Observation) -> Tensor:
     """A dark, a bright and two mixed images, in the model's dtype and on its device."""
     weight = next(iter(seen.model.parameters()))
     low, high = seen.domain.low, seen.domain.high
@@ -160,13 +160,13 @@ def _probe_images(seen: Observation) -> Tensor:
     return torch.cat([torch.full_like(ramp, low), torch.full_like(ramp, high), ramp, shuffled])
 
 
-def _calls(seen: Observation, images: Tensor) -> tuple[list[_Call], Tensor]:
+def calls_of(seen: Observation, images: Tensor) -> tuple[list[Call], Tensor]:
     """Calls of watched modules in their order, in eval mode, and the logits; the model is left as it was."""
-    calls: list[_Call] = []
+    calls: list[Call] = []
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            calls.append(_Call(name, module, args[0].detach().clone(), out.detach().clone()))
+            calls.append(Call(name, module, args[0].detach().clone(), out.detach().clone()))
 
         return module.register_forward_hook(hook)
 
@@ -180,7 +180,8 @@ def _calls(seen: Observation, images: Tensor) -> tuple[list[_Call], Tensor]:
     return calls, logits
 
 
-def _block(conv: _Call, norm: _Call | None) -> tuple[Block | None, str]:
+def as_block(conv: Call, norm: Call | None) -> tuple[Block | None, str]:
+    """(the block, "") or (None, a sentence on what is not read of its convolution)."""
     module = conv.module
     assert isinstance(module, nn.Conv2d)
     if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
@@ -201,11 +202,12 @@ def _affine(seen: Observation, images: Tensor, read: Tensor) -> tuple[Tensor, Te
         return None
     scale = (read[1] - read[0]) / (seen.domain.high - seen.domain.low)
     offset = read[0] - scale * seen.domain.low
-    fits = bool((scale != 0).all()) and _same(read, scale * images + offset)
+    fits = bool((scale != 0).all()) and same(read, scale * images + offset)
     return (scale, offset) if fits else None
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding."""
     return a.shape == b.shape and torch.allclose(a, b, atol=1e-4, rtol=1e-4)
 
 

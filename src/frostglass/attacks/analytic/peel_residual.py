@@ -1,0 +1,339 @@
+"""Peeling a residual network for one image: exact activations from the top down, then pixels that fit them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from frostglass.attacks.analytic.activation_fit import Goal, goals_of, mismatch
+from frostglass.attacks.analytic.chain import as_layer
+from frostglass.attacks.analytic.proof import prove
+from frostglass.attacks.analytic.residual_graph import Graph, find_graph
+from frostglass.attacks.analytic.residual_peel import Peeled, Sent, peel_down
+from frostglass.attacks.inversion.machine import Inversion, InversionState
+from frostglass.attacks.inversion.rules import Rule, StepInfo, adam, chain, scale
+from frostglass.attacks.inversion.schedules import cosine, falling
+from frostglass.attacks.inversion.target import lay_out, refuse_broken_values, update_problems
+from frostglass.attacks.recipes.thaw import thaw
+from frostglass.attacks.registry import ATTACKS
+from frostglass.core.drive import Scalars
+from frostglass.core.reconstruction import Reconstruction
+from frostglass.core.runtime import Runtime, World
+from frostglass.core.threat import GradientMessage, Knows, Observation
+from frostglass.numerics.conv_layer import ConvLayer
+from frostglass.numerics.conv_subspace import places
+from frostglass.numerics.distance import cosine_distance, flatten
+from frostglass.numerics.image import total_variation
+from frostglass.numerics.local_update import local_update
+
+CERTIFIED = 1e-4
+"""Largest distance between the recovered top activations' mean and what the head read, which no solve has used."""
+
+COARSEST = 4
+"""Pixels are fitted where activations at least this many times coarser than the image, along an axis, were reached."""
+
+
+@dataclass(frozen=True)
+class ResidualState:
+    """What is kept between steps.
+
+    Args:
+        stage: "algebra", "pixels", "matching" (where the algebra did not reach far enough) or "over".
+        told: what the algebra found, for the report.
+        goals: activations that pixels are fitted to, those nearest to the image first.
+        z: [1, c, h, w] pixels in the domain's normalised space; rule: state of Adam; iteration: of either fit.
+        best, best_loss: the pixels at their lowest loss.
+        matching: state of the gradient matching.
+    """
+
+    stage: str
+    told: dict[str, float | int | str | bool]
+    goals: tuple[Goal, ...]
+    z: Float[Tensor, "1 c h w"]
+    rule: Any
+    iteration: int
+    best: Float[Tensor, "1 c h w"]
+    best_loss: Tensor
+    matching: InversionState
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    graph: Graph
+    sent: Sent
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class PeelResidual:
+    """See `peel_residual`."""
+
+    name: str
+    pixel_steps: int
+    update: Rule
+    tv: float
+    tv_start: float
+    fallback: Inversion
+    every: int
+    needs: frozenset[Knows] = frozenset({Knows.EXAMPLES})
+    _held: weakref.WeakKeyDictionary[Observation, tuple[torch.device, torch.dtype, _Prepared]] = field(
+        default_factory=weakref.WeakKeyDictionary, repr=False, compare=False
+    )
+
+    @property
+    def steps(self) -> int:
+        """One for the algebra, the rest for pixels."""
+        return 1 + self.pixel_steps
+
+    def check(self, seen: Observation) -> list[str]:
+        """Sentences on why this observation cannot be attacked."""
+        return _problems(seen)
+
+    def init(self, seen: Observation, run: Runtime) -> ResidualState:
+        """Nothing solved; grey pixels."""
+        self._prepared(seen, run)
+        like = torch.zeros((), dtype=run.dtype, device=run.device)
+        z = 0.01 * run.rng.at("pixels").normal((1, *seen.image_shape), like=like)
+        best_loss = torch.full_like(like, math.inf)
+        matching = self.fallback.init(seen, _alone(run))
+        return ResidualState("algebra", {}, (), z, self.update.init(z), 0, z.clone(), best_loss, matching)
+
+    def step(self, seen: Observation, state: ResidualState, run: Runtime, t: int) -> tuple[ResidualState, Scalars]:
+        """The whole algebra, or one iteration of a fit."""
+        if state.stage == "algebra":
+            return self._algebra(self._prepared(seen, run), state, run)
+        if state.stage == "pixels":
+            return self._pixels(seen, self._prepared(seen, run), state, run)
+        if state.stage == "matching":
+            matched, scalars = self.fallback.step(seen, state.matching, _alone(run), state.iteration)
+            return self._counted(replace(state, matching=matched)), scalars
+        return state, {}
+
+    def done(self, state: ResidualState) -> bool:
+        """All iterations were made."""
+        return state.stage == "over"
+
+    def read(self, seen: Observation, state: ResidualState) -> Reconstruction:
+        """The best pixels, and how far the algebra came; none of it uses the private image."""
+        run = Runtime(device=state.z.device, dtype=state.z.dtype)
+        targets = self._targets(seen)
+        if not state.goals:
+            found = self.fallback.read(seen, state.matching)
+            return replace(found, info={**found.info, **state.told})
+        images = seen.domain.clamp(seen.domain.denormalise(state.best))
+        told = {**state.told, "pixel_loss": float(state.best_loss)}
+        proof = prove(seen, images) if told["certificate"] else None
+        if proof is not None:
+            told["recomputed_gradient_error"] = proof.error
+        return Reconstruction(
+            images=images.float().cpu(),
+            proved=torch.full((1,), proof is not None and proof.holds, dtype=torch.bool),
+            objective=self.objective_of(seen, images, targets, run),
+            targets=targets,
+            label_counts=None if seen.labels is not None else targets.sum(0),
+            info=told,
+        )
+
+    def objective_of(self, seen: Observation, images: Tensor, targets: Tensor, run: Runtime) -> float:
+        """1 - cosine of the whole observed update and the one that `images` with `targets` would give.
+
+        Args:
+            seen: the observation.
+            images: [b, c, h, w] in the bounds of the domain.
+            targets: [b, k].
+            run: device and dtype.
+        """
+        goal = lay_out(seen, run)
+        trace = local_update(goal.model, images.to(run.device, run.dtype), targets.to(run.device, run.dtype), goal.plan)
+        found = flatten([trace.gradients[n] for n in goal.names])
+        return max(0.0, float(cosine_distance(found.double(), goal.flat.double())))
+
+    def _targets(self, seen: Observation) -> Tensor:
+        """[1, k]: granted, or the class whose bias gradient is least (iDLG's rule, exact for one image)."""
+        if seen.labels is not None:
+            return seen.labels.float().cpu()
+        graph, _ = find_graph(seen)
+        assert graph is not None
+        least = seen.gradients[f"{graph.head_name}.bias"].argmin()
+        return torch.nn.functional.one_hot(least, seen.classes)[None].float().cpu()
+
+    def _prepared(self, seen: Observation, run: Runtime) -> _Prepared:
+        held = self._held.get(seen)
+        if held is None or held[:2] != (run.device, run.dtype):
+            refuse_broken_values(seen)
+            held = (run.device, run.dtype, _prepare(seen, run))
+            self._held[seen] = held
+        return held[2]
+
+    def _algebra(self, prepared: _Prepared, state: ResidualState, run: Runtime) -> tuple[ResidualState, Scalars]:
+        found = peel_down(prepared.sent)
+        told = _told(found)
+        reached = told["certificate"] and _fine_enough(prepared, found, state.z.shape[2])
+        goals = goals_of(prepared.graph, found.values, state.z) if reached else ()
+        if not goals and told["certificate"]:
+            told["warning"] = (
+                "activations near the head were recovered exactly, but too coarse ones to fit pixels to: shown is an "
+                "image by gradient matching"
+            )
+        stage = "pixels" if goals else "matching"
+        scalars = {"features_error": found.features_error} if math.isfinite(found.features_error) else {}
+        return replace(state, stage=stage, goals=goals, told=told), scalars
+
+    def _pixels(
+        self, seen: Observation, prepared: _Prepared, state: ResidualState, run: Runtime
+    ) -> tuple[ResidualState, Scalars]:
+        """One iteration of Adam on the pixels: a forward and a backward pass, no second derivative."""
+        domain, t = seen.domain, state.iteration
+        z = state.z.detach().requires_grad_(True)
+        with torch.enable_grad():
+            reached = mismatch(prepared.graph, prepared.model, state.goals, domain.denormalise(z))
+            prior = total_variation(z)
+            weight = falling(self.tv_start, self.tv)(t, self.pixel_steps) if self.tv else 0.0
+            slope = torch.autograd.grad(reached + weight * prior, z)[0]
+        change, rule = self.update.apply(slope, state.rule, StepInfo(t, self.pixel_steps, run.rng.at("step", t)))
+        low, high = (domain.normalise(torch.full_like(z[:1, :1], v)) for v in (domain.low, domain.high))
+        better = reached.detach() < state.best_loss
+        new = replace(
+            state,
+            z=torch.minimum(torch.maximum(z.detach() + change, low), high),
+            rule=rule,
+            best=torch.where(better, z.detach(), state.best),
+            best_loss=torch.where(better, reached.detach(), state.best_loss),
+        )
+        return self._counted(new), {"pixel_loss": reached.detach(), "tv": prior.detach()}
+
+    def _counted(self, state: ResidualState) -> ResidualState:
+        done = state.iteration + 1
+        return replace(state, iteration=done, stage="over" if done == self.pixel_steps else state.stage)
+
+
+def _alone(run: Runtime) -> Runtime:
+    """For the matching: every rank does all of it, as it does the algebra."""
+    return replace(run.at("matching"), world=World())
+
+
+def _problems(seen: Observation) -> list[str]:
+    """Why this observation cannot be attacked; the first kind that applies."""
+    problems = update_problems(seen)
+    if problems:
+        return problems
+    if any(not isinstance(m, GradientMessage) or m.kind != "gradient" for m in seen.messages):
+        return ["update: a gradient is wanted, not a weight difference."]
+    if seen.examples != 1:
+        return [
+            f"client.batch: {seen.examples or 'an unknown number of'} images; this attack reads the gradient of one."
+        ]
+    graph, misfit = find_graph(seen)
+    if graph is None:
+        return [misfit]
+    node = graph.nodes[-1]
+    wanted = [f"{graph.head_name}.weight", f"{graph.head_name}.bias"]
+    assert node.unit is not None
+    absent = [n for n in (*wanted, f"{node.unit.name}.weight") if n not in seen.gradients]
+    if absent:
+        return [f"update: the gradient of {n!r} was not sent; this attack needs it." for n in absent]
+    layer = as_layer(node.unit, None, False)
+    count, outputs = places(layer, node.unit.size), layer.weight.shape[0]
+    if count > outputs or max(layer.weight.shape[2:]) == 1:
+        return [
+            f"model: {node.unit.name!r} writes {count} places in {outputs} channels; this attack needs at most as many "
+            "places as channels, and a kernel wider than one."
+        ]
+    if seen.mode == "train" and _norms(graph) - set(seen.bn_batch or {}):
+        return ["threat.grants: in train mode this attack needs the batch's BatchNorm statistics; grant 'bn_batch'."]
+    return []
+
+
+def _norms(graph: Graph) -> set[str]:
+    return {u.norm_name for u in graph.units if u.norm_name}
+
+
+def _prepare(seen: Observation, run: Runtime) -> _Prepared:
+    graph, _ = find_graph(seen)
+    assert graph is not None
+    by_batch = seen.mode == "train"
+    statistics = (seen.bn_batch or {}) if by_batch else {}
+    cpu = torch.device("cpu")
+    layers: dict[str, ConvLayer] = {
+        u.name: as_layer(u, statistics.get(u.norm_name), by_batch).to(cpu, torch.float64) for u in graph.units
+    }
+    gradients = {n: g.detach().double().cpu() for n, g in seen.gradients.items()}
+    last = graph.nodes[-1].unit
+    assert last is not None
+    count = last.conv.in_channels * last.size[0] * last.size[1]
+    start = run.rng.at("subspace").normal((count,), like=torch.zeros((), dtype=torch.float64))
+    model = _with_statistics(seen.model, statistics).to(run.device, run.dtype)
+    return _Prepared(graph, Sent(graph, layers, gradients, start), model)
+
+
+def _with_statistics(model: nn.Module, statistics: Mapping[str, Any]) -> nn.Module:
+    """A copy in eval mode whose BatchNorm layers use the batch's statistics, where they were seen."""
+    made = copy.deepcopy(model).eval().requires_grad_(False)
+    for name, seen in statistics.items():
+        norm = made.get_submodule(name)
+        assert isinstance(norm, nn.BatchNorm2d)
+        norm.running_mean, norm.running_var = seen.mean.detach().clone(), seen.var.detach().clone()
+    return made
+
+
+def _told(found: Peeled) -> dict[str, float | int | str | bool]:
+    told: dict[str, float | int | str | bool] = {
+        "certificate": found.features_error < CERTIFIED,
+        "convolutions_solved": len(found.residuals),
+        "lowest_solved": next(reversed(found.residuals), "none"),
+    }
+    if found.residuals:
+        told["largest_residual"] = max(found.residuals.values())
+    if math.isfinite(found.features_error):
+        told["features_error"] = found.features_error
+    if found.problem:
+        told["warning"] = f"{found.problem}: shown is an image by gradient matching"
+    elif not told["certificate"]:
+        told["warning"] = "the recovered activations are not what the head read: shown is an image by gradient matching"
+    return told
+
+
+def _fine_enough(prepared: _Prepared, found: Peeled, size: int) -> bool:
+    """Whether activations with enough places for the pixels were recovered."""
+    shapes = [prepared.graph.nodes[i].shape for i in found.values if prepared.graph.nodes[i].unit is not None]
+    return any(COARSEST * h >= size and c * h * w >= 2 * size * size for c, h, w in shapes)
+
+
+@ATTACKS.register(
+    paper="Frostglass; related: Zhu & Blaschko 2021 (R-GAP), Dimitrov et al. 2024 (SPEAR)", family="analytic"
+)
+def peel_residual(
+    *, steps: int = 1000, lr: float = 0.4, tv: float = 1e-6, tv_start: float = 0.07, every: int = 50
+) -> PeelResidual:
+    """One image out of a residual network's gradient: exact activations by linear algebra, then pixels that fit them.
+
+    The row space of the last convolution's gradient gives what it read, overlapping patches settle it up to one factor,
+    and every layer below is a linear least-squares problem for as long as its gradient has as many equations as
+    unknowns. It works on trained networks and on images that the network is sure of, where gradient matching fails, and
+    in train mode if the batch's BatchNorm statistics are granted. Where it does not reach activations fine enough,
+    gradient matching (`thaw`) takes over and the report says so.
+
+    Args:
+        steps: iterations on the pixels.
+        lr: peak learning rate, reached after 20 iterations, 0 at the end.
+        tv, tv_start: weight of the total variation at the end and at the start; set tv to 0 on encodings, whose
+            neighbouring pixels are unrelated.
+        every: iterations between two reports.
+    """
+    return PeelResidual(
+        "peel_residual",
+        pixel_steps=steps,
+        update=chain(adam(), scale(cosine(lr, warmup=20))),
+        tv=tv,
+        tv_start=max(tv_start, tv),
+        fallback=thaw(steps=steps, every=every) if tv else thaw(steps=steps, tv=0.0, every=every),
+        every=every,
+    )
