@@ -25,17 +25,18 @@ def small(attack: dict[str, Any] | list[dict[str, Any]] | None = None, **parts: 
         "client": {"batch": 2, "batches": 2},
         "attack": attacks if isinstance(attacks, list) else [attacks],
     }
-    top = {k: parts.pop(k) for k in ("threat", "report", "seed", "name") if k in parts}
+    top = {k: parts.pop(k) for k in ("threat", "report", "verdict", "seed", "name") if k in parts}
     for key, value in parts.items():
         scenario[key] = scenario[key] | value if isinstance(value, dict) and key in scenario else value
     return {"scenario": [scenario], "threat": {"grants": ["examples", "labels"]}} | top
 
 
 def outcome_of(folder: Path) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(scorecard without seconds, reconstructions, pictures)."""
+    """(scorecard without seconds and date, reconstructions, pictures)."""
     card = load_scorecard(folder / "scorecard.json").model_dump()
     for cell in card["cells"]:
         cell["seconds"] = 0.0
+    card["standards"]["evidence"]["date"] = ""
     pictures = folder / "pictures.safetensors"
     return card, load_file(folder / "reconstruction.safetensors"), load_file(pictures) if pictures.exists() else {}
 

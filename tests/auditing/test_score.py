@@ -207,6 +207,7 @@ def test_a_threshold_on_a_distance_counts_downwards(monkeypatch: pytest.MonkeyPa
 
 
 MODELS = [scorecard.Scorecard, Cell, scorecard.Labels, ImageScore, scorecard.Summary, scorecard.OverThreshold]
+MODELS += [scorecard.Verdict, scorecard.AuditVerdict, scorecard.PitfallCheck]
 
 
 def test_docs_explain_every_field_of_the_scorecard() -> None:

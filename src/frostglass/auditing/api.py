@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frostglass.attacks.inversion.ranks import joined_world, own_device
 from frostglass.auditing.plan import FROM_PYTHON, DataPlan, Plan, load_plan, parse_plan
 from frostglass.auditing.prepare import Inputs
 from frostglass.auditing.run import run_plan
@@ -42,6 +43,7 @@ def audit(
     device: str = "auto",
     resume: bool = False,
     emit: Emit = silent,
+    ranks: bool = False,
 ) -> AuditReport:
     """Attacks what a client would send, and writes a scorecard and a report.
 
@@ -67,6 +69,8 @@ def audit(
         device: "auto", "cpu" or "cuda".
         resume: go on with a killed run in `out`.
         emit: told of progress.
+        ranks: share the work among the ranks that `torchrun` started, or that have joined a process group already: all
+            of them must call, with the same arguments, and `out` must be given; rank 0 alone writes and tells.
 
     Raises:
         BadInput: something cannot be used as given; every problem is named, nothing was computed.
@@ -99,7 +103,14 @@ def audit(
     else:
         checked = load_plan(Path(plan))
     inputs = Inputs(model, images, labels)
-    return _run(_with_inputs(checked, inputs), out, pick_device(device), resume, emit, inputs)
+    changed = _with_inputs(checked, inputs)
+    if not ranks:
+        return _run(changed, out, pick_device(device), resume, emit, inputs)
+    if out is None:
+        raise BadInput("out: ranks that share a run need one folder; give it.")
+    own = own_device(pick_device(device))
+    with joined_world(device=own) as world:
+        return run_plan(changed, Path(out), device=own, resume=resume, emit=emit, inputs=inputs, world=world)
 
 
 def _run(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from frostglass.auditing.metrics.registry import METRICS
 from frostglass.auditing.plan import ClientPlan, DefensePlan, Named, Plan, ScenarioPlan, ThreatPlan
 from frostglass.auditing.scorecard import Summary
+from frostglass.guarantees.interval import clopper_pearson
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def expand(plan: Plan) -> Iterator[CellPlan]:
         defenses = _told_apart([_defended(d) for d in scenario.defense], [_told(*d.parts) for d in scenario.defense])
         attacks = _told_apart([a.name for a in scenario.attack], [_told(a) for a in scenario.attack])
         bound = " (upper bound)" if _beyond_reality(threat, scenario) else ""
+        if "modified_model" in threat.grants:
+            bound += " (malicious ceiling)"
         for defense, against in zip(scenario.defense, defenses, strict=True):
             for attack, name in zip(scenario.attack, attacks, strict=True):
                 number += 1
@@ -111,12 +114,24 @@ def pitfalls(cell: CellPlan, *, units: int, repeats_images: bool, batchnorm: boo
     return found
 
 
+def beyond_chance(summary: Summary | None) -> bool:
+    """An identification game was won more often than guessing explains, at 95 %."""
+    if summary is None or not summary.asked or summary.identified is None or not summary.candidates:
+        return False
+    return clopper_pearson(summary.identified, summary.asked)[0] > 1 / summary.candidates
+
+
 def outcome(attack: str, summary: Summary | None, encoding: Summary | None) -> str:
     """What was recovered, as half a sentence."""
     if summary is None:
         return "the run failed"
     total = summary.images
     over = summary.over_threshold
+    if summary.asked:
+        return (
+            f"the right one of {summary.candidates} candidates named in {summary.identified} of {summary.asked} "
+            f"messages (chance {1 / (summary.candidates or 1):.2g})"
+        )
     if encoding is not None and encoding.proved:
         private = f"{over.count} of the private images recognisable" if over.count else "no private image directly"
         return f"{encoding.proved} of {total} encodings recovered exactly, {private}"

@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from frostglass.auditing.plan_reading import read_values, sentences, without_errors
+from frostglass.auditing.plan_verdict import Strict, VerdictPlan
 from frostglass.core.errors import BadInput
 
 FROM_PYTHON = "python"
@@ -27,12 +28,7 @@ Title = Annotated[str, Field(max_length=200), AfterValidator(_one_line)]
 """What reports, tables and terminals print."""
 
 
-class _Strict(BaseModel):
-    # no coercion: "8" is no number, true is no 1
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
-
-
-class DataPlan(_Strict):
+class DataPlan(Strict):
     """Where the private images come from."""
 
     source: str = Field("photos", description='"photos", "digits", "folder:PATH" or "parquet:FILE"')
@@ -40,18 +36,21 @@ class DataPlan(_Strict):
     channels: Literal[1, 3] | None = Field(None, description="1 grey, 3 colour; none: as they are")
 
 
-class ModelPlan(_Strict):
+class ModelPlan(Strict):
     """The network that is trained."""
 
     name: str = Field("small_bn_cnn", description="a built-in, torchvision:NAME, or package.module:factory")
     mode: Literal["train", "eval"] = Field("train", description="mode of the client's model during its step")
     weights: str | None = Field(None, description="a .safetensors or .pt file; none: random, from the seed")
+    stage: Literal["init", "early", "middle", "final"] | None = Field(
+        None, description="how far the weights are trained; none: init without weights, else unknown"
+    )
     classes: int | None = Field(None, ge=2, description="outputs; none: as many as the data has")
     fix: Literal["opacus"] | None = Field(None, description='"opacus" replaces layers that Opacus refuses')
     options: dict[str, Any] = Field(default_factory=dict, description="parameters of the network's maker")
 
 
-class ClientPlan(_Strict):
+class ClientPlan(Strict):
     """What each client does with its batch."""
 
     batch: int = Field(4, ge=1, description="images of one client")
@@ -104,22 +103,23 @@ class DefensePlan(BaseModel):
         return "+".join(p.name for p in self.parts) or "none"
 
 
-class ThreatPlan(_Strict):
+class ThreatPlan(Strict):
     """What the attacker knows beyond the model and the update."""
 
     name: Title = Field("honest-but-curious server", description="for the report")
     grants: list[str] = Field(default_factory=lambda: ["examples"], description="strings of the grants enum")
     auxiliary: str | None = Field(None, description="a data source whose images the grant 'auxiliary' gives away")
+    gallery: int = Field(100, ge=2, description="candidates that the grant 'gallery' shows, the target among them")
 
 
-class ThresholdPlan(_Strict):
+class ThresholdPlan(Strict):
     """What counts as recognisable; fixed before the run."""
 
     metric: str = Field("ssim", description="one of report.metrics")
     value: float = Field(0.5, description="score that counts as recognisable")
 
 
-class ReportPlan(_Strict):
+class ReportPlan(Strict):
     """What the report shows."""
 
     metrics: list[str] = Field(default_factory=lambda: ["psnr", "ssim"], description="names of metrics")
@@ -128,7 +128,7 @@ class ReportPlan(_Strict):
     threshold: ThresholdPlan = Field(default_factory=ThresholdPlan, description="what counts as recognisable")
 
 
-class ScenarioPlan(_Strict):
+class ScenarioPlan(Strict):
     """One client set-up; every combination of its defences and attacks is a cell."""
 
     name: Title = Field("", description="for titles; its position if left out")
@@ -140,9 +140,10 @@ class ScenarioPlan(_Strict):
     )
     attack: list[Named] = Field(min_length=1, description="each is run against each defence")
     threat: ThreatPlan | None = Field(None, description="replaces the plan's [threat] for this scenario")
+    control: bool = Field(False, description="true: shows that the attacks work, and has no part in the verdict")
 
 
-class Plan(_Strict):
+class Plan(Strict):
     """A whole audit."""
 
     name: Title = Field("audit", min_length=1, description="of the audit, for the report")
@@ -150,6 +151,7 @@ class Plan(_Strict):
     scenario: list[ScenarioPlan] = Field(min_length=1, description="client set-ups")
     threat: ThreatPlan = Field(default_factory=ThreatPlan, description="of every scenario without one of its own")
     report: ReportPlan = Field(default_factory=ReportPlan, description="what is measured and shown")
+    verdict: VerdictPlan = Field(default_factory=VerdictPlan, description="what a verdict is about")
 
     def threat_of(self, scenario: ScenarioPlan) -> ThreatPlan:
         """The scenario's own threat model, or the plan's."""

@@ -17,6 +17,7 @@ from frostglass.auditing.plan import (
     ScenarioPlan,
     ThreatPlan,
 )
+from frostglass.auditing.plan_verdict import verdict_problems
 from frostglass.core.defense import Defense, stack
 from frostglass.core.drive import Attack
 from frostglass.core.errors import BadInput, close_match
@@ -30,6 +31,7 @@ from frostglass.vision.networks import MODELS
 def semantic_problems(plan: Plan) -> list[str]:
     """All sentences about `plan` together."""
     found = _metric_problems(plan)
+    found += verdict_problems(plan.verdict, {a.name for s in plan.scenario for a in s.attack})
     found += _threat_problems(plan.threat, "threat")
     names = [scenario.name for scenario in plan.scenario]
     for i, scenario in enumerate(plan.scenario):

@@ -94,7 +94,8 @@ def prepare(plan: Plan, index: int, device: torch.device, inputs: Inputs | None 
     scenario = plan.scenario[index]
     inputs = inputs or Inputs()
     rng = Rng.from_seed(plan.seed, "client side", str(index))
-    data = _data(scenario, inputs, rng)
+    threat = plan.threat_of(scenario)
+    data = _data(scenario, inputs, rng, whole="gallery" in threat.grants)
     client = scenario.client
     needed = client.batch * client.cohort
     if needed > len(data.images):
@@ -105,7 +106,6 @@ def prepare(plan: Plan, index: int, device: torch.device, inputs: Inputs | None 
     model = _model(scenario, inputs, data, rng).to(device)
     classes = _outputs(scenario, model, data.images[:2].to(device))
     data = _labelled(scenario, inputs, data, classes)
-    threat = plan.threat_of(scenario)
     auxiliary = None
     if threat.auxiliary is not None and "auxiliary" in threat.grants:
         size, channels = int(data.images.shape[-1]), int(data.images.shape[1])
@@ -114,7 +114,11 @@ def prepare(plan: Plan, index: int, device: torch.device, inputs: Inputs | None 
     return Prepared(scenario, model, data, classes, domain, threat, rng, auxiliary, device)
 
 
-def _data(scenario: ScenarioPlan, inputs: Inputs, rng: Rng) -> datasets.ImageSet:
+GALLERY_ROWS = 20_000
+"""Images of a large source that galleries are drawn from."""
+
+
+def _data(scenario: ScenarioPlan, inputs: Inputs, rng: Rng, *, whole: bool = False) -> datasets.ImageSet:
     if inputs.images is not None:
         return _given(inputs.images, inputs.labels)
     where = scenario.data
@@ -124,7 +128,9 @@ def _data(scenario: ScenarioPlan, inputs: Inputs, rng: Rng) -> datasets.ImageSet
     client = scenario.client
     wanted = client.batch * client.cohort * client.batches * (client.clients // client.cohort)
     rows = None
-    if total > 4 * wanted + 64:  # a large set: decode only the images that the repetitions will use
+    if whole:
+        wanted = max(wanted, GALLERY_ROWS)
+    if total > (wanted if whole else 4 * wanted + 64):  # a large set: decode only the images that will be used
         rows = sorted(rng.at("rows").permutation(total)[:wanted].tolist())
     return datasets.load(where.source, size=where.size, channels=where.channels, rows=rows)
 

@@ -13,13 +13,16 @@ from torch import Tensor
 
 from frostglass._version import __version__
 from frostglass.attacks.registry import ATTACKS
-from frostglass.auditing.cells import CellPlan, outcome, pitfalls
+from frostglass.auditing.cells import CellPlan, beyond_chance, outcome, pitfalls
+from frostglass.auditing.judging import judge
 from frostglass.auditing.plan import Plan
 from frostglass.auditing.plan_checks import make_defense
 from frostglass.auditing.prepare import Prepared
 from frostglass.auditing.score import Scored, summarise
-from frostglass.auditing.scorecard import Cell, Labels, Scorecard
+from frostglass.auditing.scorecard import Cell, ImageScore, Labels, Scorecard
+from frostglass.auditing.standards import standards
 from frostglass.auditing.store import RunFolder
+from frostglass.auditing.verdict import audit_verdict
 from frostglass.core.journal import json_ready
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.registry import Registry
@@ -91,8 +94,8 @@ def cell_row(plan: Plan, cell: CellPlan, prepared: Prepared, done: Account) -> C
         objective=_mean([r.objective for r in done.results]),
         objective_at_truth=_mean(done.at_truth),
         labels=_pooled_labels([s.labels for s in done.scored]),
-        images=[row for s in done.scored for row in s.private],
-        summary=summarise([s.private for s in done.scored], threshold),
+        images=[row for s in done.scored for row in _named(s)],
+        summary=summarise([_named(s) for s in done.scored], threshold),
         encoding_images=[row for s in done.scored for row in s.encoding],
         encoding_summary=summarise([s.encoding for s in done.scored if s.encoding], threshold),
         privacy_spent=None if done.spent is None else json_ready(vars(done.spent)),
@@ -100,7 +103,16 @@ def cell_row(plan: Plan, cell: CellPlan, prepared: Prepared, done: Account) -> C
         warnings=_warnings(cell, prepared, done),
         metric_notes={name: note for s in reversed(done.scored) for name, note in s.notes.items()},
         settings=json_ready(_settings(cell)),
+        batchnorm=bool(bn_layers(prepared.model)),
     )
+
+
+def _named(scored: Scored) -> list[ImageScore]:
+    """Scores of the private images; the first is the one that an identification game is about."""
+    if scored.identified is None or not scored.private:
+        return scored.private
+    game = {"identified": scored.identified, "candidates": scored.candidates}
+    return [scored.private[0].model_copy(update=game), *scored.private[1:]]
 
 
 def _warnings(cell: CellPlan, prepared: Prepared, done: Account) -> list[str]:
@@ -189,8 +201,14 @@ def pictures(cell: CellPlan, done: Account, folder: RunFolder) -> dict[str, Tens
     return found
 
 
-def scorecard(plan: Plan, rows: list[Cell], device: torch.device) -> Scorecard:
-    """All cells with what made them."""
+def scorecard(plan: Plan, rows: list[Cell], device: torch.device, data_sha256: str | None = None) -> Scorecard:
+    """All cells with what made them, their verdicts, and what standards ask for."""
+    judged = judge(plan, rows)
+    card = _scorecard(plan, judged, device).model_copy(update={"verdict": audit_verdict(judged)})
+    return card.model_copy(update={"standards": standards(plan, card, data_sha256)})
+
+
+def _scorecard(plan: Plan, rows: list[Cell], device: torch.device) -> Scorecard:
     return Scorecard(
         name=plan.name,
         seed=plan.seed,
@@ -221,6 +239,8 @@ _SHORT = {
     "auxiliary": "similar images",
     "cohort": "the cohort's size",
     "defence": "the defence",
+    "gallery": "the candidates and all other images of the message",
+    "modified_model": "how it had changed the model",
 }
 """Grants in the headline's words."""
 
@@ -242,6 +262,7 @@ def headline(rows: Sequence[Cell]) -> str:
         return (not r.upper_bound, r.summary.proved / n, r.summary.over_threshold.count / n, ssim)
 
     shown = [r for r in done if r.summary and (r.summary.proved or r.summary.over_threshold.count)]
+    shown = shown or [r for r in done if beyond_chance(r.summary)]
     if not shown:
         who = "The attack" if len(done) == 1 else f"None of the {len(done)} attack runs"
         showed = "showed no recognisable image" if len(done) == 1 else "showed a recognisable image"

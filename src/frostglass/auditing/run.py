@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from frostglass._version import __version__
+from frostglass.attacks.inversion import ranks
+from frostglass.auditing import ranked
 from frostglass.auditing.cells import CellPlan, expand, outcome
 from frostglass.auditing.nonmembers import NonMembers, non_members
 from frostglass.auditing.plan import Plan
@@ -33,8 +35,10 @@ from frostglass.core.files import write_json
 from frostglass.core.journal import Journal
 from frostglass.core.randomness import Rng
 from frostglass.core.reconstruction import Reconstruction
-from frostglass.core.runtime import Runtime
+from frostglass.core.runtime import Runtime, World
 from frostglass.core.threat import GradientMessage, Observation
+
+ALONE = World()
 
 CHECKPOINTS = 10
 """At the least so many in one attack; long attacks write one every 200 steps."""
@@ -52,6 +56,7 @@ def run_plan(
     emit: Emit = silent,
     inputs: Inputs | None = None,
     debug: bool = False,
+    world: World = ALONE,
 ) -> AuditReport:
     """Runs every cell of `plan` and writes the run folder.
 
@@ -64,18 +69,21 @@ def run_plan(
         emit: told of everything that happens.
         inputs: the user's own model and images.
         debug: let unexpected errors through instead of noting a failed cell.
+        world: ranks that run this plan together, all of them calling: they share the seeds of attacks that can, and
+            rank 0 alone runs the others, scores, writes and tells.
 
     Raises:
         BadInput: the plan cannot be run; nothing has been written then.
+        RankLost: another rank is gone; the folder holds what is needed to go on with `resume`.
     """
     folder = RunFolder(out)
-    folder.check(plan.digest(), resume=resume)
+    ranks.from_first(lambda: folder.check(plan.digest(), resume=resume), world, "the start")
     with _deterministic():
-        prepared = _prepare_all(plan, device, inputs, debug)
-        data = hashlib.sha256(b"".join(p.digest() for p in prepared)).hexdigest()
-        folder.open(plan.to_toml(), plan.digest(), data, resume=resume)
-        tell = broadcast(Journal(out / "events.jsonl"), emit)
-        return _run_cells(plan, prepared, folder, device, tell, debug)
+        prepared = ranks.on_all(lambda: _prepare_all(plan, device, inputs, debug), world, "the start")
+        data = ranks.same_on_all(_data_digest(prepared), world, "images, labels and weights")
+        ranks.from_first(lambda: folder.open(plan.to_toml(), plan.digest(), data, resume=resume), world, "the start")
+        tell = broadcast(Journal(out / "events.jsonl"), emit) if world.rank == 0 else silent
+        return _run_cells(plan, prepared, folder, device, tell, debug, world)
 
 
 @contextmanager
@@ -132,8 +140,13 @@ def _play(prepared: Prepared, defense: Defense, unit: int, debug: bool) -> Round
         ) from wrong
 
 
+def _data_digest(prepared: list[Prepared]) -> str:
+    """SHA-256 of all images, labels and weights."""
+    return hashlib.sha256(b"".join(p.digest() for p in prepared)).hexdigest()
+
+
 def _run_cells(
-    plan: Plan, prepared: list[Prepared], folder: RunFolder, device: torch.device, tell: Emit, debug: bool
+    plan: Plan, prepared: list[Prepared], folder: RunFolder, device: torch.device, tell: Emit, debug: bool, world: World
 ) -> AuditReport:
     out = folder.path
     cells = list(expand(plan))
@@ -143,18 +156,25 @@ def _run_cells(
     shown: dict[str, Tensor] = {}
     others = lru_cache(maxsize=1)(lambda index: non_members(prepared[index], plan.report))  # a scenario at a time
     for cell in cells:
-        row, done = _run_cell(plan, cell, prepared[cell.index], partial(others, cell.index), folder, tell, debug)
+        if world.rank:
+            rows.append(_assist(plan, cell, prepared[cell.index], folder, debug, world))
+            continue
+        row, done = _run_cell(plan, cell, prepared[cell.index], partial(others, cell.index), folder, tell, debug, world)
+        ranked.end_cell(row, world)
         rows.append(row)
         recovered |= {f"{cell.id}/{unit}": r.images for unit, r in enumerate(done.results)}
         if plan.report.show_images and done.scored:
             shown |= pictures(cell, done, folder)
-    card = scorecard(plan, rows, device)
+    card = scorecard(plan, rows, device, _data_digest(prepared))
+    if world.rank:
+        return AuditReport(card, out)
     save_tensors(out / "reconstruction.safetensors", recovered)
     if plan.report.show_images:
         save_tensors(out / "pictures.safetensors", shown)
     write_json(out / "scorecard.json", card.model_dump(mode="json"))
     write_report(out)
-    tell(Event("run_finished", plan.name, values={"headline": card.headline, "failed": len(card.failed)}))
+    said = {"headline": card.headline, "failed": len(card.failed)}
+    tell(Event("run_finished", plan.name, values=said | ({"verdict": card.verdict.verdict} if card.verdict else {})))
     return AuditReport(card, out)
 
 
@@ -166,6 +186,7 @@ def _run_cell(
     folder: RunFolder,
     tell: Emit,
     debug: bool,
+    world: World,
 ) -> tuple[Cell, Account]:
     done = Account()
     attack, defense = make_attack(cell.attack), make_defense(cell.defense)
@@ -173,7 +194,7 @@ def _run_cell(
     try:
         for unit in range(prepared.units):
             played = _play(prepared, defense, unit, debug)
-            result, note = _attack_unit(plan, cell, attack, played, unit, prepared, folder, tell)
+            result, note = _attack_unit(plan, cell, attack, played, unit, prepared, folder, tell, world)
             scored = score(result, played, plan.report.metrics, others(), null=plan.report.null)
             if unit == 0 and hasattr(attack, "warnings"):
                 done.notes += attack.warnings(played.seen)
@@ -183,6 +204,8 @@ def _run_cell(
             done.spent = played.spent
             done.seconds += float(note["seconds"])
             done.iterations = max(done.iterations, int(note["iterations"]))
+    except ranks.RankLost:
+        raise
     except Exception as wrong:  # whatever breaks one cell, the others go on
         if debug and not isinstance(wrong, AttackFailed):
             raise
@@ -193,6 +216,34 @@ def _run_cell(
         text = outcome(cell.attack.name, row.summary, row.encoding_summary)
         tell(Event("cell_finished", cell.id, values={"outcome": text, "seconds": round(done.seconds, 2)}))
     return row, done
+
+
+def _assist(plan: Plan, cell: CellPlan, prepared: Prepared, folder: RunFolder, debug: bool, world: World) -> Cell:
+    """What ranks other than 0 do in a cell: their share of the attacks that it calls them to; returns its row."""
+    attack, defense = make_attack(cell.attack), make_defense(cell.defense)
+    while not isinstance(call := ranked.next_call(world), Cell):
+        run = _runtime(plan, cell, call, attack, prepared, world)
+        slots = ranked.slots_of(folder, cell.id, call, run)
+        try:
+            seen = _play(prepared, defense, call, debug).seen
+            ranked.drive_share(attack, seen, run, slots, save_every=_save_every(attack))
+        except ranks.RankLost:
+            raise
+        except AttackFailed:
+            pass  # rank 0 meets the same, and writes it down
+        ranked.drop(slots)
+    return call
+
+
+def _runtime(plan: Plan, cell: CellPlan, unit: int, attack: Attack[Any], prepared: Prepared, world: World) -> Runtime:
+    """Of one repetition. One way: the attack's key says nothing about the client's, which have a root of their own and
+    mix in the images."""
+    rng = Rng.from_seed(plan.seed, "attack", attack.name).at(cell.id, unit)
+    return Runtime(rng, prepared.device, world=world if ranked.shares(attack, world) else World())
+
+
+def _save_every(attack: Attack[Any]) -> int:
+    return max(1, min(200, attack.steps // CHECKPOINTS))
 
 
 def _is_memory(wrong: BaseException) -> bool:
@@ -222,6 +273,7 @@ def _attack_unit(
     prepared: Prepared,
     folder: RunFolder,
     tell: Emit,
+    world: World,
 ) -> tuple[Reconstruction, Mapping[str, Any]]:
     """One repetition: from its result file, from its checkpoint, or from the start."""
     kept = folder.load_result(cell.id, unit)
@@ -233,8 +285,7 @@ def _attack_unit(
             f"update: {broken[0]!r} holds values that are not finite ({len(broken)} such tensors); lower client.lr, or "
             "check the model's weights"
         )
-    # one way: the attack's key says nothing about the client's, which have a root of their own and mix in the images
-    rng = Rng.from_seed(plan.seed, "attack", attack.name).at(cell.id, unit)
+    run = _runtime(plan, cell, unit, attack, prepared, world)
     last = {"step": 0}
 
     def listen(event: Event) -> None:
@@ -245,15 +296,16 @@ def _attack_unit(
         tell(Event(event.kind, f"{cell.id}/{unit}", event.step, event.steps, event.values))
 
     begun = time.perf_counter()
-    result = drive(
-        attack,
-        played.seen,
-        Runtime(rng, prepared.device),
-        emit=listen,
-        store=folder.checkpoint(cell.id, unit, prepared.device),
-        save_every=max(1, min(200, attack.steps // CHECKPOINTS)),
-        film=film_steps(attack.steps) if plan.report.show_images and unit == 0 else frozenset(),
-    )
+    film = film_steps(attack.steps) if plan.report.show_images and unit == 0 else frozenset()
+    every = _save_every(attack)
+    if run.world.size > 1:
+        ranked.call_others(unit, world)
+        slots = ranked.slots_of(folder, cell.id, unit, run)
+        result = ranked.drive_share(attack, played.seen, run, slots, save_every=every, emit=listen, film=film)
+        ranked.drop(slots)
+    else:
+        store = folder.checkpoint(cell.id, unit, prepared.device)
+        result = drive(attack, played.seen, run, emit=listen, store=store, save_every=every, film=film)
     note = {"seconds": time.perf_counter() - begun, "iterations": last["step"]}
     folder.save_result(cell.id, unit, result, note)
     return result, note

@@ -33,6 +33,8 @@ class Scored:
         truth: what was opened, for pictures (only if the plan shows images) and for the objective at the truth.
         order, encoding_order: rows of the reconstruction matched to private images and to encodings, -1 for none.
         notes: what belongs beside a metric, or why it is n/a, by its name.
+        identified: of an attack that chose among candidates, whether the choice is right; None of any other.
+        candidates: how many it chose among; chance is 1 / candidates.
     """
 
     private: list[ImageScore]
@@ -42,6 +44,8 @@ class Scored:
     order: Tensor
     encoding_order: Tensor
     notes: dict[str, str] = field(default_factory=dict)
+    identified: bool | None = None
+    candidates: int | None = None
 
 
 def score(
@@ -85,7 +89,12 @@ def score(
         values, _ = _values(found, goal, encoding_order, metrics, None)
         encoding = _rows(values, encoding_order, result, truth.trained, "encoding")
         private = [p.model_copy(update={"proved": False}) for p in private]  # proved rows are encodings, not images
-    return Scored(private, encoding, _labels(result, played, truth), truth, order, encoding_order, notes)
+    chose = truth.place is not None and "choice" in result.info
+    return Scored(
+        private, encoding, _labels(result, played, truth), truth, order, encoding_order, notes,
+        identified=int(result.info["choice"]) == truth.place if chose else None,
+        candidates=int(result.info["candidates"]) if chose else None,
+    )  # fmt: skip
 
 
 def _unit_range(batch: Batch) -> Tensor:
@@ -213,7 +222,17 @@ def summarise(batches: Sequence[Sequence[ImageScore]], threshold: ThresholdPlan)
         ),
         psnr_batch_means=[_rounded(statistics.fmean(m)) for m in means if m],
         extra_means=_extra_means(rows),
+        **_identified(rows),
     )
+
+
+def _identified(rows: Sequence[ImageScore]) -> dict[str, int]:
+    """Counts of an identification game; nothing if there was none."""
+    asked = [r for r in rows if r.identified is not None and r.candidates is not None]
+    if not asked:
+        return {}
+    least = min(r.candidates for r in asked if r.candidates is not None)
+    return {"asked": len(asked), "identified": sum(bool(r.identified) for r in asked), "candidates": least}
 
 
 def _extra_means(rows: Sequence[ImageScore]) -> dict[str, float]:

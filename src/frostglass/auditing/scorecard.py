@@ -55,6 +55,10 @@ class ImageScore(_Strict):
     proved: bool = Field(description="the attack verified this row algebraically against the observation")
     target: Literal["private", "encoding"] = Field("private", description="what it was compared with")
     extra: dict[str, float | None] = Field(default_factory=dict, description="further metrics by name")
+    identified: bool | None = Field(
+        None, description="named by the attack among `candidates`; null: it was not asked about this image"
+    )
+    candidates: int | None = Field(None, description="equally likely candidates, itself among them; null: no such game")
     null: NullRank | None = Field(
         None, description="its scores among non-members; null: not asked for, not matched, none there, or an encoding"
     )
@@ -91,9 +95,60 @@ class Summary(_Strict):
     psnr_batch_means: list[float] = Field(
         default_factory=list, description="one mean for each batch with a match: the spread"
     )
+    asked: int | None = Field(None, description="messages in which the attack had to name one image; null: none")
+    identified: int | None = Field(None, description="messages in which it named the right one")
+    candidates: int | None = Field(None, description="among how many; chance is 1 / candidates")
     extra_means: dict[str, float] = Field(
         default_factory=dict, description="means of further metrics over the images that have them"
     )
+
+
+class Verdict(_Strict):
+    """What a cell shows about its success event, which the plan fixed before the run."""
+
+    verdict: Literal["BROKEN CLAIM", "VIOLATED", "BOUNDED", "INCONCLUSIVE"] = Field(
+        description="the first that holds, in this order"
+    )
+    holds: list[str] = Field(description="all that hold")
+    text: str = Field(description="the reason, with its numbers")
+    role: Literal["test", "control", "exploratory"] = Field(
+        description="control: shows that the attack works; exploratory: not the primary test; neither is in the total"
+    )
+    event: str = Field(description="what counted as a success")
+    kappa: float = Field(description="success of a guess without access")
+    tolerance: float = Field(description="success rate that is tolerated")
+    confidence: float = Field(description="of the two-sided interval, over all tests together")
+    tests: int = Field(description="that share the error (Bonferroni)")
+    trials: int = Field(description="independent trials: one target image a message")
+    successes: int = Field(description="trials in which the event occurred")
+    lower: float | None = Field(description="limit of the success rate (Clopper-Pearson); null without a trial")
+    upper: float | None = Field(description="the other limit; to be quoted only where `unsuccessful`")
+    proved: int = Field(description="private images that were recovered and verified: facts at any n")
+    gamma: float | None = Field(description="highest success that is proved or claimed for this event; null: none is")
+    gamma_total: float | None = Field(description="the same over all releases that are claimed")
+    basis: str | None = Field(description="what gamma rests on")
+    assumptions: list[str] = Field(description="of gamma")
+    unsuccessful: bool = Field(description="it may be said that this attack did not succeed, and `upper` be quoted")
+    lacking: list[str] = Field(description="what such a statement still needs")
+
+
+class AuditVerdict(_Strict):
+    """Of the whole audit: a violation anywhere counts, and BOUNDED only where every test is bounded."""
+
+    verdict: Literal["BROKEN CLAIM", "VIOLATED", "BOUNDED", "INCONCLUSIVE"] = Field(description="over all tests")
+    text: str = Field(description="one sentence")
+    exit_code: int = Field(description="of `frostglass audit --gate`: 0, 10, 11 or 12 in the order BOUNDED, VIOLATED, "
+        "INCONCLUSIVE, BROKEN CLAIM")  # fmt: skip
+    tests: int = Field(description="cells that count")
+
+
+class PitfallCheck(_Strict):
+    """Whether a cell walks into a known mistake of such evaluations."""
+
+    number: int = Field(description="1 to 14, as in docs/verdicts.md")
+    about: str = Field(description="the mistake")
+    status: Literal["ok", "warning", "not_applicable"] = Field(description="warning: the cell does not rule it out")
+    found: str = Field(description="what is the case here")
 
 
 class Cell(_Strict):
@@ -118,7 +173,7 @@ class Cell(_Strict):
     )
     error: str | None = Field(None, description="why it failed, one sentence")
     seconds: float = Field(
-        0.0, description="of the attack, all batches; the only field that differs between equal runs"
+        0.0, description="of the attack, all batches; with the evidence's date, all that differs between equal runs"
     )
     iterations: int = Field(0, description="steps of the longest attack")
     objective: float | None = Field(
@@ -143,6 +198,9 @@ class Cell(_Strict):
         default_factory=dict, description="by metric: what belongs beside it (pool, chance level), or why it is n/a"
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="every parameter, defaults included")
+    batchnorm: bool | None = Field(None, description="whether the network has BatchNorm; null: not recorded")
+    verdict: Verdict | None = Field(None, description="on the success event; null: none was given")
+    pitfalls: list[PitfallCheck] = Field(default_factory=list, description="the 14 checks, in their order")
 
 
 class Scorecard(_Strict):
@@ -158,6 +216,10 @@ class Scorecard(_Strict):
     show_images: bool = Field(description="whether the report may hold private images")
     cells: list[Cell] = Field(description="one for each scenario x defence x attack, in the plan's order")
     limits: list[str] = Field(description="what a run like this cannot show")
+    verdict: AuditVerdict | None = Field(None, description="over all cells that are tests; null: none was given")
+    standards: dict[str, Any] = Field(
+        default_factory=dict, description="fields that standards ask for: threat letters, NIST, ISO/IEC 27559, evidence"
+    )
 
     @property
     def failed(self) -> list[Cell]:
@@ -188,9 +250,10 @@ class AuditReport:
         return self.folder / "report.html"
 
     def __str__(self) -> str:
-        from frostglass.auditing.table import table_text
+        from frostglass.auditing.table import table_text, verdict_text
 
-        return f"{self.headline}\n\n{table_text(self.scorecard)}\n\nReport: {self.html}"
+        parts = [self.headline, verdict_text(self.scorecard), table_text(self.scorecard), f"Report: {self.html}"]
+        return "\n\n".join(part for part in parts if part)
 
     def __repr__(self) -> str:
         return f"AuditReport({len(self.cells)} cells, {self.folder})"

@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from frostglass.auditing.galleries import shuffled_gallery
 from frostglass.auditing.plan import ClientPlan
 from frostglass.auditing.prepare import Prepared
 from frostglass.core.batch import Batch, Sealed, one_hot
 from frostglass.core.defense import Defense
-from frostglass.core.randomness import Insecure, Rng
+from frostglass.core.randomness import Rng
 from frostglass.core.threat import Facts, Observation, ThreatModel, parse_grants
-from frostglass.core.update import LocalPlan, PrivacySpent, Update
+from frostglass.core.update import LocalPlan, PrivacySpent
 from frostglass.defenses.channels import direct, secure_sum
 from frostglass.numerics.bn import running_statistics
-from frostglass.numerics.fedavg import drawn_order
-from frostglass.numerics.local_update import local_update
+from frostglass.numerics.client_step import defended_step
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,12 @@ class Truth:
     Args:
         private: the private images of the message, all clients of its cohort.
         trained: what was trained on: the encodings where a defence encodes, else the private images.
+        place: where the first private image is in the gallery; None where no gallery was granted.
     """
 
     private: Batch
     trained: Batch
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,20 @@ def play(prepared: Prepared, defense: Defense, unit: int) -> Round:
     """
     client = prepared.scenario.client
     plan = local_plan(client, prepared.scenario.model.mode)
-    private, trained, updates = [], [], []
+    raws, private, trained, updates = [], [], [], []
     for member in range(client.cohort):
         raw = _draw(prepared, unit, member)
         key = prepared.rng.at("keys", unit, member, defense.name, _digest(raw.images))
         batch = _augmented(raw, client, key.at("augmentation"))
-        encoded = defense.encode(batch, Insecure(key.at("encode")))
-        if defense.gradient is not None:
-            update = defense.gradient(prepared.model, encoded, plan, Insecure(key.at("gradient")))
-        else:
-            order = drawn_order(plan, len(encoded), key.at("order"))
-            trace = local_update(prepared.model, encoded.images, encoded.targets, plan, order=order)
-            update = Update(trace.gradients, trace.bn, len(encoded), plan)
+        encoded, update = defended_step(prepared.model, batch, plan, defense, key)
+        raws.append(raw)
         private.append(batch)
         trained.append(encoded)
-        updates.append(defense.protect(update, Insecure(key.at("protect"))))
+        updates.append(update)
     sent = (secure_sum(client.cohort) if client.cohort > 1 else direct())(updates)
-    truth = Truth(_joined(private), _joined(trained))
-    facts = _facts(prepared, defense, plan, truth.trained, unit)
+    gallery, place = shuffled_gallery(prepared, _joined(raws), unit)
+    truth = Truth(_joined(private), _joined(trained), place)
+    facts = replace(_facts(prepared, defense, plan, truth.trained, unit), gallery=gallery)
     threat = ThreatModel(prepared.threat.name, parse_grants(prepared.threat.grants))
     return Round(threat.observe(prepared.model, sent, facts), Sealed(truth), sent[0].spent, plan)
 

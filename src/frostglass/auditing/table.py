@@ -47,14 +47,26 @@ def table_text(scorecard: Scorecard, width: int | None = None) -> str:
     return "\n".join([heads, rule, *body, *([""] if notes else []), *notes])
 
 
+def verdict_text(scorecard: Scorecard, width: int | None = None) -> str:
+    """The verdict on the whole audit, wrapped; empty where none was given."""
+    if scorecard.verdict is None:
+        return ""
+    room = max(40, width if width is not None else shutil.get_terminal_size((100, 24)).columns)
+    return textwrap.fill(f"Verdict: {_plain(scorecard.verdict.text)}", room, subsequent_indent="  ")
+
+
 def _columns(cells: Sequence[Cell]) -> list[_Column]:
     done = [c.summary if c.status == "done" else None for c in cells]
 
     def recovered(cell: Cell) -> str:
         if cell.status != "done" or cell.summary is None:
             return outcome(cell).word.split(",")[0]
+        if cell.summary.asked:
+            return f"{cell.summary.identified}/{cell.summary.asked} ¹"
         return f"{cell.summary.over_threshold.count}/{cell.summary.images}"
 
+    judged = [c.verdict.verdict + ("" if c.verdict.role == "test" else " °") if c.verdict else MISSING for c in cells]
+    verdicts = [_Column("verdict", judged)] if any(c.verdict for c in cells) else []
     return [
         _Column("scenario", [_plain(c.scenario) for c in cells], name=True),
         _Column("defence", [_plain(c.defense) for c in cells], name=True),
@@ -67,6 +79,7 @@ def _columns(cells: Sequence[Cell]) -> list[_Column]:
         _Column("SSIM", [number(s.ssim_median, 2) if s else MISSING for s in done]),
         _Column("batches", [str(s.batches) if s else MISSING for s in done]),
         _Column("time", [clock(c.seconds) for c in cells]),
+        *verdicts,
     ]
 
 
@@ -111,8 +124,13 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
         notes.append(f"recovered: reaches {' or '.join(bars)}; PSNR in dB and SSIM are medians over the images")
     if any(outcome(c).tone == "nothing" for c in cells):
         notes.append(f"0 recovered: {NOTHING}; another may recover more")
+    games = sorted({c.summary.candidates or 0 for c in cells if c.summary and c.summary.asked})
+    if games:
+        notes.append(f"¹ messages in which the image was named among {' or '.join(map(str, games))} candidates")
     if any(c.upper_bound for c in cells):
         notes.append("* upper bound: the grants exceed what such a client really sends")
+    if any(c.verdict and c.verdict.role != "test" for c in cells):
+        notes.append("° a control or beside the primary test: has no part in the verdict")
     for cell in cells:
         coded = cell.encoding_summary
         if coded and cell.status == "done":

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from frostglass.auditing.cells import beyond_chance
 from frostglass.auditing.scorecard import Cell, Labels, NullRank, OverThreshold, Scorecard, Summary
 
 MISSING = "–"
@@ -147,6 +148,8 @@ def outcome(cell: Cell) -> Outcome:
     if cell.status == "skipped" or cell.summary is None:
         word = "skipped" if cell.status == "skipped" else "no score"
         return Outcome("skipped", word, "This cell was not scored. It shows nothing in either direction.")
+    if cell.summary.asked:
+        return _named(cell.summary)
     found, n, proved = cell.summary.over_threshold.count, cell.summary.images, cell.summary.proved
     bar = threshold(cell.summary.over_threshold)
     reach = f"{found} of {plural(n, 'private image')} reach {bar}, fixed before the run as recognisable"
@@ -164,11 +167,24 @@ def outcome(cell: Cell) -> Outcome:
     return Outcome("nothing", NOTHING, f"{reach}. Other attacks may recover more.")
 
 
+def _named(summary: Summary) -> Outcome:
+    """Of an identification game."""
+    named, asked, n = summary.identified or 0, summary.asked or 0, summary.candidates or 1
+    said = (
+        f"The image was named among {n} candidates in {named} of {plural(asked, 'message')}; guessing names it in "
+        f"{asked / n:.3g}"
+    )
+    if beyond_chance(summary):
+        return Outcome("found", "identified", said + ".")
+    return Outcome("nothing", NOTHING, said + ", and this is no more. Other attacks may name more.")
+
+
 def subline(scorecard: Scorecard) -> str:
     """The headline's plain-language second sentence: how many cells ended how."""
     tones = Counter(outcome(c).tone for c in scorecard.cells)
+    named = any(outcome(c).word == "identified" for c in scorecard.cells)
     ends: dict[Tone, str] = {
-        "found": "recovered at least one private image",
+        "found": f"{'recovered or identified' if named else 'recovered'} at least one private image",
         "encoding": "recovered encodings but no private image",
         "nothing": "showed nothing with the attack that was run",
         "failed": "failed and have no result" if tones["failed"] != 1 else "failed and has no result",
@@ -176,6 +192,13 @@ def subline(scorecard: Scorecard) -> str:
     }
     parts = [f"{tones[tone]} {text}" for tone, text in ends.items() if tones[tone]]
     return f"Of {plural(len(scorecard.cells), 'cell')}, {', '.join(parts)}." if parts else "No cell was run."
+
+
+def fell_short(end: float | None, truth: float | None) -> bool:
+    """True if an optimiser ended above the objective of the truth: the attack failed, whatever it shows."""
+    if end is None or truth is None or math.isnan(end) or math.isnan(truth):
+        return False
+    return end > truth + (SLACK - 1) * abs(truth) + 1e-12
 
 
 def objective_title(cell: Cell) -> str:
@@ -208,7 +231,7 @@ def objective_words(cell: Cell) -> str:
             "so an optimiser failure cannot be told apart from privacy."
         )
     both = f"at {significant(end)}, and the private batch itself scores {significant(truth)}"
-    if end > truth + (SLACK - 1) * abs(truth) + 1e-12:
+    if fell_short(end, truth):
         if outcome(cell).tone in ("found", "encoding"):
             return f"The optimiser ended {both}: it stopped above the truth, and a better one could recover more."
         return f"The optimiser ended above the truth’s objective ({both}): the attack failed, privacy was not shown."

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from frostglass.core.batch import Batch
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure, Randomness
-from frostglass.core.update import LocalPlan, Update
+from frostglass.core.update import Gradients, LocalPlan, PrivacySpent, Update
 
 if TYPE_CHECKING:
     from torch import nn
 
 GradientFn: TypeAlias = "Callable[[nn.Module, Batch, LocalPlan, Randomness], Update]"
 """Computes the update itself, for defences that need per-example gradients."""
+
+Simulate: TypeAlias = Callable[[Gradients, Gradients], Gradients]
+"""(own gradients, observed gradients) -> what the own ones would look like if they were sent."""
 
 Channel: TypeAlias = Callable[[Sequence[Update]], Sequence[Update]]
 """Direct, or a secure sum of a cohort."""
@@ -27,6 +30,28 @@ def _same_batch(batch: Batch, _: Randomness) -> Batch:
 
 def _same_update(update: Update, _: Randomness) -> Update:
     return update
+
+
+def as_they_are(own: Gradients, _: Gradients) -> Gradients:
+    """Nothing that a rehearsal could model: encodings, noise."""
+    return own
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Contributions clipped in L2 norm, summed, plus independent N(0, std^2) on every coordinate of the sum.
+
+    Args:
+        unit: what a contribution is: the gradient of one "image", or the whole "update".
+        clip: greatest norm of a contribution; None if nothing is clipped.
+        std: of the noise on the sum, in units of a contribution; 0 for none.
+        divisor: what the noised sum of images is divided by; None for the number of images.
+    """
+
+    unit: Literal["image", "update"]
+    clip: float | None
+    std: float
+    divisor: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +67,12 @@ class Defense:
         settings: its parameters, for reports.
         encodes: True if `encode` changes what is in a row, so that rows no longer are private images.
         parts: of a stack, in order; empty for a single defence.
+        adaptive: names of the attacks that know of it and that it must face, most telling first.
+        simulate: what an attacker that knows the defence expects to see for gradients of its own: differentiable,
+            without the noise that it cannot know.
+        mechanism: how much noise is added to what, where that is known; for likelihood ratios.
+        account: privacy that encoding such a batch spends; None if `encode` spends none that anyone could account.
+        per_example: whether `gradient` clips example by example, so that no row may hold more than one image.
     """
 
     name: str
@@ -52,6 +83,16 @@ class Defense:
     settings: dict[str, Any] = field(default_factory=dict)
     encodes: bool = False
     parts: tuple[Defense, ...] = ()
+    adaptive: tuple[str, ...] = ()
+    simulate: Simulate = as_they_are
+    mechanism: Mechanism | None = None
+    account: Callable[[Batch], PrivacySpent | None] | None = None
+    per_example: bool = True
+
+    @property
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """Of all parts, in order."""
+        return tuple(d.mechanism for d in (self.parts or (self,)) if d.mechanism is not None)
 
 
 def stack(*defenses: Defense) -> Defense:
@@ -79,6 +120,11 @@ def stack(*defenses: Defense) -> Defense:
             update = d.protect(update, _below(randomness, path))
         return update
 
+    def simulate(own: Gradients, observed: Gradients) -> Gradients:
+        for d in flat:
+            own = d.simulate(own, observed)
+        return own
+
     claims = [d.claim for d in flat]
     return Defense(
         name="+".join(d.name for d in flat) or "none",
@@ -89,6 +135,10 @@ def stack(*defenses: Defense) -> Defense:
         settings={d.name: d.settings for d in flat},
         encodes=any(d.encodes for d in flat),
         parts=tuple(flat),
+        adaptive=tuple(dict.fromkeys(name for d in flat for name in d.adaptive)),
+        simulate=simulate,
+        account=next((d.account for d in flat if d.account is not None), None),
+        per_example=any(d.per_example for d in flat if d.gradient is not None),
     )
 
 
@@ -97,7 +147,7 @@ def _refuse_clashes(flat: Sequence[Defense]) -> None:
     if len(steps) > 1:
         raise BadInput(f"defense: {steps[0].name!r} and {steps[1].name!r} both replace the client step; stack one.")
     mixer = next((d for d in flat if d.encodes), None)
-    if steps and mixer is not None:
+    if mixer is not None and any(d.per_example for d in steps):
         raise BadInput(
             f"defense: {mixer.name!r} mixes images, so the per-example sensitivity of {steps[0].name!r} and its "
             "epsilon would be false; use one of them."

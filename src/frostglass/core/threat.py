@@ -36,6 +36,8 @@ class Knows(StrEnum):
     AUXILIARY = "auxiliary"
     COHORT = "cohort"
     DEFENCE = "defence"
+    GALLERY = "gallery"
+    MODIFIED_MODEL = "modified_model"
 
 
 ALWAYS = frozenset({Knows.MODEL, Knows.MESSAGES, Knows.DOMAIN, Knows.MODE})
@@ -56,7 +58,31 @@ MEANING: dict[Knows, str] = {
     Knows.AUXILIARY: "other images of the same kind",
     Knows.COHORT: "how many clients are summed in a message",
     Knows.DEFENCE: "which defence the client applies, with its parameters (not its keys)",
+    Knows.GALLERY: "candidates for one image of the message, of its class, and all other images of the message",
+    Knows.MODIFIED_MODEL: "the right to change the model before it is sent out (a malicious server)",
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """The identification game: one of the candidates is in the message, in an order that says nothing.
+
+    A strong attacker: it holds everything else that went into the message.
+
+    Args:
+        images: [n, c, h, w] candidates in [0, 1], as clients hold them, equally likely before the message is seen.
+        targets: [n, k] theirs, of one class.
+        other_images: [b - 1, c, h, w] the other images of the message, before any encoding.
+        other_targets: [b - 1, k] theirs.
+    """
+
+    images: Float[Tensor, "n c h w"]
+    targets: Float[Tensor, "n k"]
+    other_images: Float[Tensor, "o c h w"]
+    other_targets: Float[Tensor, "o k"]
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 @dataclass(frozen=True)
@@ -98,6 +124,8 @@ class Observation:
         auxiliary: [n, c, h, w] other images of the same kind.
         cohort: clients summed in a message.
         defence: the defence as a value.
+        gallery: candidates for one image of the message.
+        modified_model: True if the server may have built the model for the attack.
     """
 
     model: nn.Module
@@ -116,6 +144,8 @@ class Observation:
     auxiliary: Tensor | None = None
     cohort: int | None = None
     defence: Defense | None = None
+    gallery: Gallery | None = None
+    modified_model: bool | None = None
 
     @property
     def gradients(self) -> Gradients:
@@ -144,6 +174,7 @@ class Facts:
     augmentation: str = "none"
     auxiliary: Tensor | None = None
     defence: Defense | None = None
+    gallery: Gallery | None = None
 
 
 def parse_grants(names: Iterable[str]) -> frozenset[Knows]:
@@ -196,6 +227,8 @@ class ThreatModel:
             "auxiliary": grant(Knows.AUXILIARY, facts.auxiliary),
             "cohort": grant(Knows.COHORT, update.clients if update else None),
             "defence": grant(Knows.DEFENCE, facts.defence),
+            "gallery": grant(Knows.GALLERY, facts.gallery),
+            "modified_model": grant(Knows.MODIFIED_MODEL, True),
         }
         return Observation(
             model=model,

@@ -1,1 +1,1 @@
-"""Theory: bounds and accounting, no tensors trained."""
+"""What theory says without running an attack: bounds, conversions between notions of privacy, and intervals."""

@@ -1,0 +1,258 @@
+"""From scored cells to verdicts: which trials count, what they show, and what a negative statement still lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from frostglass.auditing.cells import CellPlan, expand
+from frostglass.auditing.claims import guarantee_of
+from frostglass.auditing.linting.plan_defenses import defense_facts
+from frostglass.auditing.linting.rules import findings
+from frostglass.auditing.metrics.registry import METRICS
+from frostglass.auditing.plan import Plan
+from frostglass.auditing.plan_verdict import LEAST_TRIALS
+from frostglass.auditing.scorecard import AuditVerdict, Cell, ImageScore, Verdict
+from frostglass.auditing.verdict_rules import EXIT_CODES, Evidence, decide, overall
+from frostglass.auditing.wording import fell_short, plural
+from frostglass.core.randomness import Rng
+from frostglass.guarantees.interval import clopper_pearson
+
+CHECKPOINTS = 3
+"""Stages of training that a negative statement needs: init, early, final."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What the messages of a cell have come to: one trial a message, its target fixed by the plan's seed.
+
+    Args:
+        outcomes: success of each trial.
+        kappa: chance of a success.
+        proved: private images that were verified.
+        invalid: why the successes cannot be counted.
+    """
+
+    outcomes: tuple[bool, ...]
+    kappa: float
+    proved: int
+    invalid: tuple[str, ...]
+
+    def works(self, confidence: float) -> bool:
+        """The attack is shown to do better than guessing, or has proved an image."""
+        if self.proved:
+            return True
+        if not self.outcomes or self.invalid:
+            return False
+        return clopper_pearson(sum(self.outcomes), len(self.outcomes), confidence)[0] > self.kappa
+
+
+def trials_of(plan: Plan, cell: Cell) -> Trials:
+    """One trial for each finished message of a cell."""
+    rows = [cell.images[i : i + cell.batch] for i in range(0, len(cell.images), cell.batch)]
+    rng = Rng.from_seed(plan.seed, "verdict target").at(cell.scenario)
+    targets = [t for u, unit in enumerate(rows) if (t := _target(plan, unit, rng.at(u))) is not None]
+    named = plan.verdict.event == "identified"
+    sizes = {t.candidates for t in targets if t.candidates}
+    kappa = 1 / max(sizes) if named and sizes else plan.verdict.chance
+    invalid = list(_invalid(plan, cell, rows, targets, sizes))
+    outcomes = tuple(_success(plan, cell, t) for t in targets)
+    return Trials(outcomes, kappa, sum(r.proved for r in cell.images), tuple(invalid))
+
+
+def _target(plan: Plan, unit: Sequence[ImageScore], rng: Rng) -> ImageScore | None:
+    """The image of a message that its trial is about; the choice knows nothing of any result."""
+    if plan.verdict.event == "identified":
+        unit = [row for row in unit if row.identified is not None]
+    return unit[int(rng.integers(len(unit), (1,)))] if unit else None
+
+
+def _success(plan: Plan, cell: Cell, row: ImageScore) -> bool:
+    if plan.verdict.event == "identified":
+        return bool(row.identified)
+    if plan.verdict.event == "proved":
+        return row.proved
+    return row.proved or (_reaches(plan, row) and _calibrated(plan, cell, row))
+
+
+def _reaches(plan: Plan, row: ImageScore) -> bool:
+    bar = plan.report.threshold
+    held = {"psnr": row.psnr, "ssim": row.ssim, **row.extra}.get(bar.metric)
+    if held is None:
+        return False
+    return held >= bar.value if METRICS[bar.metric].make().higher_is_closer else held <= bar.value
+
+
+def _calibrated(plan: Plan, cell: Cell, row: ImageScore) -> bool:
+    """Closer to its original than to other images of its class, at a level that pays for matching in the batch."""
+    p = row.null.p.get(plan.report.threshold.metric) if row.null else None
+    return p is not None and p <= plan.verdict.chance / cell.batch
+
+
+def _invalid(
+    plan: Plan, cell: Cell, rows: Sequence[Sequence[ImageScore]], targets: Sequence[ImageScore], sizes: set[int]
+) -> list[str]:
+    found = []
+    event = plan.verdict.event
+    watched = [[t] for t in targets] if event == "identified" else rows
+    held = [row.sha256 for unit in watched for row in unit]
+    if len(watched) > 1 and len(set(held)) < len(held):
+        found.append("The same image is in several messages: trials are not independent.")
+    if event == "identified":
+        if not targets:
+            found.append('No image was named among candidates; run the attack "gallery" with the grant "gallery".')
+        if len(sizes) > 1:
+            found.append("Messages have different numbers of candidates, so they have no common chance.")
+    if event == "recovered":
+        metric, level = plan.report.threshold.metric, plan.verdict.chance / cell.batch
+        close = [t for t in targets if not t.proved and _reaches(plan, t)]
+        if any(t.null is None or metric not in t.null.p for t in close):
+            found.append(
+                f"The {metric} of a target could not be calibrated: its source holds fewer than 99 other images of "
+                "its class, or report.null is off."
+            )
+        elif any(t.null is not None and (t.null.n0 + 1) * level < 1 for t in close):
+            found.append(
+                f"A chance of {level:g} an image ({plan.verdict.chance:g}, {cell.batch} images) needs at least "
+                f"{1 / level - 1:.0f} other images of the class; raise verdict.chance, or lower client.batch."
+            )
+    return found
+
+
+def role_of(plan: Plan, cell: CellPlan) -> Literal["test", "control", "exploratory"]:
+    """Whether a cell is a test, shows that its attack works, or is beside the point."""
+    several = any(d.label != "none" for d in cell.scenario.defense)
+    if cell.scenario.control or (cell.defense.label == "none" and several):
+        return "control"
+    if plan.verdict.primary is not None and cell.attack.name != plan.verdict.primary:
+        return "exploratory"
+    return "test"
+
+
+def with_verdicts(plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells, each with its verdict."""
+    plans = {c.id: c for c in expand(plan)}
+    known = [(cell, plans[cell.id], trials_of(plan, cell)) for cell in cells]
+    tests = max(1, sum(role_of(plan, p) == "test" for p in plans.values()))
+    return [
+        cell.model_copy(update={"verdict": _verdict(plan, cell, cell_plan, trials, tests, known)})
+        for cell, cell_plan, trials in known
+    ]
+
+
+Known = Sequence[tuple[Cell, CellPlan, Trials]]
+
+
+def _verdict(plan: Plan, cell: Cell, cell_plan: CellPlan, trials: Trials, tests: int, known: Known) -> Verdict:
+    v, role = plan.verdict, role_of(plan, cell_plan)
+    guarantee = guarantee_of(plan, cell_plan, trials.kappa, cell.privacy_spent)
+    lacking = _lacking(cell, cell_plan, trials, known, v.confidence)
+    evidence = Evidence(
+        trials=len(trials.outcomes),
+        successes=sum(trials.outcomes),
+        kappa=trials.kappa,
+        tolerance=v.tolerance,
+        confidence=v.confidence,
+        tests=tests if role == "test" else 1,
+        proved=trials.proved,
+        guarantee=guarantee,
+        linter_errors=_linter_errors(plan, cell_plan),
+        invalid=trials.invalid,
+        lacking=tuple(lacking),
+    )
+    made = decide(evidence)
+    text = made.text
+    if v.tolerance < trials.kappa:
+        text = f"The tolerance {v.tolerance:g} is below the chance {trials.kappa:.3g}. {text}"
+    if cell.upper_bound:
+        text += " Upper bound: the attacker was granted more than such a client really sends."
+    return Verdict(
+        verdict=made.verdict, holds=list(made.holds), text=text, role=role,
+        event=event_words(plan, cell, trials.kappa), kappa=trials.kappa, tolerance=v.tolerance,
+        confidence=v.confidence, tests=evidence.tests, trials=evidence.trials, successes=evidence.successes,
+        lower=made.lower, upper=made.upper, proved=trials.proved,
+        gamma=guarantee.observed if guarantee else None, gamma_total=guarantee.total if guarantee else None,
+        basis=guarantee.basis if guarantee else None, assumptions=list(guarantee.assumptions) if guarantee else [],
+        unsuccessful=made.unsuccessful, lacking=lacking,
+    )  # fmt: skip
+
+
+def event_words(plan: Plan, cell: Cell, kappa: float) -> str:
+    """The success event in words."""
+    if plan.verdict.event == "identified":
+        return f"the target image is named among {round(1 / kappa)} equally likely candidates"
+    target = "the target image" if cell.batch == 1 else f"the target image, one of {cell.batch} chosen by the seed,"
+    if plan.verdict.event == "proved":
+        return f"{target} is recovered and verified algebraically"
+    bar, side = plan.report.threshold, ""
+    side = "at least" if METRICS[bar.metric].make().higher_is_closer else "at most"
+    return (
+        f"{target} is recovered with {bar.metric} {side} {bar.value:g} and is closer than all but "
+        f"{100 * plan.verdict.chance / cell.batch:.3g} % of other images of its class, or is verified algebraically"
+    )
+
+
+def _lacking(cell: Cell, own: CellPlan, trials: Trials, known: Known, confidence: float) -> list[str]:
+    """What a statement that this attack does not succeed still needs."""
+    found = []
+    if len(trials.outcomes) < LEAST_TRIALS:
+        found.append(f"There are {plural(len(trials.outcomes), 'trial')}, and {LEAST_TRIALS} are the least.")
+    stages = stages_of(own, known)
+    if len(stages) < CHECKPOINTS:
+        found.append(f"It was run at {plural(len(stages), 'checkpoint')} ({', '.join(stages)}), not at {CHECKPOINTS}.")
+    if not control_passed(own, known, confidence):
+        found.append("No positive control passed: the attack is not shown to work without a defence.")
+    if fell_short(cell.objective, cell.objective_at_truth):
+        found.append("The optimiser ended above the objective of the truth: the attack failed.")
+    if cell.status != "done":
+        found.append("The cell failed before all its messages were attacked.")
+    return found
+
+
+def stages_of(own: CellPlan, known: Known) -> list[str]:
+    """Stages of training at which the same question was asked: scenarios that differ in weights, stage and name."""
+    stages = [_stage(p) for c, p, _ in known if c.status == "done" and _question(p) == _question(own)]
+    return sorted(set(stages) | {_stage(own)})
+
+
+def _stage(p: CellPlan) -> str:
+    model = p.scenario.model
+    return model.stage or ("init" if model.weights is None else f"weights {model.weights.rpartition('/')[2]}")
+
+
+def _question(p: CellPlan) -> tuple[str, ...]:
+    model = p.scenario.model.model_dump(exclude={"weights", "stage"})
+    parts = (p.attack, p.defense, p.scenario.client, p.scenario.data, p.threat)
+    return (str(model), *(str(x.model_dump()) for x in parts))
+
+
+def control_passed(own: CellPlan, known: Known, confidence: float) -> bool:
+    """The same attack with the same settings does better than guessing where nothing defends."""
+    return any(
+        trials.works(confidence)
+        for cell, p, trials in known
+        if p.attack == own.attack and cell.status == "done" and (p.defense.label == "none" or p.id == own.id)
+    )
+
+
+def _linter_errors(plan: Plan, cell: CellPlan) -> int:
+    facts = defense_facts(plan, plan.scenario[cell.index], cell.defense)
+    return sum(f.severity == "error" for one in facts for f in findings(one))
+
+
+def audit_verdict(cells: Sequence[Cell]) -> AuditVerdict:
+    """Over all cells that are tests and were finished."""
+    tests = [c for c in cells if c.verdict is not None and c.verdict.role == "test"]
+    kinds = [c.verdict.verdict for c in tests if c.verdict is not None and c.status == "done"]
+    unfinished = len(kinds) < len(tests)
+    kind = overall(kinds)
+    if unfinished and kind == "BOUNDED":
+        kind = "INCONCLUSIVE"
+    first = next((c for c in tests if c.verdict is not None and c.verdict.verdict == kind), None)
+    many = plural(len(tests), "test")
+    if first is None or first.verdict is None:
+        text = f"{kind} over {many}: no test gives a verdict of its own."
+    else:
+        text = f"{kind} over {many}. “{first.title}”: {first.verdict.text}"
+    return AuditVerdict(verdict=kind, text=text, exit_code=EXIT_CODES[kind], tests=len(tests))

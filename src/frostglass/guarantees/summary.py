@@ -1,0 +1,145 @@
+"""All bounds of one noise setting together: what `frostglass bound` prints and the linter recomputes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from frostglass.core.randomness import Rng
+from frostglass.guarantees import conversions, rero
+from frostglass.guarantees.accounting import accounted_epsilon
+from frostglass.guarantees.domain import SENSITIVITY, Adjacency, check
+from frostglass.guarantees.psnr_ceiling import psnr_ceiling
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A Gaussian mechanism and how often it is applied.
+
+    Args:
+        noise_multiplier: sigma, noise on the sum in clipping norms.
+        steps: releases T.
+        rate: Poisson sampling rate q; 1: no sampling.
+        delta: of (epsilon, delta).
+        adjacency: "add_remove" or "replace_one".
+        unit: what was clipped: "image" or "client".
+    """
+
+    noise_multiplier: float
+    steps: int = 1
+    rate: float = 1.0
+    delta: float = 1e-5
+    adjacency: Adjacency = "add_remove"
+    unit: str = "image"
+
+    def __post_init__(self) -> None:
+        check(
+            noise_multiplier=self.noise_multiplier, steps=self.steps, rate=self.rate, delta=self.delta,
+            adjacency=self.adjacency,
+        )  # fmt: skip
+
+    @property
+    def effective_noise(self) -> float:
+        """sigma in units of the sensitivity: halved for replace-one."""
+        return self.noise_multiplier / SENSITIVITY[self.adjacency]
+
+    def assumptions(self) -> list[str]:
+        """What has to hold for the numbers to hold, a sentence each."""
+        counted = "is added or removed" if self.adjacency == "add_remove" else "is exchanged for another"
+        found = [
+            f"Neighbouring data sets differ in one {self.unit}: it {counted}.",
+            f"Each {self.unit}'s contribution is clipped, then Gaussian noise of {self.noise_multiplier:g} clipping "
+            "norms is added to the sum; every tensor that leaves is noised.",
+            f"At most {self.steps} such release{'s' if self.steps > 1 else ''} in all.",
+            "The noise comes from a cryptographic generator whose seed nobody else knows; floating point is ignored.",
+        ]
+        if self.rate < 1:
+            found.append(
+                f"Each {self.unit} takes part in a step with probability {self.rate:g}, independently (Poisson); the "
+                "attacker does not see who did. Shuffled batches are not covered."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The highest success of any attack at one level of chance.
+
+    Args:
+        kappa: success of the best guess without access.
+        gamma: the bound.
+        standard_error: of a simulated gamma, else 0.
+    """
+
+    kappa: float
+    gamma: float
+    standard_error: float = 0.0
+
+    @property
+    def upper(self) -> float:
+        """Three standard errors above."""
+        return min(1.0, self.gamma + 3 * self.standard_error)
+
+
+def bounds(setting: Setting, kappas: Sequence[float], rng: Rng, samples: int | None = None) -> list[Bound]:
+    """gamma at each kappa: the closed form without sampling, else a simulation.
+
+    Raises:
+        BadInput: a kappa outside (0, 1).
+    """
+    s = setting
+    if s.rate == 1:
+        return [Bound(k, rero.gaussian(k, s.noise_multiplier, s.steps, s.adjacency)) for k in kappas]
+    found = rero.subsampled(
+        kappas, s.noise_multiplier, s.steps, s.rate, rng, adjacency=s.adjacency, samples=samples
+    )  # fmt: skip
+    return [Bound(k, e.gamma, e.standard_error) for k, e in zip(kappas, found, strict=True)]
+
+
+def epsilons(setting: Setting) -> dict[str, float]:
+    """epsilon at the setting's delta by name of the method; Opacus's numbers where it can be asked.
+
+    RDP overflows far below a useful noise; such a method is left out.
+    """
+    s = setting
+    found: dict[str, float] = {}
+    if s.rate == 1:
+        mu = conversions.gdp_mu(s.noise_multiplier, s.steps, s.adjacency)
+        found["GDP, exact"] = conversions.gdp_epsilon(mu, s.delta)
+        found["zCDP"] = conversions.zcdp_epsilon(conversions.zcdp_rho(mu), s.delta)
+    for name, accountant in (("RDP, Opacus", "rdp"), ("PRV, Opacus", "prv")):
+        if accountant == "prv" and not 0.3 <= s.effective_noise <= 100:
+            continue  # its grid grows with epsilon: minutes and gigabytes for a noise that protects nothing
+        value = accounted_epsilon(
+            s.effective_noise, steps=s.steps, rate=s.rate, delta=s.delta, accountant=accountant  # type: ignore[arg-type]
+        )  # fmt: skip
+        if math.isfinite(value):
+            found[name] = value
+    return found
+
+
+def to_json(
+    setting: Setting, found: Sequence[Bound], spent: dict[str, float], dimensions: int | None
+) -> dict[str, Any]:
+    """Everything as values, for `--format json`."""
+    return {
+        "noise_multiplier": setting.noise_multiplier,
+        "steps": setting.steps,
+        "sampling_rate": setting.rate,
+        "delta": setting.delta,
+        "adjacency": setting.adjacency,
+        "unit": setting.unit,
+        "bounds": [{"kappa": b.kappa, "gamma": b.gamma, "standard_error": b.standard_error} for b in found],
+        "epsilon": spent,
+        "psnr_ceiling": None if dimensions is None else ceiling(setting, dimensions),
+        "assumptions": setting.assumptions(),
+    }
+
+
+def ceiling(setting: Setting, dimensions: int) -> float | None:
+    """No-prior PSNR ceiling in dB of an image seen in every release; None where the unit is not the image."""
+    if setting.unit != "image":
+        return None
+    return psnr_ceiling(setting.noise_multiplier, dimensions, observations=max(1, round(setting.steps * setting.rate)))
