@@ -21,17 +21,19 @@ from frostglass._version import __version__
 if TYPE_CHECKING:
     from frostglass.auditing.api import audit
     from frostglass.auditing.scorecard import AuditReport
+    from frostglass.auditing.unmixing_api import unmix
     from frostglass.core.errors import AttackFailed, BadInput, FrostglassError
 
 _PLACES = {
     "audit": "frostglass.auditing.api",
     "AuditReport": "frostglass.auditing.scorecard",
+    "unmix": "frostglass.auditing.unmixing_api",
     "BadInput": "frostglass.core.errors",
     "AttackFailed": "frostglass.core.errors",
     "FrostglassError": "frostglass.core.errors",
 }
 
-__all__ = ["AttackFailed", "AuditReport", "BadInput", "FrostglassError", "__version__", "audit"]
+__all__ = ["AttackFailed", "AuditReport", "BadInput", "FrostglassError", "__version__", "audit", "unmix"]
 
 
 def __getattr__(name: str) -> Any:

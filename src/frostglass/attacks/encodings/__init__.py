@@ -1,0 +1,1 @@
+"""Attacks on instance encodings (Mixup, InstaHide), from what an eavesdropper or a server holds."""

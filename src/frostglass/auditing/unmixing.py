@@ -1,0 +1,291 @@
+"""Plays an audit of encodings: every attack through the one loop, scored afterwards, written whole or resumable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from frostglass.attacks.registry import ATTACKS
+from frostglass.auditing.plan import Named
+from frostglass.auditing.run import CHECKPOINTS
+from frostglass.auditing.score import Scored, score, summarise
+from frostglass.auditing.scorecard import Cell, Labels
+from frostglass.auditing.simulate import Round, Truth
+from frostglass.auditing.store import RunFolder
+from frostglass.auditing.unmixing_card import UnmixScorecard, make_card
+from frostglass.auditing.unmixing_files import pictures_of, write_all
+from frostglass.auditing.unmixing_inputs import EncodedSet, read_encoded
+from frostglass.auditing.unmixing_plan import UnmixPlan
+from frostglass.auditing.unmixing_view import View, view_of
+from frostglass.core.batch import Batch, Domain, Sealed, one_hot
+from frostglass.core.drive import Attack, drive
+from frostglass.core.errors import BadInput, FrostglassError
+from frostglass.core.events import Emit, Event, broadcast, silent
+from frostglass.core.journal import Journal, json_ready
+from frostglass.core.randomness import Rng
+from frostglass.core.reconstruction import Reconstruction
+from frostglass.core.runtime import Runtime
+from frostglass.core.update import LocalPlan
+from frostglass.vision.byte_images import load_bytes
+
+UNIT = Domain(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The user's own objects instead of what the plan names.
+
+    Args:
+        encoded: the set.
+        truth: [n, c, h, w] in [0, 1], for scoring alone.
+    """
+
+    encoded: EncodedSet | None = None
+    truth: Tensor | None = None
+
+
+class UnmixReport:
+    """What `frostglass.unmix` returns: the scorecard, the recovered images, and where everything was written."""
+
+    def __init__(self, scorecard: UnmixScorecard, folder: Path, images: Mapping[str, Tensor]) -> None:
+        self.scorecard, self.folder, self.images = scorecard, folder, images
+
+    @property
+    def html(self) -> Path:
+        """The report page."""
+        return self.folder / "report.html"
+
+    def __str__(self) -> str:
+        from frostglass.auditing.table import table_text
+
+        verdict = "\n".join(f"- {line}" for line in self.scorecard.findings[1:])
+        return f"{self.scorecard.headline}\n\n{table_text(self.scorecard)}\n\n{verdict}\n\nReport: {self.html}"
+
+    def __repr__(self) -> str:
+        return f"UnmixReport({len(self.scorecard.cells)} attacks, {self.folder})"
+
+
+def run_unmix(
+    plan: UnmixPlan,
+    out: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    emit: Emit = silent,
+    given: Given | None = None,
+) -> UnmixReport:
+    """Runs the attacks of `plan` on its encoded set and writes the run folder.
+
+    Args:
+        plan: checked by `parse_unmix_plan`.
+        out: new, empty, or of this plan with `resume`.
+        device: where attacks compute.
+        resume: go on with a killed run.
+        emit: told of everything that happens.
+        given: objects from Python instead of the plan's paths.
+
+    Raises:
+        BadInput: the plan cannot be run; nothing has been written then.
+    """
+    given = given or Given()
+    folder = RunFolder(out)
+    folder.check(plan.digest(), resume=resume)
+    encoded = given.encoded if given.encoded is not None else read_encoded(Path(plan.encoded))
+    view = view_of(plan, encoded)
+    truth = _truth(plan, encoded, view, given)
+    ready, skipped = _applicable(plan, view)
+    folder.open(plan.to_toml(), plan.digest(), encoded.digest, resume=resume)
+    tell = broadcast(Journal(out / "events.jsonl"), emit)
+    tell(Event("run_started", plan.name, values={"cells": len(ready)}))
+    cells = list(skipped)
+    found: dict[str, Tensor] = {}
+    shown: dict[str, Tensor] = {}
+    for key, entry, attack in ready:
+        cell, result, pictures = _run_one(plan, view, encoded, truth, (key, entry, attack), folder, device, tell)
+        cells.append(cell)
+        if result is not None:
+            found[key] = result
+            shown |= pictures
+    cells.sort(key=lambda c: c.id)
+    card = make_card(plan, encoded, view, cells, device, scored=truth is not None)
+    write_all(plan, out, encoded, card, found, shown)
+    tell(Event("run_finished", plan.name, values={"headline": card.headline, "failed": len(card.failed)}))
+    return UnmixReport(card, out, found)
+
+
+def _truth(plan: UnmixPlan, encoded: EncodedSet, view: View, given: Given) -> Sealed[Truth] | None:
+    """The private images, sealed until the attacks have finished."""
+    classes = view.seen.classes
+    if given.truth is not None:
+        x = given.truth.detach().cpu().float()
+        if x.ndim != 4 or tuple(x.shape[1:]) != encoded.shape or float(x.min()) < 0 or float(x.max()) > 1:
+            raise BadInput(f"truth: shape {tuple(x.shape)} must be [n, {encoded.shape}] in [0, 1].")
+        labels, names = [0] * len(x), tuple(f"image {i}" for i in range(len(x)))
+    elif plan.truth is not None:
+        source = f"folder:{plan.truth}" if Path(plan.truth).is_dir() else plan.truth
+        if encoded.shape[1] != encoded.shape[2]:
+            raise BadInput(f"--truth: encodings of {encoded.shape[1:]} pixels are not square; give it from Python.")
+        held = load_bytes(source, size=encoded.shape[1], channels=encoded.shape[0], limit=20_000)
+        x, names = held.images.float() / 255, held.names
+        labels, classes = held.labels.tolist(), max(classes, held.classes)
+    else:
+        return None
+    if view.images is not None and len(x) < view.images:
+        raise BadInput(f"--truth: {len(x)} images, and the set has {view.images} private ones; give all of them.")
+    batch = Batch(x, one_hot(labels, max(classes, 2)), UNIT, names)
+    return Sealed(Truth(batch, batch))
+
+
+def _applicable(plan: UnmixPlan, view: View) -> tuple[list[tuple[str, Named, Attack[Any]]], list[Cell]]:
+    """Attacks that can run, and a skipped cell for each that cannot where the plan left the choice open."""
+    ready, skipped, problems = [], [], []
+    for number, entry in enumerate(plan.attacks, 1):
+        key = f"{number:02d}-{entry.name.replace('_', '-')}"
+        try:
+            attack = ATTACKS[entry.name].make(**entry.settings)
+            wrong = attack.check(view.seen)
+            lacking = sorted(k.value for k in attack.needs if k.value not in view.grants and k.value != "model")
+        except BadInput as refused:
+            wrong, lacking = list(refused.problems), []
+        if lacking and not wrong:
+            wrong = [f"it needs the grant {', '.join(map(repr, lacking))}."]
+        if not wrong:
+            ready.append((key, entry, attack))
+        elif plan.automatic:
+            skipped.append(_cell(plan, view, key, entry, status="skipped", error=" ".join(wrong)))
+        else:
+            problems += [w if w.startswith(entry.name) else f"{entry.name}: {w}" for w in wrong]
+    if problems:
+        raise BadInput(problems)
+    return ready, skipped
+
+
+def _run_one(
+    plan: UnmixPlan,
+    view: View,
+    encoded: EncodedSet,
+    truth: Sealed[Truth] | None,
+    what: tuple[str, Named, Attack[Any]],
+    folder: RunFolder,
+    device: torch.device,
+    tell: Emit,
+) -> tuple[Cell, Tensor | None, dict[str, Tensor]]:
+    """One attack: driven or taken from its result file, then scored. (cell, images in [0, 1], pictures)."""
+    key, entry, attack = what
+    tell(Event("cell_started", key, values={"title": f"{entry.name} on {encoded.name}"}))
+    try:
+        result, note = _driven(plan, view, key, attack, folder, device, tell)
+    except Exception as wrong:  # whatever breaks one attack, the others go on
+        text = str(wrong) if isinstance(wrong, FrostglassError) else f"{type(wrong).__name__}: {wrong}"
+        tell(Event("cell_failed", key, values={"error": text}))
+        return _cell(plan, view, key, entry, status="failed", error=text), None, {}
+    images, scored = _compared(plan, view, attack, result, truth)
+    cell = _cell(plan, view, key, entry, status="done", result=result, scored=scored, note=note, attack=attack)
+    done = f"{len(images)} images" if scored is None else _outcome(cell)
+    tell(Event("cell_finished", key, values={"outcome": done, "seconds": round(cell.seconds, 2)}))
+    return cell, images, pictures_of(key, images, scored) if plan.report.show_images else {}
+
+
+def _outcome(cell: Cell) -> str:
+    s = cell.summary
+    if s is None or s.ssim_median is None:
+        return "nothing shown"
+    return f"{s.over_threshold.count} of {s.images} images recognisable, median SSIM {s.ssim_median:.2f}"
+
+
+def _driven(
+    plan: UnmixPlan, view: View, key: str, attack: Attack[Any], folder: RunFolder, device: torch.device, tell: Emit
+) -> tuple[Reconstruction, Mapping[str, Any]]:
+    kept = folder.load_result(key, 0)
+    if kept is not None:
+        return kept
+    last = {"step": 0}
+
+    def listen(event: Event) -> None:
+        last["step"] = event.step
+        tell(Event(event.kind, f"{key}/0", event.step, event.steps, event.values))
+
+    begun = time.perf_counter()
+    result = drive(
+        attack,
+        view.seen,
+        Runtime(Rng.from_seed(plan.seed, "attack", attack.name).at(key), device),
+        emit=listen,
+        store=folder.checkpoint(key, 0, device),
+        save_every=max(1, min(200, attack.steps // CHECKPOINTS)),
+    )
+    note = {"seconds": time.perf_counter() - begun, "iterations": last["step"]}
+    folder.save_result(key, 0, result, note)
+    return result, note
+
+
+def _compared(
+    plan: UnmixPlan, view: View, attack: Attack[Any], result: Reconstruction, truth: Sealed[Truth] | None
+) -> tuple[Tensor, Scored | None]:
+    """(images in [0, 1], scores); one sign for the whole set where the attack leaves it open."""
+    signs = (1.0, -1.0) if getattr(attack, "sign_free", False) and truth is not None else (1.0,)
+    best: tuple[float, Tensor, Scored | None] | None = None
+    for sign in signs:
+        images = ((sign * result.images + 1) / 2).clamp(0, 1)
+        if truth is None:
+            return images, None
+        played = Round(view.seen, truth, None, LocalPlan())
+        scored = score(replace(result, images=images), played, plan.report.metrics, None, null=False)
+        value = sum(row.ssim or 0.0 for row in scored.private)
+        if best is None or value > best[0]:
+            best = value, images, scored
+    assert best is not None
+    return best[1], best[2]
+
+
+def _cell(
+    plan: UnmixPlan,
+    view: View,
+    key: str,
+    entry: Named,
+    *,
+    status: str,
+    error: str | None = None,
+    result: Reconstruction | None = None,
+    scored: Scored | None = None,
+    note: Mapping[str, Any] | None = None,
+    attack: Attack[Any] | None = None,
+) -> Cell:
+    defaults = {k: p.default for k, p in ATTACKS[entry.name].parameters.items() if p.default is not p.empty}
+    info = {} if result is None else {"recovered": len(result.images), **result.info}
+    finite = result is not None and np.isfinite(result.objective)
+    warned = attack.warnings(view.seen) if attack is not None and hasattr(attack, "warnings") else []
+    return Cell(
+        id=key,
+        title=entry.name,
+        scenario=plan.name,
+        attack=entry.name,
+        defense="encodings" if view.law is None else f"k = {view.law.k} ({view.law.private} private)",
+        defense_claim="heuristic",
+        model="none was sent",
+        mode="eval",
+        threat="whoever holds the encodings",
+        grants=list(view.grants),
+        upper_bound=False,
+        batch=view.images or 0,
+        batches=1,
+        update="encodings",
+        status=status,
+        error=error,
+        seconds=0.0 if note is None else round(float(note["seconds"]), 3),
+        iterations=0 if note is None else int(note["iterations"]),
+        objective=float(result.objective) if finite and result is not None else None,
+        labels=Labels(source="granted" if view.seen.labels is not None else "unused"),
+        images=[] if scored is None else scored.private,
+        summary=None if scored is None else summarise([scored.private], plan.report.threshold),
+        info=json_ready(info),
+        warnings=[*warned, *view.notes],
+        settings=json_ready({"attack": {**defaults, **entry.settings}, "known": plan.known.model_dump()}),
+    )

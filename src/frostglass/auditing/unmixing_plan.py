@@ -1,0 +1,173 @@
+"""The plan of an audit of encodings: the set, what the attacker knows of it, and which attacks run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from frostglass.attacks.registry import ATTACKS
+from frostglass.auditing.metrics.registry import METRICS
+from frostglass.auditing.plan import Named, ThresholdPlan, Title
+from frostglass.auditing.plan_reading import read_values, sentences
+from frostglass.core.errors import BadInput, close_match
+from frostglass.numerics.key_rows import MixLaw
+
+AUTO = ("prng_attack", "mixup_attack", "averaging", "unmix_statistical", "demask")
+"""Attacks of a plan that names none; those that do not apply are listed as skipped, with the reason."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class KnownPlan(_Strict):
+    """What the attacker knows; what is left out is taken from the set's manifest, which is public, or is not known."""
+
+    labels: Literal["published", "classes", "none"] = Field(
+        "published", description="labels as published, their classes without coefficients, or none"
+    )
+    images: int | None = Field(None, ge=1, description="private images in all")
+    per_class: list[int] | None = Field(None, description="private images of each class")
+    k: int | None = Field(None, ge=1, description="images in one encoding")
+    private: int | None = Field(None, ge=1, description="private ones among them")
+    c1: float = Field(0.65, gt=0, le=1, description="no coefficient exceeds it")
+    c2: float = Field(0.3, ge=0, le=1, description="least private share, with public images")
+    law: Literal["folded_normal", "dirichlet"] | None = Field(None, description="of the coefficients")
+    mask: Literal["sign", "abs", "none"] | None = Field(None, description="sign, abs or none")
+    public: int | None = Field(None, ge=1, description="public images in the pool")
+
+
+class UnmixReport(_Strict):
+    """What the report shows."""
+
+    metrics: list[str] = Field(default_factory=lambda: ["psnr", "ssim"], description="names of metrics")
+    show_images: bool = Field(True, description="false leaves all pictures out of report and folder")
+    threshold: ThresholdPlan = Field(default_factory=ThresholdPlan, description="what counts as recognisable")
+
+
+class UnmixPlan(_Strict):
+    """An audit of one encoded set."""
+
+    name: Title = Field("unmix", min_length=1, description="of the audit, for the report")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
+    encoded: str = Field(
+        description="an encoded set, or a folder with encryption.npy and label.npy; python: given there"
+    )
+    truth: str | None = Field(None, description="the private images, as for frostglass encode; for scoring alone")
+    pool: str | None = Field(None, description="the public pool that was mixed in, as frostglass public-pool writes it")
+    groups: str | None = Field(None, description=".npy, a number for each encoding: equal ones are of one image")
+    auxiliary: str | None = Field(None, description="a data source with other images of the same kind")
+    known: KnownPlan = Field(default_factory=KnownPlan, description="what the attacker knows of the encoder")
+    attack: list[Named] = Field(default_factory=list, description="attacks; none: all that apply")
+    report: UnmixReport = Field(default_factory=UnmixReport, description="what is measured and shown")
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the plan left the choice of attacks open."""
+        return not self.attack
+
+    @property
+    def attacks(self) -> list[Named]:
+        """Those named, or all that may apply."""
+        return self.attack or [Named(name=name) for name in AUTO]
+
+    def to_toml(self) -> str:
+        """The resolved plan; what is None stays out, as TOML has no such value."""
+        return tomli_w.dumps(_without_none(self.model_dump()))
+
+    def digest(self) -> str:
+        """SHA-256 of the resolved plan."""
+        return hashlib.sha256(self.to_toml().encode()).hexdigest()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def load_unmix_plan(path: Path, overrides: Sequence[str] = ()) -> UnmixPlan:
+    """The plan in a TOML file; its relative paths start at its folder.
+
+    Raises:
+        BadInput: every problem that was found, together.
+    """
+    values = read_values(path, overrides)
+    for key in ("encoded", "truth", "pool", "groups", "auxiliary"):
+        if isinstance(values.get(key), str):
+            values[key] = anchored(values[key], path.parent)
+    for attack in values.get("attack", []) if isinstance(values.get("attack"), list) else []:
+        if isinstance(attack, dict) and isinstance(attack.get("network"), str):
+            attack["network"] = anchored(attack["network"], path.parent)
+    return parse_unmix_plan(values)
+
+
+def anchored(text: str, folder: Path) -> str:
+    """A path, or the path of a source, made absolute from `folder`; names of bundled sources stay."""
+    kind, colon, rest = text.partition(":")
+    if colon and kind in ("folder", "parquet"):
+        return f"{kind}:{(folder / Path(rest).expanduser()).resolve().as_posix()}"
+    if text in ("digits", "photos", "python"):
+        return text
+    return (folder / Path(text).expanduser()).resolve().as_posix()
+
+
+def parse_unmix_plan(values: Mapping[str, Any]) -> UnmixPlan:
+    """Checks a plan.
+
+    Raises:
+        BadInput: every problem that was found, together.
+    """
+    try:
+        plan = UnmixPlan.model_validate(values)
+    except ValidationError as wrong:
+        raise BadInput(sentences(wrong, UnmixPlan)) from None
+    found = _attack_problems(plan) + _known_problems(plan.known) + _metric_problems(plan)
+    if found:
+        raise BadInput(found)
+    return plan
+
+
+def _attack_problems(plan: UnmixPlan) -> list[str]:
+    found = []
+    on_encodings = [e.name for e in ATTACKS if e.about.get("reads") == "encodings"]
+    for i, entry in enumerate(plan.attack):
+        if entry.name not in on_encodings:
+            what = "reads gradients, not encodings" if entry.name in ATTACKS else "is not a known attack"
+            found.append(f"attack.{i}.name: {entry.name!r} {what}; {close_match(entry.name, on_encodings)}.")
+        else:
+            found += ATTACKS[entry.name].problems(entry.settings, f"attack.{i}")
+    return found
+
+
+def _known_problems(known: KnownPlan) -> list[str]:
+    if known.private is not None and known.k is None:
+        return [f"known.k: missing, and known.private = {known.private} says nothing without it; give both."]
+    if known.k is not None:
+        try:
+            MixLaw(known.k, known.private or known.k, known.c1, known.c2, known.law or "folded_normal").check()
+        except BadInput as wrong:
+            return [f"known.{p}" for p in wrong.problems]
+    return []
+
+
+def _metric_problems(plan: UnmixPlan) -> list[str]:
+    names = METRICS.names()
+    found = [
+        f"report.metrics: {m!r} is not a metric; {close_match(m, names)}."
+        for m in plan.report.metrics
+        if m not in names
+    ]
+    found += [
+        f"report.metrics: {m!r} compares with a pool of private images, which there is none of here; leave it out."
+        for m in plan.report.metrics
+        if m in names and METRICS[m].make().needs_context
+    ]
+    if plan.report.threshold.metric not in plan.report.metrics:
+        found.append(f"report.threshold.metric: {plan.report.threshold.metric!r} is not among report.metrics; add it.")
+    return found

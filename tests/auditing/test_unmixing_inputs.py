@@ -1,0 +1,176 @@
+"""Encoded sets as they are found: both formats, and every way in which one can be wrong, a sentence each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from encoded_scenes import crops
+from frostglass.auditing.unmixing_inputs import from_tensors, read_encoded
+from frostglass.auditing.unmixing_plan import parse_unmix_plan
+from frostglass.auditing.unmixing_view import view_of
+from frostglass.core.errors import BadInput
+from frostglass.defenses.instahide import InstaHide
+from frostglass.defenses.sets.writing import SetWriter
+
+pytestmark = pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution")
+
+
+def arrays(folder, encodings=None, labels=None):
+    folder.mkdir()
+    x = np.random.default_rng(0).uniform(-1, 1, (12, 8, 8, 3)).astype(np.float32) if encodings is None else encodings
+    np.save(folder / "encryption.npy", x)
+    if labels is not None:
+        np.save(folder / "label.npy", labels)
+    return folder
+
+
+def encoded_set(path):
+    x, y = (crops(8, 6) * 255).to(torch.uint8), torch.arange(6) % 3
+    SetWriter(InstaHide(k=2, labels="exact"), x, y, 3, path, rounds=4, shard_rows=10).write()
+    return path
+
+
+def test_a_set_of_our_own_is_read_with_its_manifest(tmp_path) -> None:
+    held = read_encoded(encoded_set(tmp_path / "set"))
+    assert held.images.shape == (24, 3, 8, 8)
+    assert held.targets is not None
+    assert held.targets.shape == (24, 3)
+    view = view_of(parse_unmix_plan({"encoded": "x"}), held)
+    assert (view.images, view.law.k, view.law.private) == (6, 2, 2)
+    assert set(view.grants) == {"messages", "domain", "examples", "defence"}
+
+
+def test_arrays_are_read_channels_last_or_first(tmp_path) -> None:
+    labels = np.full((12, 4), 0.1, np.float32)
+    last = read_encoded(arrays(tmp_path / "a", labels=labels))
+    flipped = np.load(tmp_path / "a" / "encryption.npy").transpose(0, 3, 1, 2)
+    first = read_encoded(arrays(tmp_path / "b", flipped))
+    assert torch.equal(last.images, first.images)
+    assert first.targets is None
+    assert last.targets is not None
+    assert last.digest != first.digest, "labels are part of what was attacked"
+
+
+def test_encodings_beyond_one_are_scaled_and_said_so(tmp_path) -> None:
+    held = read_encoded(arrays(tmp_path / "a", np.full((2, 4, 4, 3), -2.5, np.float32)))
+    assert float(held.images.abs().max()) == 1.0
+    assert "divided" in held.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("encodings", "labels", "sentence"),
+    [
+        (np.array([np.zeros((8, 8, 3)), np.zeros((4, 4, 3))], dtype=object), None, "holds Python objects"),
+        (np.zeros((12, 8, 8), np.float32), None, "must be [encodings, height, width, channels]"),
+        (np.zeros((0, 8, 8, 3), np.float32), None, "must be [encodings, height, width, channels]"),
+        (np.zeros((12, 8, 8, 5), np.float32), None, "neither its last nor its second axis"),
+        (np.full((12, 8, 8, 3), np.nan, np.float32), None, "not finite"),
+        (np.array(["a"] * 4).reshape(1, 2, 2, 1), None, "give numbers"),
+        (None, np.zeros((11, 4), np.float32), "has shape (11, 4) for 12 encodings"),
+        (None, -np.ones((12, 4), np.float32), "not negative"),
+        (None, np.full((12, 4), 0.5, np.float32), "sum to at most 1"),
+        (None, np.array([{"a": 1}] * 12, dtype=object), "label.npy holds Python objects"),
+        (None, np.full(12, 0.5), "give class numbers or"),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_refused(tmp_path, encodings, labels, sentence) -> None:
+    with pytest.raises(BadInput) as wrong:
+        read_encoded(arrays(tmp_path / "a", encodings, labels))
+    assert sentence in str(wrong.value)
+    assert len(wrong.value.problems) == 1
+
+
+def test_a_pickle_is_never_run(tmp_path) -> None:
+    """The file would create a marker if it were unpickled."""
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    folder = tmp_path / "a"
+    folder.mkdir()
+    np.save(folder / "encryption.npy", np.array([Evil()], dtype=object), allow_pickle=True)
+    with pytest.raises(BadInput, match="Python objects"):
+        read_encoded(folder)
+    assert not marker.exists()
+
+
+def test_files_that_are_not_arrays_are_refused(tmp_path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "encryption.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_encoded(folder)
+
+
+def test_folders_without_a_set_are_refused(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="neither"):
+        read_encoded(tmp_path / "empty")
+    with pytest.raises(BadInput, match="is no folder"):
+        read_encoded(tmp_path / "none")
+
+
+def test_a_manifest_that_does_not_verify_is_refused(tmp_path) -> None:
+    path = encoded_set(tmp_path / "set")
+    shard = path / "encodings-00001.safetensors"
+    held = bytearray(shard.read_bytes())
+    held[-1] ^= 1
+    shard.write_bytes(bytes(held))
+    with pytest.raises(BadInput, match=r"encodings-00001\.safetensors has been changed"):
+        read_encoded(path)
+
+
+def test_tensors_are_checked() -> None:
+    with pytest.raises(BadInput, match="in \\[-1, 1\\]"):
+        from_tensors(torch.full((2, 3, 4, 4), 3.0), None)
+    with pytest.raises(BadInput, match="must be \\[2, classes\\]"):
+        from_tensors(torch.zeros(2, 3, 4, 4), torch.zeros(3, 2))
+    with pytest.raises(BadInput, match="give a folder, or tensors"):
+        from_tensors("nothing of the kind", None)
+
+
+def see(held, **known):
+    plan = {"encoded": "x", "known": known}
+    return view_of(parse_unmix_plan(plan), held)
+
+
+def test_what_is_withheld_is_not_there() -> None:
+    x, y = torch.zeros(6, 3, 8, 8), torch.full((6, 2), 0.25)
+    held = from_tensors(x, y)
+    assert see(held).seen.messages[0].targets is not None
+    assert see(held, labels="none").seen.messages[0].targets is None
+    view = see(held, labels="classes", k=4, private=2)
+    rows = view.seen.messages[0].targets
+    assert torch.allclose(rows, rows[0, 0].expand(6, 2)), "classes without coefficients: the same mass each"
+    assert 0.4 < float(rows[0].sum()) < 0.8
+    assert see(held).seen.defence is None
+    assert see(held).seen.examples is None
+    assert "k is not known: 2 private images" in see(held).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("known", "sentence"),
+    [
+        ({"images": 7}, "6 encodings are fewer than the 7 private images"),
+        ({"per_class": [1, 1, 1]}, "3 counts for 2 classes"),
+        ({"per_class": [1, 1], "images": 3}, "sum to 2 and there are 3"),
+        ({"k": 2, "private": 3}, "3 private images among k = 2"),
+        ({"private": 2}, "known.k: missing"),
+        ({"k": 4, "c1": 0.1}, "c1"),
+        ({"labels": "some"}, "known.labels"),
+        ({"imges": 3}, "did you mean 'images'"),
+    ],
+)
+def test_grants_that_contradict_the_set_are_refused(known, sentence) -> None:
+    with pytest.raises(BadInput) as wrong:
+        see(from_tensors(torch.zeros(6, 3, 8, 8), torch.full((6, 2), 0.25)), **known)
+    assert sentence in str(wrong.value)
+
+
+def test_counts_by_class_without_labels_are_refused() -> None:
+    with pytest.raises(BadInput, match="no labels"):
+        see(from_tensors(torch.zeros(6, 3, 8, 8), None), per_class=[2, 1])

@@ -1,0 +1,128 @@
+"""Derivatives written by hand, against autograd's own and finite differences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from frostglass.core.randomness import Rng
+from frostglass.numerics import distance
+from frostglass.numerics.second_order import second_order_convolutions
+from frostglass.vision import networks
+
+F = torch.nn.functional
+
+
+def drawn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    made = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=made, dtype=dtype) for s in shapes]
+
+
+def plain_cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    x, y = distance.flatten(a), distance.flatten(b)
+    return 1 - x.dot(y) / (x.norm() * y.norm())
+
+
+def test_cosine_has_the_derivatives_of_the_plain_formula() -> None:
+    a = [t.requires_grad_() for t in drawn((3, 2), (4,))]
+    b = [t.requires_grad_() for t in drawn((3, 2), (4,), (1,))[:2]]
+    b = [(t + 1).detach().requires_grad_() for t in b]
+
+    def both(*tensors: Tensor) -> Tensor:
+        return distance.cosine(tensors[:2], tensors[2:])
+
+    assert torch.autograd.gradcheck(both, (*a, *b))
+    assert torch.autograd.gradgradcheck(both, (*a, *b))
+    assert float(both(*a, *b).detach()) == pytest.approx(float(plain_cosine(a, b).detach()), rel=1e-12)
+    with torch.no_grad():
+        assert float(both(*a, *b)) == pytest.approx(float(plain_cosine(a, b)), rel=1e-12)
+
+
+def test_cosine_in_single_precision_agrees_with_the_plain_formula_and_repeats() -> None:
+    shapes = [(64, 32, 3, 3), (64,), (10, 64)]
+    goal = drawn(*shapes, dtype=torch.float32)
+    near = [0.5 * g + g.flip(0) for g in goal]
+
+    def slopes(measure: Any) -> tuple[Tensor, list[Tensor]]:
+        leaves = [x.clone().requires_grad_() for x in near]
+        value = measure(leaves, goal)
+        return value.detach(), list(torch.autograd.grad(value, leaves))
+
+    value, found = slopes(distance.cosine)
+    again, repeated = slopes(distance.cosine)
+    plain, wanted = slopes(plain_cosine)
+    assert float(value) == pytest.approx(float(plain), abs=1e-6)
+    assert torch.equal(value, again)
+    for x, y, z in zip(found, repeated, wanted, strict=True):
+        assert torch.equal(x, y)
+        torch.testing.assert_close(x, z, rtol=1e-4, atol=1e-6 * float(z.abs().max()))
+
+
+def test_cosine_to_nothing_is_one_and_flat() -> None:
+    a = torch.zeros(3, requires_grad=True)
+    value = distance.cosine([a], [torch.ones(3)])
+    assert float(value.detach()) == 1
+    (slope,) = torch.autograd.grad(value, a)
+    assert bool(slope.isfinite().all())
+    assert float(distance.cosine_distance(torch.zeros(3), torch.zeros(3))) == 1
+
+
+FORMS = [
+    {},
+    {"stride": 2, "padding": 1},
+    {"padding": (0, 2), "dilation": (1, 2)},
+    {"groups": 2, "padding": 1, "stride": (1, 2)},
+    {"padding": "same"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_is_differentiated_twice_to_inputs_and_to_weights_that_are_results(
+    form: dict[str, Any], bias: bool
+) -> None:
+    groups = form.get("groups", 1)
+    x, seed, offset, goal = drawn((2, 4, 6, 7), (6, 4 // groups, 3, 3), (6,), (6, 4 // groups, 3, 3))
+    leaf = seed.clone().requires_grad_()
+
+    def slope_of(x: Tensor, seed: Tensor) -> Tensor:
+        """A client of two steps: the second one's weights are results of the first, and depend on x."""
+        w = leaf
+        for _ in range(2):
+            loss = F.conv2d(x, w, offset if bias else None, **form).tanh().square().sum()
+            (g,) = torch.autograd.grad(loss, w, create_graph=True)
+            w = w - 0.1 * g + 0 * seed
+        return (w - goal).square().sum()
+
+    x.requires_grad_()
+    (wanted,) = torch.autograd.grad(slope_of(x, seed), x)
+    with second_order_convolutions():
+        value = slope_of(x, seed)
+    (found,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_whole_network_gives_the_same_second_derivative_and_leaves_no_mode_behind() -> None:
+    model = networks.build("resnet20", classes=10, channels=3, size=16, rng=Rng.from_seed(0)).double().eval()
+    x = drawn((2, 3, 16, 16))[0].sigmoid().requires_grad_()
+    weights = list(model.parameters())
+
+    def squared() -> Tensor:
+        loss = F.cross_entropy(model(x), torch.tensor([1, 2]))
+        return sum(g.square().sum() for g in torch.autograd.grad(loss, weights, create_graph=True))  # type: ignore[return-value]
+
+    (wanted,) = torch.autograd.grad(squared(), x)
+    with second_order_convolutions():
+        value = squared()
+    (found,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12)
+    assert "_Convolution" not in type(F.conv2d(x, weights[0], padding=1).grad_fn).__name__
+
+
+def test_without_a_graph_convolutions_are_pytorchs_own() -> None:
+    x, w = drawn((1, 2, 5, 5), (3, 2, 3, 3))
+    with torch.no_grad(), second_order_convolutions():
+        assert torch.equal(F.conv2d(x, w), torch.conv2d(x, w))
