@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from frostglass.core.batch import Batch, one_hot
+from frostglass.core.defense import Defense
 from frostglass.core.randomness import Rng
-from frostglass.core.threat import Facts, Knows, Observation, ThreatModel
+from frostglass.core.threat import Facts, Gallery, Knows, Observation, ThreatModel
 from frostglass.core.update import LocalPlan, Update
 from frostglass.numerics.bn import running_statistics
 from frostglass.numerics.local_update import local_update
@@ -35,6 +36,7 @@ def observe(
     knows: frozenset[Knows] = ALL,
     plan: LocalPlan | None = None,
     dtype: torch.dtype = torch.float32,
+    auxiliary: bool = False,
     **options: Any,
 ) -> tuple[Observation, Batch]:
     """(what a server sees, the private batch) of an undefended client."""
@@ -53,8 +55,19 @@ def observe(
         labels=private.targets,
         local_plan=local,
         bn_running=running_statistics(model),
+        auxiliary=photo_batch(size, 8).images.to(dtype).flip(-1) if auxiliary else None,
+        gallery=candidates(private),
+        defence=Defense("none", claim="none"),
     )
     return ThreatModel("test", knows).observe(model, [update], facts), private
+
+
+def candidates(private: Batch) -> Gallery:
+    """The first private image, last among the photographs that are not in the batch."""
+    b = len(private)
+    free = photo_batch(private.image_shape[1], 8).images[b:].to(private.images)
+    images = torch.cat([free, private.images[:1]])
+    return Gallery(images, private.targets[:1].expand(len(images), -1), private.images[1:], private.targets[1:])
 
 
 def frozen_copy(seen: Observation) -> dict[str, Tensor]:

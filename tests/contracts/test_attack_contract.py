@@ -20,13 +20,19 @@ from frostglass.core.threat import ALWAYS, GradientMessage, Knows, Observation
 from victims import frozen_copy, observe
 
 RUN = Runtime(Rng.from_seed(3, "contract"))
-VICTIMS = [("mlp", {"hidden": (64, 32)}), ("small_bn_cnn", {"width": 8}), ("lenet", {})]
+VICTIMS = [
+    ("mlp", {"hidden": (64, 32)}),
+    ("small_bn_cnn", {"width": 8}),
+    ("lenet", {}),
+    ("imprinted", {"bins": 64, "inner_options": {"width": 8}}),
+    ("resnet20", {"batch": 1}),
+]
 
 
 def short(name: str) -> Attack[Any]:
     """The attack with few steps, where it has any to set."""
     entry = ATTACKS[name]
-    wanted = {"steps": 12, "every": 4}
+    wanted = {"steps": 12, "every": 4, "rehearsals": 60, "training": 10}
     return entry.make(**{k: v for k, v in wanted.items() if k in entry.parameters})
 
 
@@ -34,7 +40,7 @@ def victim_for(attack: Attack[Any]) -> Observation:
     """The first victim that the attack accepts."""
     refusals = []
     for name, options in VICTIMS:
-        seen, _ = observe(name, **options)
+        seen, _ = observe(name, auxiliary=Knows.AUXILIARY in attack.needs, **options)
         problems = attack.check(seen)
         if not problems:
             return seen
@@ -42,7 +48,11 @@ def victim_for(attack: Attack[Any]) -> Observation:
     raise AssertionError(f"{attack.name} refuses every victim: {refusals}")
 
 
-@pytest.fixture(params=ATTACKS.names())
+ON_UPDATES = [entry.name for entry in ATTACKS if entry.about.get("reads", "an update") == "an update"]
+"""Attacks on encodings have contracts of their own: test_encoding_attack_contract.py."""
+
+
+@pytest.fixture(params=ON_UPDATES)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -137,13 +147,15 @@ def test_a_plan_that_grants_too_little_is_refused_before_compute(name: str) -> N
     scenario = {"attack": [{"name": name}]}
     with pytest.raises(BadInput, match="needs the grant"):
         parse_plan({"scenario": [scenario], "threat": {"grants": []}})
-    parse_plan({"scenario": [scenario], "threat": {"grants": [k.value for k in needs]}})
+    threat = {"grants": [k.value for k in needs]} | ({"auxiliary": "photos"} if Knows.AUXILIARY in needs else {})
+    parse_plan({"scenario": [scenario], "threat": threat})
 
 
 def test_it_runs_without_the_grants_that_it_does_not_need(name: str) -> None:
     attack = short(name)
     for victim, options in VICTIMS:
-        seen, _ = observe(victim, knows=attack.needs | {Knows.EXAMPLES}, **options)
+        auxiliary = Knows.AUXILIARY in attack.needs
+        seen, _ = observe(victim, knows=attack.needs | {Knows.EXAMPLES}, auxiliary=auxiliary, **options)
         if not attack.check(seen):
             drive(attack, seen, RUN)
             return

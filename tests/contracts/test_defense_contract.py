@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from frostglass.attacks.registry import ATTACKS
 from frostglass.core.batch import Batch
 from frostglass.core.defense import Defense, stack
 from frostglass.core.errors import BadInput
@@ -65,11 +66,38 @@ def test_same_randomness_same_result_and_the_input_is_untouched(defense: Defense
 
 
 def test_other_randomness_gives_another_result_or_none_was_used(defense: Defense, batch: Batch) -> None:
-    first, other = sent(defense, batch, SEED), sent(defense, batch, Insecure(8))
+    class Asked(Insecure):
+        calls = 0
+
+        def rng(self) -> Rng:
+            Asked.calls += 1
+            return super().rng()
+
+    first, other = sent(defense, batch, SEED), sent(defense, batch, Asked(8))
     same = torch.equal(first[0].images, other[0].images) and all(
         torch.equal(g, other[1].gradients[n]) for n, g in first[1].gradients.items()
     )
-    assert same == (defense.claim == "none")
+    assert same or Asked.calls
+    assert not same or defense.claim != "proof", "a proof without randomness"
+
+
+def test_what_an_attacker_rehearses_is_differentiable_and_keeps_names_and_shapes(
+    defense: Defense, batch: Batch
+) -> None:
+    _, update = sent(defense, batch, SEED)
+    own = {n: (g + 0.1).requires_grad_(True) for n, g in update.gradients.items()}
+    before = {n: g.detach().clone() for n, g in own.items()}
+    made = defense.simulate(own, update.gradients)
+    assert {n: g.shape for n, g in made.items()} == {n: g.shape for n, g in own.items()}
+    total = torch.stack([g.square().sum() for g in made.values()]).sum()
+    slopes = torch.autograd.grad(total, list(own.values()))
+    assert any(float(s.abs().max()) > 0 for s in slopes)
+    assert all(torch.equal(before[n], g.detach()) for n, g in own.items())
+
+
+def test_it_names_the_attacks_that_it_must_face(defense: Defense) -> None:
+    assert all(name in ATTACKS for name in defense.adaptive)
+    assert bool(defense.adaptive) == (defense.claim != "none")
 
 
 def test_encodings_lie_in_their_domain_and_labels_keep_their_mass(defense: Defense, batch: Batch) -> None:
@@ -99,7 +127,7 @@ def test_stacking_is_associative(defense: Defense, batch: Batch) -> None:
 
 def test_mixing_images_under_per_example_clipping_is_refused() -> None:
     mixers = [e.make() for e in DEFENSES if e.make().encodes]
-    clippers = [e.make() for e in DEFENSES if e.make().gradient is not None]
+    clippers = [d for d in (e.make() for e in DEFENSES) if d.gradient is not None and d.per_example]
     assert clippers
     for mixer in mixers:
         for clipper in clippers:

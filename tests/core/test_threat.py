@@ -19,6 +19,7 @@ from frostglass.core.threat import (
     ALWAYS,
     MEANING,
     Facts,
+    Gallery,
     GradientMessage,
     Knows,
     Observation,
@@ -43,6 +44,7 @@ FACTS = Facts(
     augmentation="flip",
     auxiliary=torch.rand(1, 1, 2, 2),
     defence=Defense("none"),
+    gallery=Gallery(torch.rand(2, 1, 2, 2), one_hot([1, 1], 3), torch.rand(1, 1, 2, 2), one_hot([0], 3)),
 )
 
 

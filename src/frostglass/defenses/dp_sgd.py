@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from frostglass.core.batch import Batch
-from frostglass.core.defense import Defense
+from frostglass.core.defense import Defense, Mechanism
 from frostglass.core.errors import BadInput
-from frostglass.core.randomness import Randomness
+from frostglass.core.randomness import Randomness, Rng
 from frostglass.core.update import LocalPlan, PrivacySpent, Update
+from frostglass.defenses.accounting import Accountant, epsilon_of, opacus_quiet
 from frostglass.defenses.registry import DEFENSES
-from frostglass.numerics.local_update import soft_cross_entropy, trainable
+from frostglass.numerics.compress import clipped
+from frostglass.numerics.local_update import in_mode, soft_cross_entropy, trainable
 
 
 @DEFENSES.register(paper="Abadi et al. 2016, CCS (DP-SGD); Opacus")
-def dp_sgd(*, clipping_norm: float = 1.0, noise_multiplier: float = 1.0, delta: float = 1e-5) -> Defense:
-    """Per-example clipping and Gaussian noise: the only defence here with a proof, by Opacus.
+def dp_sgd(
+    *,
+    clipping_norm: float = 1.0,
+    noise_multiplier: float = 1.0,
+    delta: float = 1e-5,
+    accountant: Accountant = "rdp",
+    expected_batch: int | None = None,
+) -> Defense:
+    """Per-example clipping and Gaussian noise: the only defence here with a proof for every image, by Opacus.
 
     Each example's gradient is clipped to `clipping_norm` C, N(0, (noise_multiplier C)^2) is added to the sum, which is
     divided by the batch size. The privacy spent is accounted for the steps of this update alone, without sampling
@@ -31,40 +37,57 @@ def dp_sgd(*, clipping_norm: float = 1.0, noise_multiplier: float = 1.0, delta: 
         clipping_norm: C, in the units of a gradient's L2 norm; above 0.
         noise_multiplier: sigma; 0 clips only and proves nothing.
         delta: of (epsilon, delta).
+        accountant: Opacus' "rdp", or the tighter "prv".
+        expected_batch: the sum is divided by this instead of the images that are there: for Poisson sampling, whose
+            batches differ in size and may be empty (then noise alone is sent).
     """
-    if clipping_norm <= 0 or noise_multiplier < 0 or not 0 < delta < 1:
+    bad_batch = expected_batch is not None and expected_batch < 1
+    if clipping_norm <= 0 or noise_multiplier < 0 or not 0 < delta < 1 or bad_batch:
         raise BadInput(
             f"dp_sgd: clipping_norm = {clipping_norm} must be above 0, noise_multiplier = {noise_multiplier} at least "
-            f"0 and delta = {delta} between 0 and 1."
+            f"0, delta = {delta} between 0 and 1, and expected_batch = {expected_batch} from 1."
         )
 
     def gradient(model: nn.Module, batch: Batch, plan: LocalPlan, randomness: Randomness) -> Update:
-        sent = _private_update(model, batch, plan, randomness, clipping_norm, noise_multiplier)
         steps = plan.steps_for(len(batch)) if plan.kind == "delta" else 1
-        spent = _accounted(noise_multiplier, clipping_norm, delta, steps)
+        _refuse_unsuitable(model, batch, plan, expected_batch)
+        divisor = expected_batch or len(batch)
+        rng = randomness.rng().at("dp_sgd")
+        if len(batch):
+            sent = _private_update(model, batch, plan, rng, clipping_norm, noise_multiplier, divisor)
+        else:
+            sent = _noise_alone(model, plan, rng, noise_multiplier * clipping_norm / divisor)
+        spent = _accounted(noise_multiplier, clipping_norm, delta, steps, accountant)
         return Update(sent, {}, len(batch), plan, spent)
 
     return Defense(
         "dp_sgd",
         gradient=gradient,
         claim="proof" if noise_multiplier > 0 else "heuristic",
-        settings={"clipping_norm": clipping_norm, "noise_multiplier": noise_multiplier, "delta": delta},
+        settings={
+            "clipping_norm": clipping_norm,
+            "noise_multiplier": noise_multiplier,
+            "delta": delta,
+            "accountant": accountant,
+            "expected_batch": expected_batch,
+        },
+        adaptive=("gallery", "learned_inverter"),
+        # exact for one image; for more, the sum of clipped gradients is at most as long, and only its direction is used
+        simulate=lambda own, observed: clipped(own, clipping_norm),
+        mechanism=Mechanism("image", clipping_norm, noise_multiplier * clipping_norm, expected_batch),
     )
 
 
 def _private_update(
-    model: nn.Module, batch: Batch, plan: LocalPlan, randomness: Randomness, clip: float, sigma: float
+    model: nn.Module, batch: Batch, plan: LocalPlan, rng: Rng, clip: float, sigma: float, divisor: int
 ) -> dict[str, Tensor]:
     from opacus import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
-    _refuse_unsuitable(model)
-    if plan.kind == "delta" and (plan.optimizer != "sgd" or not plan.whole_batches(len(batch))):
-        raise BadInput("defense dp_sgd: takes SGD steps over all images; leave out client.optimizer and minibatch.")
-    inner = copy.deepcopy(model).train(plan.mode == "train")
+    inner = _recorded_by_opacus(copy.deepcopy(model), plan.mode)
     names = list(trainable(inner))
     before = {n: p.detach().clone() for n, p in trainable(inner).items()}
-    with _opacus_quiet():
+    with opacus_quiet():
         wrapped = GradSampleModule(inner, loss_reduction="mean", strict=False)
         sgd = torch.optim.SGD(
             [p for p in wrapped.parameters() if p.requires_grad],
@@ -74,9 +97,9 @@ def _private_update(
             sgd,
             noise_multiplier=sigma,
             max_grad_norm=clip,
-            expected_batch_size=len(batch),
+            expected_batch_size=divisor,
             loss_reduction="mean",
-            generator=randomness.rng().at("dp_sgd").generator(batch.images.device),
+            generator=rng.generator(batch.images.device),
         )
         for _ in range(plan.steps_for(len(batch)) if plan.kind == "delta" else 1):
             optimizer.zero_grad()
@@ -91,33 +114,49 @@ def _private_update(
     return {n: after[n].grad.detach().clone() for n in names}  # type: ignore[union-attr]
 
 
-def _refuse_unsuitable(model: nn.Module) -> None:
+def _recorded_by_opacus(model: nn.Module, mode: str) -> nn.Module:
+    """In `mode`: Opacus records modules in train mode alone, and only dropout is another without BatchNorm."""
+    model.train()
+    for module in model.modules():
+        if mode == "eval" and isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    return model
+
+
+def _noise_alone(model: nn.Module, plan: LocalPlan, rng: Rng, std: float) -> dict[str, Tensor]:
+    """What an empty Poisson batch sends: leaving it out would tell that nobody was sampled."""
+    scale = plan.lr if plan.kind == "delta" else 1.0
+    return {n: scale * std * rng.at("empty", n).normal(p.shape, like=p) for n, p in trainable(model).items()}
+
+
+def _refuse_unsuitable(model: nn.Module, batch: Batch, plan: LocalPlan, expected: int | None) -> None:
     from opacus.validators import ModuleValidator
 
-    errors = ModuleValidator.validate(model, strict=False)
-    if errors:
+    if plan.kind == "delta" and (plan.optimizer != "sgd" or not plan.whole_batches(len(batch))):
+        raise BadInput("defense dp_sgd: takes SGD steps over all images; leave out client.optimizer and minibatch.")
+    if not len(batch) and (expected is None or (plan.kind == "delta" and plan.steps_for(1) > 1)):
         raise BadInput(
-            f'defense dp_sgd: Opacus refuses this model ({str(errors[0]).rstrip(".")}); set model.fix = "opacus" to '
-            "replace such layers (BatchNorm becomes GroupNorm)."
+            "defense dp_sgd: an empty batch sends noise alone, whose size follows from expected_batch; set it to "
+            "sampling rate x images, with one local step."
+        )
+    with in_mode(model, "train"):  # Opacus reports eval mode as an error of its own
+        errors = ModuleValidator.validate(model, strict=False)
+    if errors:
+        layers = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        named = f": layer {layers[0]!r} is BatchNorm, which mixes the images of a batch" if layers else ""
+        raise BadInput(
+            f"defense dp_sgd: Opacus refuses this model ({_first_line(errors[0])}){named}; set model.fix = "
+            '"opacus" to replace such layers (BatchNorm becomes GroupNorm).'
         )
 
 
-@contextmanager
-def _opacus_quiet() -> Iterator[None]:
-    """Opacus and torch warn about hooks on inputs without gradient; it does not concern the numbers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _first_line(error: object) -> str:
+    return str(error).splitlines()[0].rstrip(".")
 
 
-def _accounted(sigma: float, clip: float, delta: float, steps: int) -> PrivacySpent | None:
+def _accounted(sigma: float, clip: float, delta: float, steps: int, accountant: Accountant) -> PrivacySpent | None:
     if sigma == 0:
         return None
-    from opacus.accountants import RDPAccountant
-
-    accountant = RDPAccountant()
-    with _opacus_quiet():
-        for _ in range(steps):
-            accountant.step(noise_multiplier=sigma, sample_rate=1.0)
-        epsilon = float(accountant.get_epsilon(delta))
-    return PrivacySpent(epsilon, delta, sigma, clip, "Opacus RDP, no sampling amplification, add/remove one image")
+    epsilon = epsilon_of(sigma, delta, steps, accountant)
+    about = f"Opacus {accountant.upper()}, no sampling amplification, add/remove one image"
+    return PrivacySpent(epsilon, delta, sigma, clip, about)

@@ -72,6 +72,15 @@ def save_weights(model: nn.Module, path: str | Path) -> Path:
     return path
 
 
+def read_weights(path: str | Path) -> Mapping[str, Tensor]:
+    """Tensors by name in a .safetensors, .pt or .pth file, without prefixes of wrappers; nothing in it is run.
+
+    Raises:
+        BadInput: a file that is missing, unreadable or of another kind.
+    """
+    return _without_wrappers(_read(Path(path)))
+
+
 def _read(path: Path) -> Mapping[str, Tensor]:
     if not path.exists():
         raise BadInput(f"weights: file {path} does not exist; correct the path.")

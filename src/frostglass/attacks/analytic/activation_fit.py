@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from frostglass.attacks.analytic.residual_graph import Graph
 from frostglass.attacks.analytic.residual_peel import active_of
 
-FITTED = 3
+FITTED = 2
 """Nodes that pixels are fitted to: the recovered ones nearest to the image."""
 
 

@@ -311,7 +311,7 @@ def _fine_enough(prepared: _Prepared, found: Peeled, size: int) -> bool:
     paper="Frostglass; related: Zhu & Blaschko 2021 (R-GAP), Dimitrov et al. 2024 (SPEAR)", family="analytic"
 )
 def peel_residual(
-    *, steps: int = 1000, lr: float = 0.4, tv: float = 1e-6, tv_start: float = 0.07, every: int = 50
+    *, steps: int = 2000, lr: float = 0.4, tv: float = 1e-5, tv_start: float = 0.07, every: int = 50
 ) -> PeelResidual:
     """One image out of a residual network's gradient: exact activations by linear algebra, then pixels that fit them.
 
