@@ -26,6 +26,7 @@ VICTIMS = [
     ("lenet", {}),
     ("imprinted", {"bins": 64, "inner_options": {"width": 8}}),
     ("resnet20", {"batch": 1}),
+    ("resnet20", {"batch": 1, "mode": "eval"}),
 ]
 
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 from torch.nn import functional
 
@@ -94,16 +93,17 @@ def _least(
     layer: ConvLayer, contained: Tensor, size: tuple[int, int], centred: bool, start: Tensor, rank: int
 ) -> Shape | None:
     """The two smallest eigenvalues of |P a|^2 - |P a contained^T|^2, both after centring if asked for."""
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
     c, kh, kw = layer.weight.shape[1:]
     filters = contained.view(-1, c, kh, kw)
     every = torch.eye(c * kh * kw, dtype=filters.dtype).view(-1, c, kh, kw)
-    how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
     shape = (1, c, *size)
 
     def square(a: Tensor, bank: Tensor) -> Tensor:
-        seen = functional.conv2d(a, bank, **how)
+        seen = functional.conv2d(a, bank, None, layer.stride, layer.padding, layer.dilation)
         seen = seen - seen.mean((2, 3), keepdim=True) if centred else seen
-        return torch.nn.grad.conv2d_input(shape, bank, seen, **how)
+        return torch.nn.grad.conv2d_input(shape, bank, seen, layer.stride, layer.padding, layer.dilation)
 
     def apply(vector: NDArray[np.float64]) -> NDArray[np.float64]:
         a = torch.from_numpy(np.ascontiguousarray(vector)).view(shape)

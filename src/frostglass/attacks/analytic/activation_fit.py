@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,57 +14,44 @@ FITTED = 2
 """Nodes that pixels are fitted to: the recovered ones nearest to the image."""
 
 
-@dataclass(frozen=True)
-class Goal:
-    """The recovered output of one ReLU.
-
-    Args:
-        node: its index in the graph.
-        value: [1, c, h, w], 0 where the ReLU was off.
-    """
-
-    node: int
-    value: Tensor
-
-
-def goals_of(graph: Graph, values: Mapping[int, Tensor], like: Tensor) -> tuple[Goal, ...]:
-    """The recovered nodes nearest to the image, as `like`."""
+def goals_of(graph: Graph, values: Mapping[int, Tensor], like: Tensor) -> dict[int, Tensor]:
+    """The recovered nodes nearest to the image by their index: [1, c, h, w] as `like`, 0 where the ReLU was off."""
     lowest = sorted(i for i in values if graph.nodes[i].unit is not None)[:FITTED]
-    return tuple(Goal(i, (values[i] * active_of(values[i], 1.0)).to(like).contiguous()) for i in lowest)
+    return {i: (values[i] * active_of(values[i], 1.0)).to(like).contiguous() for i in lowest}
 
 
-def mismatch(graph: Graph, model: nn.Module, goals: tuple[Goal, ...], images: Tensor) -> Tensor:
+def mismatch(graph: Graph, model: nn.Module, goals: Mapping[int, Tensor], images: Tensor) -> Tensor:
     """Mean relative squared distance of what the ReLUs read to the goals; a negative value is none where one was off.
 
     Args:
         graph: the network.
         model: the same, in the mode that gives what the client's gave.
-        goals: recovered activations.
+        goals: of `goals_of`.
         images: [1, c, h, w] in the bounds of the domain.
     """
     reads, wrote = _run(graph, model, goals, images)
     total = images.new_zeros(())
-    for goal in goals:
-        node = graph.nodes[goal.node]
+    for index, value in goals.items():
+        node = graph.nodes[index]
         assert node.unit is not None
         y = wrote[node.unit.name]
         if node.shortcut is not None:
             short = node.shortcut
             y = y + (wrote[short.unit.name] if short.unit is not None else short.apply(reads[short.reads]))
-        away = torch.where(goal.value > 0, y - goal.value, y.relu())
-        total = total + away.square().sum() / goal.value.square().sum()
+        away = torch.where(value > 0, y - value, y.relu())
+        total = total + away.square().sum() / value.square().sum()
     return total / len(goals)
 
 
 def _run(
-    graph: Graph, model: nn.Module, goals: tuple[Goal, ...], images: Tensor
+    graph: Graph, model: nn.Module, goals: Mapping[int, Tensor], images: Tensor
 ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
     """(nodes by index, outputs of norms by the name of their convolution) as far as the goals need them."""
     reads: dict[int, Tensor] = {}
     wrote: dict[str, Tensor] = {}
     handles = []
     for index, unit in graph.readers.items():
-        if index <= max(g.node for g in goals):
+        if index <= max(goals):
             conv = model.get_submodule(unit.name)
             handles.append(conv.register_forward_pre_hook(lambda _, args, i=index: reads.__setitem__(i, args[0])))
     for unit in graph.units:

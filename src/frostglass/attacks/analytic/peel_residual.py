@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from frostglass.attacks.analytic.activation_fit import Goal, goals_of, mismatch
+from frostglass.attacks.analytic.activation_fit import goals_of, mismatch
 from frostglass.attacks.analytic.chain import as_layer
 from frostglass.attacks.analytic.proof import prove
 from frostglass.attacks.analytic.residual_graph import Graph, find_graph
@@ -48,7 +48,7 @@ class ResidualState:
     Args:
         stage: "algebra", "pixels", "matching" (where the algebra did not reach far enough) or "over".
         told: what the algebra found, for the report.
-        goals: activations that pixels are fitted to, those nearest to the image first.
+        goals: activations that pixels are fitted to, by node.
         z: [1, c, h, w] pixels in the domain's normalised space; rule: state of Adam; iteration: of either fit.
         best, best_loss: the pixels at their lowest loss.
         matching: state of the gradient matching.
@@ -56,7 +56,7 @@ class ResidualState:
 
     stage: str
     told: dict[str, float | int | str | bool]
-    goals: tuple[Goal, ...]
+    goals: dict[int, Tensor]
     z: Float[Tensor, "1 c h w"]
     rule: Any
     iteration: int
@@ -104,7 +104,7 @@ class PeelResidual:
         z = 0.01 * run.rng.at("pixels").normal((1, *seen.image_shape), like=like)
         best_loss = torch.full_like(like, math.inf)
         matching = self.fallback.init(seen, _alone(run))
-        return ResidualState("algebra", {}, (), z, self.update.init(z), 0, z.clone(), best_loss, matching)
+        return ResidualState("algebra", {}, {}, z, self.update.init(z), 0, z.clone(), best_loss, matching)
 
     def step(self, seen: Observation, state: ResidualState, run: Runtime, t: int) -> tuple[ResidualState, Scalars]:
         """The whole algebra, or one iteration of a fit."""
@@ -177,7 +177,7 @@ class PeelResidual:
         found = peel_down(prepared.sent)
         told = _told(found)
         reached = told["certificate"] and _fine_enough(prepared, found, state.z.shape[2])
-        goals = goals_of(prepared.graph, found.values, state.z) if reached else ()
+        goals = goals_of(prepared.graph, found.values, state.z) if reached else {}
         if not goals and told["certificate"]:
             told["warning"] = (
                 "activations near the head were recovered exactly, but too coarse ones to fit pixels to: shown is an "

@@ -169,7 +169,7 @@ def _by_subspace(
     factor = _factor(layer, shape.inputs, dz, head)
     inputs, dz = shape.inputs * factor, (dz / factor).view(1, *node.shape)
     residual = float((layer.gradient_of_weight(inputs, dz) - gradient).norm() / gradient.norm())
-    return inputs, dz, residual
+    return (inputs, dz, residual) if math.isfinite(residual) else None
 
 
 def _factor(layer: ConvLayer, inputs: Tensor, dz: Tensor, head: Tensor | None) -> float:
@@ -221,7 +221,8 @@ def _descend(sent: Sent, found: Peeled, deltas: dict[int, Tensor], i: int) -> bo
     layer = sent.layer(node)
     assert node.unit is not None
     deltas[i] = found.above[i] * active_of(value, ACTIVE[0])
-    if node.reads in found.values or not conv_peel.determined(layer, 1, node.unit.size):
+    solvable = bool(found.above[i].isfinite().all()) and conv_peel.determined(layer, 1, node.unit.size)
+    if node.reads in found.values or not solvable:
         return False
     best = None
     if layer.norm == "batch" and node.shortcut is not None:

@@ -1,0 +1,71 @@
+"""`frostglass sweep`: what a defence hides against what it costs, over the values of its knob."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from frostglass.core.errors import BadInput
+
+
+@click.command("sweep")
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder: new or empty.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as trials=30.")
+@click.option("--resume", is_flag=True, help="Go on with a sweep of this plan; finished points are kept.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--json", "as_json", is_flag=True, help="Print the points as JSON, and only JSON, on stdout.")
+@click.pass_context
+def command(
+    context: click.Context, plan: Path, out: Path, overrides: Sequence[str], resume: bool, device: str, as_json: bool
+) -> None:
+    """Attack and train at every point of PLAN (a TOML file); write sweep.json, sweep.csv and frontier.png.
+
+    Under torchrun the points are shared among the ranks.
+    """
+    from frostglass.auditing.sweep import Sweep, complete
+    from frostglass.auditing.sweep_plan import load_sweep
+    from frostglass.auditing.sweep_report import table, write_sweep
+    from frostglass.core.runtime import World, pick_device
+
+    asked = load_sweep(plan, overrides)
+    world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    where = pick_device(device)
+    _claim(out, asked.to_toml(), resume, world.rank)
+    sweep = Sweep(asked, out, where, world, lambda text: click.echo(text, err=True))
+    sweep()
+    if world.rank:
+        return
+    rows = complete(sweep, lambda: time.sleep(1.0))
+    paths = write_sweep(asked, rows, out)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        click.echo(f"\n{table(rows)}\n\nPicture: {paths[-1]}")
+    if any("error" in r for r in rows):
+        context.exit(1)
+
+
+def _claim(out: Path, text: str, resume: bool, rank: int) -> None:
+    """Rank 0 takes the folder, if it may; the others wait until it has."""
+    from frostglass.core.files import write_text
+
+    kept = out / "plan.toml"
+    if rank:
+        while not kept.is_file():
+            time.sleep(0.2)  # torchrun ends this process if rank 0 refuses
+    if kept.is_file() and (resume or rank):
+        if kept.read_text(encoding="utf-8") != text:
+            raise BadInput(f"--resume: {out} belongs to another plan; choose an empty folder.")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"--out: {out} is not empty; choose another folder, or --resume its sweep.")
+    try:
+        write_text(kept, text)
+    except OSError as wrong:
+        raise BadInput(f"--out: {out} cannot be written ({wrong.strerror or wrong}).") from None

@@ -1,0 +1,1 @@
+"""Attacks that choose among candidates instead of drawing a picture."""

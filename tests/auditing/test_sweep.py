@@ -1,0 +1,191 @@
+"""A sweep: checked as a whole, resumable point by point, shared among ranks, and drawn."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from frostglass.app.commands.sweep import command
+from frostglass.auditing.sweep import Sweep, bound_of
+from frostglass.auditing.sweep_plan import SweepPlan, parse_sweep, points
+from frostglass.core.errors import BadInput
+from frostglass.core.randomness import Rng
+from frostglass.core.runtime import World
+from frostglass.core.update import LocalPlan, PrivacySpent
+from frostglass.defenses.registry import DEFENSES
+from frostglass.federated.rounds import Budget, Images, correct, train
+from frostglass.guarantees.rero import gaussian
+from frostglass.vision import datasets, networks
+
+CPU = torch.device("cpu")
+
+
+def values_of(**parts: Any) -> dict[str, Any]:
+    return {
+        "trials": 3,
+        "model": {"name": "mlp", "options": {"hidden": [16]}},
+        "client": {"batch": 4},
+        "threat": {"grants": ["examples", "gallery", "defence"], "gallery": 10},
+        "training": {"rounds": 4, "clients": 2, "seeds": [0]},
+        "vary": [
+            {"name": "nothing"},
+            {"defense": {"name": "pruning"}, "knob": "fraction", "values": [0.5, 0.9]},
+            {"defense": {"name": "dp_sgd"}, "knob": "noise_multiplier", "values": [2.0]},
+        ],
+    } | parts
+
+
+def small(**parts: Any) -> SweepPlan:
+    return parse_sweep(values_of(**parts))
+
+
+def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+
+
+def test_points_resume_and_ranks_agree(tmp_path: Path) -> None:
+    plan = small()
+    sweep = Sweep(plan, tmp_path / "one", CPU)
+    rows = sweep()
+    assert [r["title"] for r in rows] == [
+        "nothing", "pruning, fraction = 0.5", "pruning, fraction = 0.9", "dp_sgd, noise_multiplier = 2",
+    ]  # fmt: skip
+    assert all(r["lower"] <= r["rate"] <= r["upper"] for r in rows)
+    assert all(0 <= r["accuracy_lower"] <= r["accuracy"] <= r["accuracy_upper"] <= 1 for r in rows)
+    assert rows[0]["successes"] == 3
+    assert [r["bound"] for r in rows[:3]] == [None] * 3
+    assert rows[3]["bound"] == pytest.approx(gaussian(0.1, 2.0))
+    assert rows[3]["epsilon_of_training"] > 0
+    kept = sweep.path(points(plan)[0])
+    before = kept.stat().st_mtime_ns
+    sweep.path(points(plan)[2]).unlink()
+    assert len(sweep.rows()) == 3
+    assert without_time(sweep()) == without_time(rows)
+    assert kept.stat().st_mtime_ns == before, "a finished point was computed again"
+    halves = [Sweep(plan, tmp_path / "two", CPU, World(rank, 2)) for rank in range(2)]
+    assert len(halves[1]()) == 2
+    assert without_time(halves[0]()) == without_time(rows)
+
+
+def test_the_command_writes_json_csv_and_a_picture(tmp_path: Path) -> None:
+    toml = tmp_path / "sweep.toml"
+    toml.write_text(small(vary=[{"name": "a"}, {"defense": {"name": "sign"}}]).to_toml(), encoding="utf-8")
+    out = tmp_path / "run"
+    done = CliRunner().invoke(command, [str(toml), "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "All numbers in %" in done.output
+    held = json.loads((out / "sweep.json").read_text())
+    assert [p["family"] for p in held["points"]] == ["a", "sign"]
+    with (out / "sweep.csv").open(newline="") as lines:
+        assert [r["title"] for r in csv.DictReader(lines)] == ["a", "sign"]
+    assert (out / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(BadInput, match="not empty"):
+        CliRunner().invoke(command, [str(toml), "--out", str(out)], catch_exceptions=False)
+    again = CliRunner().invoke(command, [str(toml), "--out", str(out), "--resume"], catch_exceptions=False)
+    assert again.exit_code == 0
+    other = ["--set", "trials=4", "--resume"]
+    with pytest.raises(BadInput, match="another plan"):
+        CliRunner().invoke(command, [str(toml), "--out", str(out), *other], catch_exceptions=False)
+
+
+def test_an_attack_that_draws_images_is_measured_by_its_event(tmp_path: Path) -> None:
+    plan = small(
+        attack={"name": "linear_exact"}, event={"metric": "psnr", "value": 40.0}, client={"batch": 1},
+        threat={"grants": ["examples"]}, vary=[{"name": "nothing"}, {"defense": {"name": "noise", "std": 1.0}}],
+    )  # fmt: skip
+    rows = Sweep(plan, tmp_path, CPU)()
+    assert [r["successes"] for r in rows] == [3, 0]
+    assert [r["chance"] for r in rows] == [None, None]
+    assert "psnr of the first image reaches 40" in rows[0]["event"]
+
+
+def test_a_clients_knob_and_the_bound_over_its_steps() -> None:
+    plan = small(
+        client={"batch": 2, "update": "delta"},
+        vary=[{"defense": {"name": "dp_sgd"}, "knob": "client.local_steps", "values": [1, 4]}],
+    )
+    found = [bound_of(DEFENSES["dp_sgd"].make(), 0.1, p) for p in points(plan)]
+    assert found == [pytest.approx(gaussian(0.1, 1.0, t)) for t in (1, 4)]
+    noisy = DEFENSES["dp_instahide"].make(std=1e-3)
+    spent = PrivacySpent(1.0, 1e-5, 1.0, 1.0, "test")
+    assert bound_of(noisy, 0.1, points(plan)[0], spent) == pytest.approx(0.1 * math.e + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        ({"vary": [{"defense": {"name": "prunning"}}]}, "'prunning' is not a known defense"),
+        ({"vary": [{"defense": {"name": "noise"}, "knob": "sdt", "values": [1]}]}, "unknown parameter of 'noise'"),
+        ({"vary": [{"defense": {"name": "noise"}, "knob": "std"}]}, "knob and values belong together"),
+        ({"vary": [{"knob": "client.bach", "values": [1]}]}, "'client.bach' is not known"),
+        ({"vary": [{"knob": "client.batch", "values": [0]}]}, "client.batch"),
+        ({"trials": 0}, "trials"),
+        ({"attack": {"name": "galery"}}, "'galery' is not a known attack"),
+        ({"threat": {"grants": ["examples"]}}, "needs the grant 'gallery'"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_compute(parts: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        small(**parts)
+
+
+def digits() -> tuple[Images, Images]:
+    held = datasets.load("digits", size=None)
+    return (
+        Images(held.images[:1400], held.labels[:1400], 10),
+        Images(held.images[1400:], held.labels[1400:], 10),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings", "least"),
+    [
+        ("none", {}, 0.8),
+        ("instahide", {"k": 2, "mask": "abs"}, 0.4),
+        ("pruning", {"fraction": 0.99}, 0.6),
+        ("sign", {}, 0.8),
+    ],
+)
+def test_training_through_a_defence_learns(name: str, settings: dict[str, Any], least: float) -> None:
+    held, test = digits()
+    model = networks.build("mlp", classes=10, channels=1, size=8, options={"hidden": [64]}, rng=Rng.from_seed(0))
+    defense = DEFENSES[name].make(**settings)
+    budget = Budget(120, 4, 8, 0.1, 0.9, poisson=False)
+    made = train(model, held, defense, LocalPlan(), budget, Rng.from_seed(1))
+    before = correct(model, test, held, defense, 0) / len(test.images)
+    assert correct(made, test, held, defense, 0) / len(test.images) > max(least, before)
+
+
+def test_federated_averaging_moves_by_the_mean_difference() -> None:
+    held, _ = digits()
+    model = networks.build("mlp", classes=10, channels=1, size=8, options={"hidden": []}, rng=Rng.from_seed(0))
+    plan = LocalPlan(kind="delta", local_steps=2, lr=0.05)
+    none = DEFENSES["none"].make()
+    made = train(model, held, none, plan, Budget(1, 3, 4, 0.1, 0.9, poisson=False), Rng.from_seed(1))
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), made.parameters(), strict=True))
+    with pytest.raises(BadInput, match="more than the 1400"):
+        train(model, held, none, plan, Budget(1, 200, 8, 0.1, 0.9, poisson=False), Rng.from_seed(1))
+
+
+def test_poisson_sampling_takes_every_image_by_its_own_coin() -> None:
+    from frostglass.federated.rounds import _members
+
+    budget = Budget(1, 2, 4, 0.1, 0.0, poisson=True)
+    sizes, empty = [], 0
+    for r in range(300):
+        members = _members(100, budget, Rng.from_seed(r))
+        rows = torch.cat(members)
+        assert len(rows.unique()) == len(rows)
+        sizes.append(len(rows))
+        empty += any(len(m) == 0 for m in members)
+    assert sum(sizes) / 300 == pytest.approx(8, abs=0.6)
+    assert empty

@@ -1,0 +1,100 @@
+"""Streamed inner products and norms against gradients that autograd takes one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from frostglass.core.randomness import Rng
+from frostglass.core.update import LocalPlan
+from frostglass.numerics.local_update import local_update
+from frostglass.numerics.per_sample import products, streamable
+from frostglass.vision import networks
+
+CASES: list[tuple[str, dict[str, Any], str, bool]] = [
+    ("mlp", {"hidden": (24, 16)}, "train", False),
+    ("lenet", {}, "train", False),
+    ("small_bn_cnn", {"width": 4, "norm": "group"}, "train", False),
+    ("small_bn_cnn", {"width": 4, "norm": "none"}, "train", False),
+    ("small_bn_cnn", {"width": 4}, "eval", False),
+    ("small_bn_cnn", {"width": 4}, "train", True),
+    ("resnet20", {}, "train", True),
+]
+
+
+def model_of(name: str, options: dict[str, Any], size: int = 8) -> nn.Module:
+    made = networks.build(name, classes=5, channels=3, size=size, options=options, rng=Rng.from_seed(2)).double()
+    for module in made.modules():  # running statistics that a mistake would show in
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    return made
+
+
+def compared(model: nn.Module, mode: str, alone: bool, channels: int = 3, size: int = 8) -> None:
+    x = Rng.from_seed(3).uniform((5, channels, size, size)).double()
+    y = torch.nn.functional.one_hot(torch.arange(5) % 5, 5).double()
+    y[1] *= 0.6  # a soft label that lost mass
+    plan = LocalPlan(mode=mode)  # type: ignore[arg-type]
+    single = [local_update(model, x[i : i + 1], y[i : i + 1], plan).gradients for i in range(5)]
+    along = [
+        {n: Rng.from_seed(4).at(n).normal(g.shape).double() for n, g in single[0].items()},
+        {n: g for k, (n, g) in enumerate(single[2].items()) if k % 2},
+    ]
+    dots, squares = products(model, x, y, along, mode, alone=alone)
+    for i, g in enumerate(single):
+        for d, v in enumerate(along):
+            exact = sum(float((g[n] * v[n]).sum()) for n in v)
+            assert float(dots[i, d]) == pytest.approx(exact, rel=1e-8, abs=1e-12)
+        exact = sum(float(t.square().sum()) for t in g.values())
+        assert float(squares[i]) == pytest.approx(exact, rel=1e-8)
+
+
+@pytest.mark.parametrize(("name", "options", "mode", "alone"), CASES)
+def test_products_are_those_of_single_gradients(name: str, options: dict[str, Any], mode: str, alone: bool) -> None:
+    model = model_of(name, options)
+    assert streamable(model, mode, alone=alone)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    training = [m.training for m in model.modules()]
+    compared(model, mode, alone)
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())
+    assert training == [m.training for m in model.modules()]
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+class Odd(nn.Module):
+    """Groups, strides, dilation, a layer passed twice, layer norm, sequences, in-place ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1, bias=True)
+        self.grouped = nn.Conv2d(4, 4, 3, 1, 2, dilation=2, groups=2)
+        self.norm = nn.LayerNorm([4])
+        self.twice = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu(self.conv(x), inplace=True)
+        tokens = self.norm(self.grouped(x).flatten(2).transpose(1, 2))
+        tokens = self.twice(torch.tanh(self.twice(tokens)))
+        return self.head(tokens.mean(1))
+
+
+def test_odd_layers_and_repeated_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    monkeypatch.setattr("frostglass.numerics.per_sample.BUDGET", 100)  # pieces of a few images
+    model = Odd().double()
+    assert streamable(model, "train", alone=False)
+    compared(model, "train", False)
+
+
+def test_networks_whose_images_mix_are_not_streamed() -> None:
+    assert not streamable(model_of("small_bn_cnn", {"width": 4}), "train", alone=False)
+    assert not streamable(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(4, 2)), "train", alone=True)
+    assert not streamable(nn.Sequential(nn.Embedding(3, 4)), "eval", alone=True)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    assert not streamable(tied, "eval", alone=True)
