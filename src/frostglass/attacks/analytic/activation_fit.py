@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from frostglass.attacks.analytic.residual_graph import Graph
-from frostglass.attacks.analytic.residual_peel import active_of
+from frostglass.attacks.analytic.residual_solve import active_of
 
 FITTED = 2
 """Nodes that pixels are fitted to: the recovered ones nearest to the image."""

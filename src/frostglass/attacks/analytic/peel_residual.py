@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from frostglass.attacks.analytic.activation_fit import goals_of, mismatch
-from frostglass.attacks.analytic.chain import as_layer
 from frostglass.attacks.analytic.proof import prove
-from frostglass.attacks.analytic.residual_graph import Graph, find_graph
-from frostglass.attacks.analytic.residual_peel import Peeled, Sent, peel_down
+from frostglass.attacks.analytic.residual_graph import find_graph
+from frostglass.attacks.analytic.residual_peel import Peeled, peel_down
+from frostglass.attacks.analytic.residual_problem import Prepared, prepare, problems_of
 from frostglass.attacks.inversion.machine import Inversion, InversionState
 from frostglass.attacks.inversion.rules import Rule, StepInfo, adam, chain, scale
 from frostglass.attacks.inversion.schedules import cosine, falling
-from frostglass.attacks.inversion.target import lay_out, refuse_broken_values, update_problems
+from frostglass.attacks.inversion.target import lay_out, refuse_broken_values
 from frostglass.attacks.recipes.thaw import thaw
 from frostglass.attacks.registry import ATTACKS
 from frostglass.core.drive import Scalars
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime, World
-from frostglass.core.threat import GradientMessage, Knows, Observation
-from frostglass.numerics.conv_layer import ConvLayer
-from frostglass.numerics.conv_subspace import places
+from frostglass.core.threat import Knows, Observation
 from frostglass.numerics.distance import cosine_distance, flatten
 from frostglass.numerics.image import total_variation
 from frostglass.numerics.local_update import local_update
@@ -65,13 +61,6 @@ class ResidualState:
     matching: InversionState
 
 
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    graph: Graph
-    sent: Sent
-    model: nn.Module
-
-
 @dataclass(frozen=True)
 class PeelResidual:
     """See `peel_residual`."""
@@ -84,7 +73,7 @@ class PeelResidual:
     fallback: Inversion
     every: int
     needs: frozenset[Knows] = frozenset({Knows.EXAMPLES})
-    _held: weakref.WeakKeyDictionary[Observation, tuple[torch.device, torch.dtype, _Prepared]] = field(
+    _held: weakref.WeakKeyDictionary[Observation, tuple[torch.device, torch.dtype, Prepared]] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False, compare=False
     )
 
@@ -95,7 +84,7 @@ class PeelResidual:
 
     def check(self, seen: Observation) -> list[str]:
         """Sentences on why this observation cannot be attacked."""
-        return _problems(seen)
+        return problems_of(seen)
 
     def init(self, seen: Observation, run: Runtime) -> ResidualState:
         """Nothing solved; grey pixels."""
@@ -165,15 +154,15 @@ class PeelResidual:
         least = seen.gradients[f"{graph.head_name}.bias"].argmin()
         return torch.nn.functional.one_hot(least, seen.classes)[None].float().cpu()
 
-    def _prepared(self, seen: Observation, run: Runtime) -> _Prepared:
+    def _prepared(self, seen: Observation, run: Runtime) -> Prepared:
         held = self._held.get(seen)
         if held is None or held[:2] != (run.device, run.dtype):
             refuse_broken_values(seen)
-            held = (run.device, run.dtype, _prepare(seen, run))
+            held = (run.device, run.dtype, prepare(seen, run))
             self._held[seen] = held
         return held[2]
 
-    def _algebra(self, prepared: _Prepared, state: ResidualState, run: Runtime) -> tuple[ResidualState, Scalars]:
+    def _algebra(self, prepared: Prepared, state: ResidualState, run: Runtime) -> tuple[ResidualState, Scalars]:
         found = peel_down(prepared.sent)
         told = _told(found)
         reached = told["certificate"] and _fine_enough(prepared, found, state.z.shape[2])
@@ -188,7 +177,7 @@ class PeelResidual:
         return replace(state, stage=stage, goals=goals, told=told), scalars
 
     def _pixels(
-        self, seen: Observation, prepared: _Prepared, state: ResidualState, run: Runtime
+        self, seen: Observation, prepared: Prepared, state: ResidualState, run: Runtime
     ) -> tuple[ResidualState, Scalars]:
         """One iteration of Adam on the pixels: a forward and a backward pass, no second derivative."""
         domain, t = seen.domain, state.iteration
@@ -220,70 +209,6 @@ def _alone(run: Runtime) -> Runtime:
     return replace(run.at("matching"), world=World())
 
 
-def _problems(seen: Observation) -> list[str]:
-    """Why this observation cannot be attacked; the first kind that applies."""
-    problems = update_problems(seen)
-    if problems:
-        return problems
-    if any(not isinstance(m, GradientMessage) or m.kind != "gradient" for m in seen.messages):
-        return ["update: a gradient is wanted, not a weight difference."]
-    if seen.examples != 1:
-        return [
-            f"client.batch: {seen.examples or 'an unknown number of'} images; this attack reads the gradient of one."
-        ]
-    graph, misfit = find_graph(seen)
-    if graph is None:
-        return [misfit]
-    node = graph.nodes[-1]
-    wanted = [f"{graph.head_name}.weight", f"{graph.head_name}.bias"]
-    assert node.unit is not None
-    absent = [n for n in (*wanted, f"{node.unit.name}.weight") if n not in seen.gradients]
-    if absent:
-        return [f"update: the gradient of {n!r} was not sent; this attack needs it." for n in absent]
-    layer = as_layer(node.unit, None, False)
-    count, outputs = places(layer, node.unit.size), layer.weight.shape[0]
-    if count > outputs or max(layer.weight.shape[2:]) == 1:
-        return [
-            f"model: {node.unit.name!r} writes {count} places in {outputs} channels; this attack needs at most as many "
-            "places as channels, and a kernel wider than one."
-        ]
-    if seen.mode == "train" and _norms(graph) - set(seen.bn_batch or {}):
-        return ["threat.grants: in train mode this attack needs the batch's BatchNorm statistics; grant 'bn_batch'."]
-    return []
-
-
-def _norms(graph: Graph) -> set[str]:
-    return {u.norm_name for u in graph.units if u.norm_name}
-
-
-def _prepare(seen: Observation, run: Runtime) -> _Prepared:
-    graph, _ = find_graph(seen)
-    assert graph is not None
-    by_batch = seen.mode == "train"
-    statistics = (seen.bn_batch or {}) if by_batch else {}
-    cpu = torch.device("cpu")
-    layers: dict[str, ConvLayer] = {
-        u.name: as_layer(u, statistics.get(u.norm_name), by_batch).to(cpu, torch.float64) for u in graph.units
-    }
-    gradients = {n: g.detach().double().cpu() for n, g in seen.gradients.items()}
-    last = graph.nodes[-1].unit
-    assert last is not None
-    count = last.conv.in_channels * last.size[0] * last.size[1]
-    start = run.rng.at("subspace").normal((count,), like=torch.zeros((), dtype=torch.float64))
-    model = _with_statistics(seen.model, statistics).to(run.device, run.dtype)
-    return _Prepared(graph, Sent(graph, layers, gradients, start), model)
-
-
-def _with_statistics(model: nn.Module, statistics: Mapping[str, Any]) -> nn.Module:
-    """A copy in eval mode whose BatchNorm layers use the batch's statistics, where they were seen."""
-    made = copy.deepcopy(model).eval().requires_grad_(False)
-    for name, seen in statistics.items():
-        norm = made.get_submodule(name)
-        assert isinstance(norm, nn.BatchNorm2d)
-        norm.running_mean, norm.running_var = seen.mean.detach().clone(), seen.var.detach().clone()
-    return made
-
-
 def _told(found: Peeled) -> dict[str, float | int | str | bool]:
     told: dict[str, float | int | str | bool] = {
         "certificate": found.features_error < CERTIFIED,
@@ -301,7 +226,7 @@ def _told(found: Peeled) -> dict[str, float | int | str | bool]:
     return told
 
 
-def _fine_enough(prepared: _Prepared, found: Peeled, size: int) -> bool:
+def _fine_enough(prepared: Prepared, found: Peeled, size: int) -> bool:
     """Whether activations with enough places for the pixels were recovered."""
     shapes = [prepared.graph.nodes[i].shape for i in found.values if prepared.graph.nodes[i].unit is not None]
     return any(COARSEST * h >= size and c * h * w >= 2 * size * size for c, h, w in shapes)
