@@ -96,7 +96,7 @@ def peeled(seen: Observation, **options: Any) -> Reconstruction:
 @pytest.mark.slow
 def test_a_trained_network_in_eval_mode_gives_its_image_away() -> None:
     seen, private = seen_by_server(trained(), 32, "eval")
-    found = peeled(seen, steps=600)
+    found = peeled(seen)
     assert found.info["certificate"] is True
     assert found.info["features_error"] < 1e-5
     assert psnr(found, private) > 20

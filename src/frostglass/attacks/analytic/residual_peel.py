@@ -65,6 +65,27 @@ def peel_down(sent: Sent) -> Peeled:
     return found
 
 
+def _top(sent: Sent, found: Peeled) -> bool:
+    """Input of the last convolution, the gradient at its output, and what follows for the input."""
+    node = sent.graph.nodes[-1]
+    assert node.unit is not None
+    _, d, i, j = (1, *node.shape)
+    head = (sent.error @ sent.graph.head.weight.detach().double().cpu())[0] / (i * j)
+    solved = _by_subspace(sent, node, head, found)
+    if solved is None:
+        found.problem = (
+            f"the gradient of {node.unit.name!r} does not determine what it reads: fewer independent channels than "
+            "places, noise, or more than one image"
+        )
+        return False
+    inputs, dz, residual = solved
+    found.residuals[node.unit.name] = residual
+    found.values[node.reads] = inputs
+    found.above[node.reads] = sent.layer(node).gradient_of_input(dz, inputs)
+    found.above[len(sent.graph.nodes) - 1] = head.view(1, d, 1, 1).expand(1, d, i, j)
+    return True
+
+
 def _output(layer: ConvLayer, read: Tensor) -> Tensor:
     """Of the convolution and its norm."""
     return layer.scaled(layer.standardise(layer.conv(read)))

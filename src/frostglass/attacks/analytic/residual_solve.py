@@ -74,27 +74,6 @@ def active_of(value: Tensor, relative: float) -> Tensor:
     return value > (relative * float(-value.min())) if value.min() < 0 else value > 1e-6 * value.max()
 
 
-def _top(sent: Sent, found: Peeled) -> bool:
-    """Input of the last convolution, the gradient at its output, and what follows for the input."""
-    node = sent.graph.nodes[-1]
-    assert node.unit is not None
-    _, d, i, j = (1, *node.shape)
-    head = (sent.error @ sent.graph.head.weight.detach().double().cpu())[0] / (i * j)
-    solved = _by_subspace(sent, node, head, found)
-    if solved is None:
-        found.problem = (
-            f"the gradient of {node.unit.name!r} does not determine what it reads: fewer independent channels than "
-            "places, noise, or more than one image"
-        )
-        return False
-    inputs, dz, residual = solved
-    found.residuals[node.unit.name] = residual
-    found.values[node.reads] = inputs
-    found.above[node.reads] = sent.layer(node).gradient_of_input(dz, inputs)
-    found.above[len(sent.graph.nodes) - 1] = head.view(1, d, 1, 1).expand(1, d, i, j)
-    return True
-
-
 def solve(
     sent: Sent, node: Node, above: Tensor, active: Tensor, value: Tensor, measured: Tensor | None
 ) -> tuple[Tensor, Tensor, float]:
