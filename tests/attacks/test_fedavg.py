@@ -116,10 +116,11 @@ def test_the_order_is_the_clients_alone(monkeypatch: pytest.MonkeyPatch) -> None
     from frostglass.auditing import simulate
     from frostglass.auditing.prepare import prepare
     from frostglass.defenses.none import none
+    from frostglass.numerics import client_step
 
     orders: list[Any] = []
-    real = simulate.drawn_order
-    monkeypatch.setattr(simulate, "drawn_order", lambda *given: orders.append(real(*given)) or orders[-1])
+    real = client_step.drawn_order
+    monkeypatch.setattr(client_step, "drawn_order", lambda *given: orders.append(real(*given)) or orders[-1])
     client = {"batch": 4, "update": "delta", "minibatch": 2, "epochs": 2}
     plan = parse_plan(small(client=client))
     prepared = prepare(plan, 0, torch.device("cpu"))
