@@ -104,9 +104,9 @@ def gallery(cell: Cell, pictures: Mapping[str, Tensor]) -> Gallery | None:
     for i in range(len(private)):
         score = cell.images[i] if i < len(cell.images) else None
         coded = cell.encoding_images[i] if i < len(cell.encoding_images) else None
-        tiles = [Tile(_uri(private[i]), f"Private image {i + 1}", "private")]
+        tiles = [Tile(picture_uri(private[i]), f"Private image {i + 1}", "private")]
         if encoding is not None and i < len(encoding):
-            tiles.append(Tile(_uri((encoding[i] + 1) / 2), f"Encoding of image {i + 1}, shifted", "encoding"))
+            tiles.append(Tile(picture_uri((encoding[i] + 1) / 2), f"Encoding of image {i + 1}, shifted", "encoding"))
         tiles.append(_made(made, i, coded if coded and (score is None or score.psnr is None) else score))
         pairs.append(Pair(i + 1, tuple(tiles), score, coded))
     side = max(private.shape[-2:])
@@ -132,7 +132,7 @@ def film(cell: Cell, pictures: Mapping[str, Tensor]) -> Film | None:
     for i in range(min(FILM_ROWS, max(len(kept[s]) for s in steps))):
         tiles = [_frame(kept[s], i, s) for s in steps]
         if private is not None and i < len(private):
-            tiles.append(Tile(_uri(private[i], LARGEST_FRAME), f"Private image {i + 1}"))
+            tiles.append(Tile(picture_uri(private[i], LARGEST_FRAME), f"Private image {i + 1}"))
         rows.append(tuple(tiles))
     heads = [f"{s:,}".replace(",", "\u202f") for s in steps] + (["private"] if private is not None else [])
     return Film(tuple(heads), tuple(rows), max(kept[steps[0]].shape[-2:]) < SMOOTH_FROM)
@@ -143,13 +143,13 @@ def _made(made: Tensor | None, i: int, score: ImageScore | None) -> Tile:
         return Tile(None, f"Image {i + 1} was not recovered", "reconstruction")
     told = "" if score is None else f", PSNR {number(score.psnr)} dB against the {score.target} image"
     told = told.replace("encoding image", "encoding")
-    return Tile(_uri(made[i]), f"Reconstruction of image {i + 1}{told}", "reconstruction")
+    return Tile(picture_uri(made[i]), f"Reconstruction of image {i + 1}{told}", "reconstruction")
 
 
 def _frame(frames: Tensor, i: int, step: int) -> Tile:
     if i >= len(frames) or not bool(torch.isfinite(frames[i]).all()):
         return Tile(None, f"Image {i + 1} at step {step}: none")
-    return Tile(_uri(frames[i], LARGEST_FRAME), f"Image {i + 1} at step {step}")
+    return Tile(picture_uri(frames[i], LARGEST_FRAME), f"Image {i + 1} at step {step}")
 
 
 def _notes(private: Tensor, encoded: bool) -> tuple[str, ...]:
@@ -166,7 +166,7 @@ def _notes(private: Tensor, encoded: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _uri(image: Float[Tensor, "c h w"], largest: int = LARGEST) -> str:
+def picture_uri(image: Float[Tensor, "c h w"], largest: int = LARGEST) -> str:
     """A PNG data URI; values are clamped to [0, 1], whatever an early candidate holds."""
     shown = image if image.shape[0] in (1, 3) else image[:1]
     pixels = (shown.detach().float().cpu().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)

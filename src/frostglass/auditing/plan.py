@@ -143,7 +143,19 @@ class ScenarioPlan(Strict):
     control: bool = Field(False, description="true: shows that the attacks work, and has no part in the verdict")
 
 
-class Plan(Strict):
+class Resolved(Strict):
+    """A plan that a run keeps, and belongs to."""
+
+    def to_toml(self) -> str:
+        """The resolved plan: every key with its value; what is None stays out, as TOML has no such value."""
+        return tomli_w.dumps(without_none(self.model_dump()))
+
+    def digest(self) -> str:
+        """SHA-256 of the resolved plan: a run belongs to it."""
+        return hashlib.sha256(self.to_toml().encode()).hexdigest()
+
+
+class Plan(Resolved):
     """A whole audit."""
 
     name: Title = Field("audit", min_length=1, description="of the audit, for the report")
@@ -157,19 +169,12 @@ class Plan(Strict):
         """The scenario's own threat model, or the plan's."""
         return scenario.threat or self.threat
 
-    def to_toml(self) -> str:
-        """The resolved plan: every key with its value; what is None stays out, as TOML has no such value."""
-        return tomli_w.dumps(_without_none(self.model_dump()))
 
-    def digest(self) -> str:
-        """SHA-256 of the resolved plan: a run belongs to it."""
-        return hashlib.sha256(self.to_toml().encode()).hexdigest()
-
-
-def _without_none(value: Any) -> Any:
+def without_none(value: Any) -> Any:
+    """The same without entries of None, at every depth of tables and lists."""
     if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: without_none(v) for k, v in value.items() if v is not None}
+    return [without_none(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def parse_plan(values: Mapping[str, Any]) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,33 @@ def render(scorecard: Scorecard, events: list[dict[str, Any]], pictures: Mapping
     return page.lstrip() + "\n"
 
 
+Words = Callable[..., Any]
+"""A function that a template calls by its name."""
+
+
 @cache
 def _templates() -> Environment:
+    filters: list[Words] = [
+        wording.number,
+        wording.percent,
+        wording.duration,
+        wording.clock,
+        wording.plural,
+        wording.flat,
+    ]
+    sentences: list[Words] = [wording.threshold, wording.objective_title, wording.objective_words, wording.labels_words]
+    sentences += [wording.spread, wording.batch_words, wording.null_words]
+    return templates(filters, sentences)
+
+
+def templates(filters: Sequence[Words], functions: Sequence[Words]) -> Environment:
+    """Pages of this package, with words of `wording` by their names."""
     page = Environment(
         loader=PackageLoader("frostglass.auditing"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=_present,
     )  # fmt: skip
-    filters = [wording.number, wording.percent, wording.duration, wording.clock, wording.plural, wording.flat]
-    sentences = [wording.threshold, wording.objective_title, wording.objective_words, wording.labels_words]
-    sentences += [wording.batch_words, wording.null_words]
     page.filters |= {f.__name__: f for f in filters}
-    page.globals |= {f.__name__: f for f in [wording.spread, *sentences]}
+    page.globals |= {f.__name__: f for f in functions}
     return page
 
 

@@ -208,19 +208,24 @@ def scorecard(plan: Plan, rows: list[Cell], device: torch.device, data_sha256: s
     return card.model_copy(update={"standards": standards(plan, card, data_sha256)})
 
 
+def environment_of(device: torch.device) -> dict[str, str]:
+    """Versions and hardware; no names of machines."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
 def _scorecard(plan: Plan, rows: list[Cell], device: torch.device) -> Scorecard:
     return Scorecard(
         name=plan.name,
         seed=plan.seed,
         headline=headline(rows),
         frostglass=__version__,
-        environment={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "system": f"{platform.system()} {platform.machine()}",
-            "threads": str(torch.get_num_threads()),
-        },
+        environment=environment_of(device),
         plan_sha256=plan.digest(),
         show_images=plan.report.show_images,
         cells=rows,

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from frostglass.auditing.plan import (
     ClientPlan,
@@ -18,22 +17,21 @@ from frostglass.auditing.plan import (
     ModelPlan,
     Named,
     Plan,
+    Resolved,
     ThreatPlan,
     ThresholdPlan,
     Title,
     parse_plan,
+    without_none,
 )
 from frostglass.auditing.plan_reading import read_values, sentences
+from frostglass.auditing.plan_verdict import Strict
 from frostglass.core.errors import BadInput
 
 CLIENT_KNOBS = ("client.batch", "client.local_steps", "client.epochs", "client.lr")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
-
-
-class VaryPlan(_Strict):
+class VaryPlan(Strict):
     """One defence, at one or more values of a knob."""
 
     name: str = Field("", description="for titles; that of the defence if left out")
@@ -42,7 +40,7 @@ class VaryPlan(_Strict):
     values: list[int | float] = Field(default_factory=list, description="of the knob, a point each")
 
 
-class TrainingPlan(_Strict):
+class TrainingPlan(Strict):
     """Federated training that measures what a defence costs; the same for all points."""
 
     rounds: int = Field(300, ge=1, description="of the server")
@@ -54,7 +52,7 @@ class TrainingPlan(_Strict):
     images: int = Field(20_000, ge=10, description="of the source, at the most")
 
 
-class SweepPlan(_Strict):
+class SweepPlan(Resolved):
     """A whole sweep."""
 
     name: Title = Field("sweep", min_length=1, description="for the picture")
@@ -75,10 +73,6 @@ class SweepPlan(_Strict):
     training: TrainingPlan = Field(default_factory=TrainingPlan, description="what accuracy is measured by")
     vary: list[VaryPlan] = Field(min_length=1, description="the points")
 
-    def to_toml(self) -> str:
-        """The resolved plan."""
-        return tomli_w.dumps(_without_none(self.model_dump()))
-
 
 @dataclass(frozen=True)
 class Point:
@@ -98,12 +92,6 @@ class Point:
     knob: str | None
     value: float | None
     plan: Plan
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepPlan:
@@ -153,8 +141,8 @@ def points(plan: SweepPlan) -> list[Point]:
 
 
 def _point(plan: SweepPlan, vary: VaryPlan, value: float | None, number: int) -> Point:
-    client = _without_none(plan.client.model_dump()) | {"batches": plan.trials}
-    defense = _without_none(vary.defense.model_dump())
+    client = without_none(plan.client.model_dump()) | {"batches": plan.trials}
+    defense = without_none(vary.defense.model_dump())
     if vary.knob is not None and value is not None:
         section, dot, key = vary.knob.rpartition(".")
         if dot and vary.knob not in CLIENT_KNOBS:
@@ -166,8 +154,8 @@ def _point(plan: SweepPlan, vary: VaryPlan, value: float | None, number: int) ->
     title = family if vary.knob is None else f"{family}, {vary.knob.rpartition('.')[2]} = {value:g}"
     scenario = {
         "name": title,
-        "data": _without_none(plan.data.model_dump()),
-        "model": _without_none(plan.model.model_dump()),
+        "data": without_none(plan.data.model_dump()),
+        "model": without_none(plan.model.model_dump()),
         "client": client,
         "defense": [defense],
         "attack": [plan.attack.model_dump()],
@@ -176,7 +164,7 @@ def _point(plan: SweepPlan, vary: VaryPlan, value: float | None, number: int) ->
         "name": plan.name,
         "seed": plan.seed,
         "scenario": [scenario],
-        "threat": _without_none(plan.threat.model_dump()),
+        "threat": without_none(plan.threat.model_dump()),
         "report": {"metrics": list({"psnr", "ssim", plan.event.metric}), "threshold": plan.event.model_dump()},
     })  # fmt: skip
     slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60]

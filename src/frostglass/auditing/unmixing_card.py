@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from pydantic import Field
 
 from frostglass._version import __version__
+from frostglass.auditing.rows import environment_of
 from frostglass.auditing.scorecard import Cell, Scorecard
 from frostglass.auditing.unmixing_inputs import EncodedSet
 from frostglass.auditing.unmixing_plan import UnmixPlan
@@ -61,13 +61,7 @@ def make_card(
         seed=plan.seed,
         headline=verdict[0],
         frostglass=__version__,
-        environment={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "system": f"{platform.system()} {platform.machine()}",
-            "threads": str(torch.get_num_threads()),
-        },
+        environment=environment_of(device),
         plan_sha256=plan.digest(),
         show_images=plan.report.show_images,
         cells=cells,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.metrics.registry import METRICS
-from frostglass.auditing.plan import Named, ThresholdPlan, Title
+from frostglass.auditing.plan import Named, Resolved, ThresholdPlan, Title
 from frostglass.auditing.plan_reading import read_values, sentences
+from frostglass.auditing.plan_verdict import Strict
 from frostglass.core.errors import BadInput, close_match
 from frostglass.numerics.key_rows import MixLaw
 
@@ -21,11 +20,7 @@ AUTO = ("prng_attack", "mixup_attack", "averaging", "unmix_statistical", "demask
 """Attacks of a plan that names none; those that do not apply are listed as skipped, with the reason."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
-
-
-class KnownPlan(_Strict):
+class KnownPlan(Strict):
     """What the attacker knows; what is left out is taken from the set's manifest, which is public, or is not known."""
 
     labels: Literal["published", "classes", "none"] = Field(
@@ -42,7 +37,7 @@ class KnownPlan(_Strict):
     public: int | None = Field(None, ge=1, description="public images in the pool")
 
 
-class UnmixReport(_Strict):
+class UnmixReport(Strict):
     """What the report shows."""
 
     metrics: list[str] = Field(default_factory=lambda: ["psnr", "ssim"], description="names of metrics")
@@ -50,7 +45,7 @@ class UnmixReport(_Strict):
     threshold: ThresholdPlan = Field(default_factory=ThresholdPlan, description="what counts as recognisable")
 
 
-class UnmixPlan(_Strict):
+class UnmixPlan(Resolved):
     """An audit of one encoded set."""
 
     name: Title = Field("unmix", min_length=1, description="of the audit, for the report")
@@ -75,20 +70,6 @@ class UnmixPlan(_Strict):
     def attacks(self) -> list[Named]:
         """Those named, or all that may apply."""
         return self.attack or [Named(name=name) for name in AUTO]
-
-    def to_toml(self) -> str:
-        """The resolved plan; what is None stays out, as TOML has no such value."""
-        return tomli_w.dumps(_without_none(self.model_dump()))
-
-    def digest(self) -> str:
-        """SHA-256 of the resolved plan."""
-        return hashlib.sha256(self.to_toml().encode()).hexdigest()
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def load_unmix_plan(path: Path, overrides: Sequence[str] = ()) -> UnmixPlan:

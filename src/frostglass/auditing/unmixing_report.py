@@ -7,15 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from safetensors.torch import load_file
 from torch import Tensor
 
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing import wording
-from frostglass.auditing.pictures import SMOOTH_FROM, Tile, gallery
-from frostglass.auditing.pictures import _uri as picture_uri
+from frostglass.auditing.pictures import SMOOTH_FROM, Tile, gallery, picture_uri
 from frostglass.auditing.plots import Rows, by_cell, convergence
+from frostglass.auditing.report import Words, templates
 from frostglass.auditing.scorecard import Cell
 from frostglass.auditing.unmixing_card import UnmixScorecard, load_unmix_scorecard
 from frostglass.core.files import write_text
@@ -54,18 +54,16 @@ def render_unmix(card: UnmixScorecard, events: list[dict[str, Any]], pictures: M
 
 @cache
 def _templates() -> Environment:
-    page = Environment(
-        loader=PackageLoader("frostglass.auditing"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=_present,
-    )  # fmt: skip
-    filters = [wording.number, wording.duration, wording.clock, wording.plural, wording.flat, wording.value_text]
-    page.filters |= {f.__name__: f for f in filters}
-    page.globals |= {f.__name__: f for f in [wording.spread, wording.threshold]}
-    return page
-
-
-def _present(value: Any) -> Any:
-    return wording.MISSING if value is None else value
+    filters: list[Words] = [
+        wording.number,
+        wording.duration,
+        wording.clock,
+        wording.plural,
+        wording.flat,
+        wording.value_text,
+    ]
+    functions: list[Words] = [wording.spread, wording.threshold]
+    return templates(filters, functions)
 
 
 def _view(

@@ -10,25 +10,24 @@ import torch
 from torch import Tensor
 
 from frostglass.attacks.analytic import peel_problem
+from frostglass.attacks.analytic.fallback import alone, matching_objective
 from frostglass.attacks.analytic.peel_problem import Problem
 from frostglass.attacks.analytic.peel_state import PeelState, agreement, contrasted, info
 from frostglass.attacks.analytic.proof import prove
 from frostglass.attacks.inversion.machine import Inversion
 from frostglass.attacks.inversion.rules import Rule, StepInfo, adam, chain, scale
 from frostglass.attacks.inversion.schedules import cosine, falling
-from frostglass.attacks.inversion.target import lay_out, refuse_broken_values
+from frostglass.attacks.inversion.target import refuse_broken_values
 from frostglass.attacks.recipes.thaw import thaw
 from frostglass.attacks.registry import ATTACKS
 from frostglass.core.drive import Scalars
 from frostglass.core.reconstruction import Reconstruction
-from frostglass.core.runtime import Runtime, World
+from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
 from frostglass.numerics import conv_fit, head
 from frostglass.numerics.conv_peel import CERTIFIED, THRESHOLDS
 from frostglass.numerics.conv_peel import peel as peel_off
-from frostglass.numerics.distance import cosine_distance, flatten
 from frostglass.numerics.image import total_variation
-from frostglass.numerics.local_update import local_update
 
 SEARCH = 24
 """Steps for the classifier's inputs, at the most."""
@@ -100,7 +99,7 @@ class Peel:
             best=z.clone(),
             best_loss=torch.full_like(like, math.inf),
             fell_back=False,
-            matching=self.fallback.init(seen, _alone(run)),
+            matching=self.fallback.init(seen, alone(run)),
         )
 
     def step(self, seen: Observation, state: PeelState, run: Runtime, t: int) -> tuple[PeelState, Scalars]:
@@ -112,7 +111,7 @@ class Peel:
         if state.stage == "pixels":
             return self._pixels(self._prepared(seen, run), state, run)
         if state.stage == "matching":
-            matched, scalars = self.fallback.step(seen, state.matching, _alone(run), state.iteration)
+            matched, scalars = self.fallback.step(seen, state.matching, alone(run), state.iteration)
             return self._counted(replace(state, matching=matched)), scalars
         return state, {}
 
@@ -148,20 +147,8 @@ class Peel:
         )
 
     def objective_of(self, seen: Observation, images: Tensor, targets: Tensor, run: Runtime) -> float:
-        """1 - cosine of the whole observed update and the one that `images` with `targets` would give.
-
-        No stage minimises this: it is what all attacks on gradients can be compared by.
-
-        Args:
-            seen: the observation.
-            images: [b, c, h, w] in the bounds of the domain.
-            targets: [b, k].
-            run: device and dtype.
-        """
-        goal = lay_out(seen, run)
-        trace = local_update(goal.model, images.to(run.device, run.dtype), targets.to(run.device, run.dtype), goal.plan)
-        found = flatten([trace.gradients[n] for n in goal.names])
-        return max(0.0, float(cosine_distance(found.double(), goal.flat.double())))
+        """See `matching_objective`."""
+        return matching_objective(seen, images, targets, run)
 
     def _prepared(self, seen: Observation, run: Runtime) -> Problem:
         held = self._problems.get(seen)
@@ -246,11 +233,6 @@ class Peel:
     def _counted(self, state: PeelState) -> PeelState:
         done = state.iteration + 1
         return replace(state, iteration=done, stage="over" if done == self.pixel_steps else state.stage)
-
-
-def _alone(run: Runtime) -> Runtime:
-    """For the matching: every rank does all of it, as it does the algebra."""
-    return replace(run.at("matching"), world=World())
 
 
 @ATTACKS.register(

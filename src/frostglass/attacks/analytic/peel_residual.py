@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frostglass.attacks.analytic.activation_fit import goals_of, mismatch
+from frostglass.attacks.analytic.fallback import alone, matching_objective
 from frostglass.attacks.analytic.proof import prove
 from frostglass.attacks.analytic.residual_graph import find_graph
 from frostglass.attacks.analytic.residual_peel import Peeled, peel_down
@@ -19,16 +20,14 @@ from frostglass.attacks.analytic.residual_problem import Prepared, prepare, prob
 from frostglass.attacks.inversion.machine import Inversion, InversionState
 from frostglass.attacks.inversion.rules import Rule, StepInfo, adam, chain, scale
 from frostglass.attacks.inversion.schedules import cosine, falling
-from frostglass.attacks.inversion.target import lay_out, refuse_broken_values
+from frostglass.attacks.inversion.target import refuse_broken_values
 from frostglass.attacks.recipes.thaw import thaw
 from frostglass.attacks.registry import ATTACKS
 from frostglass.core.drive import Scalars
 from frostglass.core.reconstruction import Reconstruction
-from frostglass.core.runtime import Runtime, World
+from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
-from frostglass.numerics.distance import cosine_distance, flatten
 from frostglass.numerics.image import total_variation
-from frostglass.numerics.local_update import local_update
 
 CERTIFIED = 1e-4
 """Largest distance between the recovered top activations' mean and what the head read, which no solve has used."""
@@ -92,7 +91,7 @@ class PeelResidual:
         like = torch.zeros((), dtype=run.dtype, device=run.device)
         z = 0.01 * run.rng.at("pixels").normal((1, *seen.image_shape), like=like)
         best_loss = torch.full_like(like, math.inf)
-        matching = self.fallback.init(seen, _alone(run))
+        matching = self.fallback.init(seen, alone(run))
         return ResidualState("algebra", {}, {}, z, self.update.init(z), 0, z.clone(), best_loss, matching)
 
     def step(self, seen: Observation, state: ResidualState, run: Runtime, t: int) -> tuple[ResidualState, Scalars]:
@@ -102,7 +101,7 @@ class PeelResidual:
         if state.stage == "pixels":
             return self._pixels(seen, self._prepared(seen, run), state, run)
         if state.stage == "matching":
-            matched, scalars = self.fallback.step(seen, state.matching, _alone(run), state.iteration)
+            matched, scalars = self.fallback.step(seen, state.matching, alone(run), state.iteration)
             return self._counted(replace(state, matching=matched)), scalars
         return state, {}
 
@@ -132,18 +131,8 @@ class PeelResidual:
         )
 
     def objective_of(self, seen: Observation, images: Tensor, targets: Tensor, run: Runtime) -> float:
-        """1 - cosine of the whole observed update and the one that `images` with `targets` would give.
-
-        Args:
-            seen: the observation.
-            images: [b, c, h, w] in the bounds of the domain.
-            targets: [b, k].
-            run: device and dtype.
-        """
-        goal = lay_out(seen, run)
-        trace = local_update(goal.model, images.to(run.device, run.dtype), targets.to(run.device, run.dtype), goal.plan)
-        found = flatten([trace.gradients[n] for n in goal.names])
-        return max(0.0, float(cosine_distance(found.double(), goal.flat.double())))
+        """See `matching_objective`."""
+        return matching_objective(seen, images, targets, run)
 
     def _targets(self, seen: Observation) -> Tensor:
         """[1, k]: granted, or the class whose bias gradient is least (iDLG's rule, exact for one image)."""
@@ -202,11 +191,6 @@ class PeelResidual:
     def _counted(self, state: ResidualState) -> ResidualState:
         done = state.iteration + 1
         return replace(state, iteration=done, stage="over" if done == self.pixel_steps else state.stage)
-
-
-def _alone(run: Runtime) -> Runtime:
-    """For the matching: every rank does all of it, as it does the algebra."""
-    return replace(run.at("matching"), world=World())
 
 
 def _told(found: Peeled) -> dict[str, float | int | str | bool]:
