@@ -16,8 +16,11 @@ from frostglass.auditing.plan_verdict import Strict
 from frostglass.core.errors import BadInput, close_match
 from frostglass.numerics.key_rows import MixLaw
 
-AUTO = ("prng_attack", "mixup_attack", "averaging", "unmix_statistical", "demask")
-"""Attacks of a plan that names none; those that do not apply are listed as skipped, with the reason."""
+AUTO = ("unmix_statistical", "mixup_attack", "averaging", "demask", "prng_attack")
+"""Attacks of a plan that names none, quick ones first; those that do not apply are skipped, with the reason."""
+
+AUTO_SEEDS = 1 << 16
+"""Seeds that `prng_attack` searches where no plan asks for it: half a minute; 2^20 take minutes."""
 
 
 class KnownPlan(Strict):
@@ -69,7 +72,9 @@ class UnmixPlan(Resolved):
     @property
     def attacks(self) -> list[Named]:
         """Those named, or all that may apply."""
-        return self.attack or [Named(name=name) for name in AUTO]
+        named = [Named(name=name) for name in AUTO if name != "prng_attack"]
+        search = [Named.model_validate({"name": name, "last": AUTO_SEEDS}) for name in AUTO if name == "prng_attack"]
+        return self.attack or named + search
 
 
 def load_unmix_plan(path: Path, overrides: Sequence[str] = ()) -> UnmixPlan:
