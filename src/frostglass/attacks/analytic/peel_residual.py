@@ -14,7 +14,7 @@ from torch import Tensor
 from frostglass.attacks.analytic.activation_fit import goals_of, mismatch
 from frostglass.attacks.analytic.fallback import alone, matching_objective
 from frostglass.attacks.analytic.proof import prove
-from frostglass.attacks.analytic.residual_graph import find_graph
+from frostglass.attacks.analytic.residual_graph import Graph
 from frostglass.attacks.analytic.residual_peel import Peeled, peel_down
 from frostglass.attacks.analytic.residual_problem import Prepared, prepare, problems_of
 from frostglass.attacks.inversion.machine import Inversion, InversionState
@@ -112,7 +112,7 @@ class PeelResidual:
     def read(self, seen: Observation, state: ResidualState) -> Reconstruction:
         """The best pixels, and how far the algebra came; none of it uses the private image."""
         run = Runtime(device=state.z.device, dtype=state.z.dtype)
-        targets = self._targets(seen)
+        targets = _targets(seen, self._prepared(seen, run).graph)
         if not state.goals:
             found = self.fallback.read(seen, state.matching)
             return replace(found, info={**found.info, **state.told})
@@ -133,15 +133,6 @@ class PeelResidual:
     def objective_of(self, seen: Observation, images: Tensor, targets: Tensor, run: Runtime) -> float:
         """See `matching_objective`."""
         return matching_objective(seen, images, targets, run)
-
-    def _targets(self, seen: Observation) -> Tensor:
-        """[1, k]: granted, or the class whose bias gradient is least (iDLG's rule, exact for one image)."""
-        if seen.labels is not None:
-            return seen.labels.float().cpu()
-        graph, _ = find_graph(seen)
-        assert graph is not None
-        least = seen.gradients[f"{graph.head_name}.bias"].argmin()
-        return torch.nn.functional.one_hot(least, seen.classes)[None].float().cpu()
 
     def _prepared(self, seen: Observation, run: Runtime) -> Prepared:
         held = self._held.get(seen)
@@ -191,6 +182,14 @@ class PeelResidual:
     def _counted(self, state: ResidualState) -> ResidualState:
         done = state.iteration + 1
         return replace(state, iteration=done, stage="over" if done == self.pixel_steps else state.stage)
+
+
+def _targets(seen: Observation, graph: Graph) -> Tensor:
+    """[1, k]: granted, or the class whose bias gradient is least (iDLG's rule, exact for one image)."""
+    if seen.labels is not None:
+        return seen.labels.float().cpu()
+    least = seen.gradients[f"{graph.head_name}.bias"].argmin()
+    return torch.nn.functional.one_hot(least, seen.classes)[None].float().cpu()
 
 
 def _told(found: Peeled) -> dict[str, float | int | str | bool]:

@@ -19,7 +19,7 @@ from frostglass.attacks.analytic.residual_graph import Node
 from frostglass.attacks.analytic.residual_solve import ACTIVE, EXACT, Sent, active_of, corrected, solve
 from frostglass.numerics import conv_peel
 from frostglass.numerics.conv_layer import ConvLayer
-from frostglass.numerics.conv_subspace import Shape, shape_of_input
+from frostglass.numerics.conv_subspace import shape_of_input
 
 USABLE = 2e-2
 """Relative residual of a layer beyond which it and all below are left to the fit of the pixels."""
@@ -42,7 +42,6 @@ class Peeled:
     residuals: dict[str, float] = field(default_factory=dict)
     problem: str = ""
     features_error: float = math.nan
-    shape: Shape | None = None
 
 
 def peel_down(sent: Sent) -> Peeled:
@@ -71,7 +70,7 @@ def _top(sent: Sent, found: Peeled) -> bool:
     assert node.unit is not None
     _, d, i, j = (1, *node.shape)
     head = (sent.error @ sent.graph.head.weight.detach().double().cpu())[0] / (i * j)
-    solved = _by_subspace(sent, node, head, found)
+    solved = _by_subspace(sent, node, head)
     if solved is None:
         found.problem = (
             f"the gradient of {node.unit.name!r} does not determine what it reads: fewer independent channels than "
@@ -91,16 +90,12 @@ def _output(layer: ConvLayer, read: Tensor) -> Tensor:
     return layer.scaled(layer.standardise(layer.conv(read)))
 
 
-def _by_subspace(
-    sent: Sent, node: Node, head: Tensor | None, found: Peeled | None = None
-) -> tuple[Tensor, Tensor, float] | None:
+def _by_subspace(sent: Sent, node: Node, head: Tensor | None) -> tuple[Tensor, Tensor, float] | None:
     """(input, gradient at the output, relative residual) without knowing anything above; None if undetermined."""
     layer, gradient = sent.layer(node), sent.gradient(node)
     assert node.unit is not None
     by_batch = layer.norm == "batch"
     shape = shape_of_input(layer, gradient, node.unit.size, centred=by_batch, start=sent.start)
-    if found is not None:
-        found.shape = shape
     if shape is None or not shape.unique:
         return None
     kernel = tuple(layer.weight.shape[2:])
