@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,9 @@ def dp_sgd(
     """Per-example clipping and Gaussian noise: the only defence here with a proof for every image, by Opacus.
 
     Each example's gradient is clipped to `clipping_norm` C, N(0, (noise_multiplier C)^2) is added to the sum, which is
-    divided by the batch size. The privacy spent is accounted for the steps of this update alone, without sampling
-    amplification, for adding or removing one image.
+    divided by the batch size. The privacy spent is accounted for the steps of this update alone, for adding or removing
+    one image. With minibatches every step draws each image by its own coin (Poisson, by Opacus), with probability
+    minibatch / images, and the accountant counts that amplification; without them every step sees all images.
 
     Args:
         clipping_norm: C, in the units of a gradient's L2 norm; above 0.
@@ -51,13 +53,13 @@ def dp_sgd(
     def gradient(model: nn.Module, batch: Batch, plan: LocalPlan, randomness: Randomness) -> Update:
         steps = plan.steps_for(len(batch)) if plan.kind == "delta" else 1
         _refuse_unsuitable(model, batch, plan, expected_batch)
-        divisor = expected_batch or len(batch)
+        divisor = expected_batch or (len(batch) if plan.whole_batches(len(batch)) else plan.minibatch or 1)
         rng = randomness.rng().at("dp_sgd")
         if len(batch):
             sent = _private_update(model, batch, plan, rng, clipping_norm, noise_multiplier, divisor)
         else:
             sent = _noise_alone(model, plan, rng, noise_multiplier * clipping_norm / divisor)
-        spent = _accounted(noise_multiplier, clipping_norm, delta, steps, accountant)
+        spent = _accounted(noise_multiplier, clipping_norm, delta, steps, accountant, _rate(plan, len(batch)))
         return Update(sent, {}, len(batch), plan, spent)
 
     return Defense(
@@ -101,9 +103,16 @@ def _private_update(
             loss_reduction="mean",
             generator=rng.generator(batch.images.device),
         )
-        for _ in range(plan.steps_for(len(batch)) if plan.kind == "delta" else 1):
+        for rows in _draws(plan, len(batch), rng):
             optimizer.zero_grad()
-            soft_cross_entropy(wrapped(batch.images), batch.targets).backward()
+            images, targets = (
+                (batch.images, batch.targets) if rows is None else (batch.images[rows], batch.targets[rows])
+            )
+            if len(images):
+                soft_cross_entropy(wrapped(images), targets).backward()
+            else:  # a Poisson draw of nobody: noise alone, as leaving it out would tell
+                for p in optimizer.params:
+                    p.grad_sample = p.new_zeros(0, *p.shape)
             if plan.kind == "delta":
                 optimizer.step()
             else:
@@ -112,6 +121,25 @@ def _private_update(
     if plan.kind == "delta":
         return {n: before[n] - after[n].detach() for n in names}
     return {n: after[n].grad.detach().clone() for n in names}  # type: ignore[union-attr]
+
+
+def _rate(plan: LocalPlan, examples: int) -> float:
+    """Probability with which a step sees an image."""
+    if plan.kind == "gradient" or plan.minibatch is None or not examples:
+        return 1.0
+    return min(1.0, plan.minibatch / examples)
+
+
+def _draws(plan: LocalPlan, examples: int, rng: Rng) -> Iterator[list[int] | None]:
+    """Rows of every step: None for all of them, else Opacus' Poisson draws."""
+    from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+
+    rate, steps = _rate(plan, examples), plan.steps_for(examples) if plan.kind == "delta" else 1
+    if rate == 1.0:
+        yield from [None] * steps
+        return
+    coins = rng.at("poisson").generator()
+    yield from UniformWithReplacementSampler(num_samples=examples, sample_rate=rate, generator=coins, steps=steps)
 
 
 def _recorded_by_opacus(model: nn.Module, mode: str) -> nn.Module:
@@ -132,8 +160,8 @@ def _noise_alone(model: nn.Module, plan: LocalPlan, rng: Rng, std: float) -> dic
 def _refuse_unsuitable(model: nn.Module, batch: Batch, plan: LocalPlan, expected: int | None) -> None:
     from opacus.validators import ModuleValidator
 
-    if plan.kind == "delta" and (plan.optimizer != "sgd" or not plan.whole_batches(len(batch))):
-        raise BadInput("defense dp_sgd: takes SGD steps over all images; leave out client.optimizer and minibatch.")
+    if plan.kind == "delta" and plan.optimizer != "sgd":
+        raise BadInput("defense dp_sgd: takes SGD steps; leave out client.optimizer.")
     if not len(batch) and (expected is None or (plan.kind == "delta" and plan.steps_for(1) > 1)):
         raise BadInput(
             "defense dp_sgd: an empty batch sends noise alone, whose size follows from expected_batch; set it to "
@@ -154,9 +182,12 @@ def _first_line(error: object) -> str:
     return str(error).splitlines()[0].rstrip(".")
 
 
-def _accounted(sigma: float, clip: float, delta: float, steps: int, accountant: Accountant) -> PrivacySpent | None:
+def _accounted(
+    sigma: float, clip: float, delta: float, steps: int, accountant: Accountant, rate: float
+) -> PrivacySpent | None:
     if sigma == 0:
         return None
-    epsilon = epsilon_of(sigma, delta, steps, accountant)
-    about = f"Opacus {accountant.upper()}, no sampling amplification, add/remove one image"
+    epsilon = epsilon_of(sigma, delta, steps, accountant, rate)
+    sampling = "no sampling amplification" if rate == 1 else f"{steps} Poisson draws at rate {rate:.4g}"
+    about = f"Opacus {accountant.upper()}, {sampling}, add/remove one image"
     return PrivacySpent(epsilon, delta, sigma, clip, about)

@@ -1,17 +1,54 @@
-"""One client's message under its defence: what the simulation, training and an attacker's own rehearsal all run."""
+"""One client's message under its defence: what training, the simulation and an attacker's own rehearsal all run."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from frostglass.core.batch import Batch
 from frostglass.core.defense import Defense
 from frostglass.core.randomness import Insecure, Rng
 from frostglass.core.update import LocalPlan, Update
-from frostglass.numerics.fedavg import drawn_order
+from frostglass.numerics.fedavg import Order, drawn_order
 from frostglass.numerics.local_update import local_update
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A client's step before anything is done to its update.
+
+    Args:
+        update: what was computed.
+        buffers: the model's buffers after the step; empty where a defence replaced the step (it has no BatchNorm).
+        loss: of the first forward pass; None where a defence replaced the step.
+    """
+
+    update: Update
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    loss: float | None = None
+
+
+def computed_step(
+    model: nn.Module, batch: Batch, plan: LocalPlan, defense: Defense, key: Rng, order: Order | None = None
+) -> Computed:
+    """The step itself, on images that are encoded already.
+
+    Args:
+        model: the global model; left as it is.
+        batch: what is trained on.
+        plan: of the client.
+        defense: or a stack; its `gradient` takes the place of the ordinary step where it has one.
+        key: secret of this client and round.
+        order: rows that each step sees; None to draw them as the plan says.
+    """
+    if defense.gradient is not None:
+        return Computed(defense.gradient(model, batch, plan, Insecure(key.at("gradient"))))
+    if order is None:
+        order = drawn_order(plan, len(batch), key.at("order"))
+    trace = local_update(model, batch.images, batch.targets, plan, order=order)
+    return Computed(Update(trace.gradients, trace.bn, len(batch), plan), trace.buffers, float(trace.loss))
 
 
 def defended_step(model: nn.Module, batch: Batch, plan: LocalPlan, defense: Defense, key: Rng) -> tuple[Batch, Update]:
@@ -25,12 +62,7 @@ def defended_step(model: nn.Module, batch: Batch, plan: LocalPlan, defense: Defe
         key: secret of this client and round.
     """
     encoded = defense.encode(batch, Insecure(key.at("encode")))
-    if defense.gradient is not None:
-        update = defense.gradient(model, encoded, plan, Insecure(key.at("gradient")))
-    else:
-        order = drawn_order(plan, len(encoded), key.at("order"))
-        trace = local_update(model, encoded.images, encoded.targets, plan, order=order)
-        update = Update(trace.gradients, trace.bn, len(encoded), plan)
+    update = computed_step(model, encoded, plan, defense, key).update
     sent = defense.protect(update, Insecure(key.at("protect")))
     if sent.spent is None and defense.account is not None:
         sent = replace(sent, spent=defense.account(batch))

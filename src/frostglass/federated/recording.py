@@ -1,0 +1,241 @@
+"""Writes down what a server received: headers and hashes of all updates, tensors as far as there is room for them.
+
+A recorder never raises into the training that it watches and never holds it up: tensors are written by a thread of its
+own, from a queue that holds one update a client; when the queue or the disk is full the tensors are dropped and named.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from frostglass.core.errors import BadInput
+from frostglass.core.files import write_json, written_beside
+from frostglass.core.update import LocalPlan
+from frostglass.federated.record_header import (
+    BUFFER,
+    HEADERS,
+    INFO,
+    PAYLOADS,
+    SENT,
+    UPDATE,
+    Header,
+    RecordInfo,
+    digest,
+    plan_fields,
+)
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Received:
+    """One update as it arrived.
+
+    Args:
+        round: of the server.
+        client: a name; the engine's node id is one.
+        gradients: W_before - W_after, or the gradient, by parameter name; None where nothing came.
+        buffers: as returned (BatchNorm statistics); empty if the client keeps them.
+        kind: "delta" or "gradient".
+        examples: images, as the client says; None if it does not.
+        clients: summed in it.
+        plan: what the server ordered; None if unknown.
+        defence: as the job names it.
+        reason: why nothing came.
+        problems: what is wrong with it, a clause each.
+        metrics: numbers that came with it.
+    """
+
+    round: int
+    client: str
+    gradients: Mapping[str, Tensor] | None
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    kind: str = "delta"
+    examples: int | None = None
+    clients: int = 1
+    plan: LocalPlan | None = None
+    defence: str | None = None
+    reason: str = ""
+    problems: tuple[str, ...] = ()
+    metrics: Mapping[str, float | str] = field(default_factory=dict)
+
+
+class Recorder:
+    """Takes down updates in a folder; see `frostglass.federated.record_header` for what lies in it.
+
+    Args:
+        folder: new or empty.
+        engine: what the updates go through.
+        model: name, options, classes, channels, size of the network, so that an audit can build it.
+        image_shape: (channels, height, width).
+        max_bytes: of all tensors together; later ones are dropped and named.
+        in_flight: updates that wait for the disk at the most; one per client of a round.
+        note: what is seen here.
+
+    Raises:
+        BadInput: the folder holds something, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        engine: str,
+        model: Mapping[str, Any] | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+        max_bytes: int = DEFAULT_BYTES,
+        in_flight: int = 8,
+        note: str = "",
+    ) -> None:
+        self.folder = Path(folder)
+        if max_bytes < 1 or in_flight < 1:
+            raise BadInput(f"record: max_bytes = {max_bytes} and in_flight = {in_flight} must be at least 1.")
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise BadInput(f"record: {self.folder} holds something already; name a new folder.")
+        info = RecordInfo(
+            engine=engine, model=dict(model or {}), image_shape=image_shape, max_bytes=max_bytes, note=note
+        )
+        try:
+            for part in (SENT, PAYLOADS):
+                (self.folder / part).mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / INFO, info.model_dump())
+            (self.folder / HEADERS).touch()
+        except OSError as wrong:
+            raise BadInput(
+                f"record: {self.folder} cannot be written ({wrong.strerror}); name another folder."
+            ) from None
+        self.max_bytes = max_bytes
+        self.problems: list[str] = []
+        self._used = self._number = 0
+        self._sent: dict[int, tuple[str | None, str]] = {}
+        self._files: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._queue: queue.Queue[tuple[Header, dict[str, Tensor]] | None] = queue.Queue(in_flight)
+        self._thread = threading.Thread(target=self._write_all, name="frostglass-recorder", daemon=True)
+        self._thread.start()
+
+    def sent(self, round: int, state: Mapping[str, Tensor]) -> None:
+        """What the server sends out in this round; written once however many clients get it."""
+        try:
+            kept = {n: t.detach().cpu().contiguous() for n, t in state.items()}
+            found = digest(kept)
+            if found not in self._files:
+                self._files[found] = name = f"{SENT}/{round:05d}.safetensors"
+                if not self._room_for(_size(kept)):
+                    self._sent[round] = None, found
+                    self.problems.append(f"round {round}: the record is full; the weights that were sent are not kept")
+                    del self._files[found]
+                    return
+                self._save(name, kept)
+            self._sent[round] = self._files[found], found
+        except Exception as wrong:  # whatever breaks here must not break the round
+            self._note(f"round {round}: the weights that were sent are not kept ({wrong})")
+
+    def received(self, got: Received) -> None:
+        """One update; returns at once."""
+        try:
+            header, tensors = self._header(got)
+            if tensors is None:
+                self._append(header)
+                return
+            reason = "" if self._room_for(header.bytes) else f"the record is full ({self.max_bytes} bytes)"
+            if not reason:
+                try:
+                    self._queue.put_nowait((header, tensors))
+                    return
+                except queue.Full:
+                    self._give_back(header.bytes)
+                    reason = "the disk is slower than the clients"
+            self._append(header.model_copy(update={"file": None, "sha256": digest(tensors), "reason": reason}))
+        except Exception as wrong:
+            self._note(f"round {got.round}, client {got.client}: not recorded ({wrong})")
+
+    def close(self) -> None:
+        """Waits until everything is on disk. Updates that come later are not recorded."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- inside
+
+    def _header(self, got: Received) -> tuple[Header, dict[str, Tensor] | None]:
+        with self._lock:
+            self._number += 1
+            number = self._number
+        file, sent = self._sent.get(got.round, (None, None))
+        tensors = None
+        if got.gradients is not None:
+            tensors = {f"{UPDATE}{n}": t.detach() for n, t in got.gradients.items()}
+            tensors |= {f"{BUFFER}{n}": t.detach() for n, t in got.buffers.items()}
+        finite = {n: v for n, v in got.metrics.items() if isinstance(v, str) or (v == v and abs(v) != float("inf"))}
+        header = Header(
+            number=number, round=got.round, client=got.client, kind="gradient" if got.kind == "gradient" else "delta",
+            examples=got.examples, clients=got.clients, plan=None if got.plan is None else plan_fields(got.plan),
+            defence=got.defence, file=None if tensors is None else f"{PAYLOADS}/{number:06d}.safetensors",
+            bytes=0 if tensors is None else _size(tensors), sent=file, sent_sha256=sent, reason=got.reason,
+            problems=list(got.problems), metrics=finite,
+        )  # fmt: skip
+        return header, tensors
+
+    def _room_for(self, size: int) -> bool:
+        with self._lock:
+            if self._used + size > self.max_bytes:
+                return False
+            self._used += size
+            return True
+
+    def _give_back(self, size: int) -> None:
+        with self._lock:
+            self._used -= size
+
+    def _write_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            header, tensors = item
+            try:
+                kept = {n: t.cpu().contiguous().clone() for n, t in tensors.items()}
+                header = header.model_copy(update={"sha256": digest(kept)})
+                assert header.file is not None
+                self._save(header.file, kept)
+            except Exception as wrong:
+                header = header.model_copy(
+                    update={"file": None, "reason": f"the tensors could not be written ({wrong})"}
+                )
+            try:
+                self._append(header)
+            except Exception as wrong:
+                self._note(f"update {header.number}: not recorded ({wrong})")
+            del item, tensors
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        with written_beside(self.folder / name) as beside:
+            save_file({n: t.clone() if t.numel() else t for n, t in tensors.items()}, beside)
+
+    def _append(self, header: Header) -> None:
+        line = header.model_dump_json()
+        with self._lock, (self.folder / HEADERS).open("a", encoding="utf-8") as out:
+            out.write(line + "\n")
+
+    def _note(self, text: str) -> None:
+        self.problems.append(text)
+        log.warning("frostglass recorder: %s", text)
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
