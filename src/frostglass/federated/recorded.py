@@ -100,6 +100,7 @@ def read_record(folder: str | Path) -> Record:
             found.append(Recorded(root, header))
         else:
             problems.append(f"{HEADERS}, line {number}: {header}; passed over.")
+    found.sort(key=lambda one: one.header.number)  # what was dropped at once is written before what had to wait
     return Record(root, info, tuple(found), tuple(problems))
 
 

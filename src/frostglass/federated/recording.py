@@ -120,7 +120,7 @@ class Recorder:
         self._sent: dict[int, tuple[str | None, str]] = {}
         self._files: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._queue: queue.Queue[tuple[Header, dict[str, Tensor]] | None] = queue.Queue(in_flight)
+        self._queue: queue.Queue[tuple[Header | None, str, dict[str, Tensor]] | None] = queue.Queue(in_flight + 1)
         self._thread = threading.Thread(target=self._write_all, name="frostglass-recorder", daemon=True)
         self._thread.start()
 
@@ -130,13 +130,12 @@ class Recorder:
             kept = {n: t.detach().cpu().contiguous() for n, t in state.items()}
             found = digest(kept)
             if found not in self._files:
-                self._files[found] = name = f"{SENT}/{round:05d}.safetensors"
-                if not self._room_for(_size(kept)):
+                reason = self._handed_over(None, name := f"{SENT}/{round:05d}.safetensors", kept, _size(kept))
+                if reason:
                     self._sent[round] = None, found
-                    self.problems.append(f"round {round}: the record is full; the weights that were sent are not kept")
-                    del self._files[found]
+                    self._note(f"round {round}: the weights that were sent are not kept: {reason}")
                     return
-                self._save(name, kept)
+                self._files[found] = name
             self._sent[round] = self._files[found], found
         except Exception as wrong:  # whatever breaks here must not break the round
             self._note(f"round {round}: the weights that were sent are not kept ({wrong})")
@@ -148,14 +147,10 @@ class Recorder:
             if tensors is None:
                 self._append(header)
                 return
-            reason = "" if self._room_for(header.bytes) else f"the record is full ({self.max_bytes} bytes)"
+            assert header.file is not None
+            reason = self._handed_over(header, header.file, tensors, header.bytes)
             if not reason:
-                try:
-                    self._queue.put_nowait((header, tensors))
-                    return
-                except queue.Full:
-                    self._give_back(header.bytes)
-                    reason = "the disk is slower than the clients"
+                return
             self._append(header.model_copy(update={"file": None, "sha256": digest(tensors), "reason": reason}))
         except Exception as wrong:
             self._note(f"round {got.round}, client {got.client}: not recorded ({wrong})")
@@ -192,6 +187,19 @@ class Recorder:
         )  # fmt: skip
         return header, tensors
 
+    def _handed_over(self, header: Header | None, name: str, tensors: dict[str, Tensor], size: int) -> str:
+        """Why these tensors will not be written; nothing if they will."""
+        if not self._room_for(size):
+            return f"the record is full ({self.max_bytes} bytes)"
+        # a copy: whoever sends may go on to change its weights in place
+        own = {n: t.clone() if header is None else t for n, t in tensors.items()}
+        try:
+            self._queue.put_nowait((header, name, own))
+        except queue.Full:
+            self._give_back(size)
+            return "the disk is slower than the clients"
+        return ""
+
     def _room_for(self, size: int) -> bool:
         with self._lock:
             if self._used + size > self.max_bytes:
@@ -205,18 +213,21 @@ class Recorder:
 
     def _write_all(self) -> None:
         while (item := self._queue.get()) is not None:
-            header, tensors = item
+            header, name, tensors = item
+            problem, sha256 = "", None
             try:
-                kept = {n: t.cpu().contiguous().clone() for n, t in tensors.items()}
-                header = header.model_copy(update={"sha256": digest(kept)})
-                assert header.file is not None
-                self._save(header.file, kept)
+                kept = {n: t.cpu().contiguous() for n, t in tensors.items()}
+                sha256 = digest(kept)
+                self._save(name, kept)
             except Exception as wrong:
-                header = header.model_copy(
-                    update={"file": None, "reason": f"the tensors could not be written ({wrong})"}
-                )
+                problem = f"the tensors could not be written ({wrong})"
+            if header is None:
+                if problem:
+                    self._note(f"{name}: {problem}")
+                continue
+            found = {"sha256": sha256, "file": None if problem else name, "reason": problem or header.reason}
             try:
-                self._append(header)
+                self._append(header.model_copy(update=found))
             except Exception as wrong:
                 self._note(f"update {header.number}: not recorded ({wrong})")
             del item, tensors

@@ -1,0 +1,189 @@
+"""Local training for every engine: plain, with an encoder in the loader, and with DP-SGD through Opacus."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from frostglass.core.errors import BadInput
+from frostglass.core.randomness import OsKey, Rng
+from frostglass.core.update import LocalPlan
+from frostglass.defenses.accounting import epsilon_of
+from frostglass.defenses.dp_sgd import dp_sgd
+from frostglass.defenses.honesty import PrivacyCaution
+from frostglass.defenses.instahide import InstaHide, instahide
+from frostglass.federated.feeds import takes_encodings
+from frostglass.federated.local_client import LocalClient, dirichlet_split, mean_state
+from frostglass.vision import datasets, networks
+
+HELD = datasets.load("digits", size=8)
+PLAN = LocalPlan("delta", epochs=2, minibatch=16, lr=0.1, momentum=0.9)
+
+
+def network(name: str = "mlp") -> nn.Module:
+    return networks.build(name, classes=10, channels=1, size=8, rng=Rng.from_seed(0))
+
+
+def client(
+    n: int = 40, name: str = "mlp", plan: LocalPlan = PLAN, model: nn.Module | None = None, **more: object
+) -> LocalClient:
+    made = network(name) if model is None else model
+    return LocalClient("a", made, HELD.images[:n], HELD.labels[:n], 10, plan, **more)  # type: ignore[arg-type]
+
+
+def encoder(**settings: object) -> InstaHide:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PrivacyCaution)
+        return InstaHide(**settings)  # type: ignore[arg-type]
+
+
+def test_one_full_step_is_torch_sgd() -> None:
+    made = client(plan=LocalPlan("delta", lr=0.5), seed=0)
+    twin = network()
+    nn.functional.cross_entropy(twin(HELD.images[:40]), HELD.labels[:40]).backward()
+    after = made.train(made.model.state_dict(), 1).state
+    for name, p in twin.named_parameters():
+        torch.testing.assert_close(after[name], p.detach() - 0.5 * p.grad)
+
+
+def test_running_statistics_are_those_of_torch() -> None:
+    made = client(name="small_bn_cnn", plan=LocalPlan("delta", lr=0.1), seed=0)
+    twin = network("small_bn_cnn").train()
+    twin(HELD.images[:40])
+    after = made.train(made.model.state_dict(), 1).state
+    for name, b in twin.named_buffers():
+        if name in after:
+            torch.testing.assert_close(after[name], b)
+
+
+def test_seeded_rounds_repeat_and_differ() -> None:
+    made, again = client(seed=3), client(seed=3)
+    state = made.model.state_dict()
+    one, two = made.train(state, 1).state, made.train(state, 2).state
+    assert any(not torch.equal(one[n], two[n]) for n in one)
+    same = again.train(state, 1).state
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    assert made.train(state, 1).insecure
+
+
+def test_keys_come_from_the_operating_system() -> None:
+    made = client()
+    assert isinstance(made.randomness(1, "train"), OsKey)
+    state = made.model.state_dict()
+    first, second = made.train(state, 1), made.train(state, 1)
+    assert not first.insecure
+    assert any(not torch.equal(first.state[n], second.state[n]) for n in state)
+
+
+def test_the_global_state_is_left_alone() -> None:
+    made = client(seed=0)
+    state = {n: t.clone() for n, t in made.model.state_dict().items()}
+    before = copy.deepcopy(state)
+    made.train(state, 1)
+    assert all(torch.equal(state[n], before[n]) for n in state)
+
+
+def test_the_encoder_encodes_anew_in_every_local_epoch_and_counts() -> None:
+    made = client(model=takes_encodings(network()), encoder=encoder(k=2))
+    for r in (1, 2):
+        done = made.train(made.model.state_dict(), r)
+    assert done.examples == 40
+    assert not done.insecure
+    ledger = made.encoder.ledger  # type: ignore[union-attr]
+    assert ledger is not None
+    assert ledger.first.tolist() == [4] * 40  # 2 rounds of 2 epochs
+    assert int(ledger.partner.sum()) == 4 * 40
+
+
+def test_an_encoder_whose_rounds_are_used_up_ends_the_training_in_words() -> None:
+    made = client(model=takes_encodings(network()), encoder=encoder(k=2, rounds=2))
+    made.train(made.model.state_dict(), 1)
+    with pytest.raises(BadInput, match="rounds"):
+        made.train(made.model.state_dict(), 2)
+
+
+def test_epsilon_is_accounted_over_rounds_with_the_sampling_rate() -> None:
+    made = client(
+        defense=dp_sgd(noise_multiplier=1.0, delta=1e-5), seed=0, plan=LocalPlan("delta", epochs=2, minibatch=10)
+    )
+    state = made.model.state_dict()
+    first, second = made.train(state, 1).epsilon, made.train(state, 2).epsilon
+    assert first == pytest.approx(epsilon_of(1.0, 1e-5, 8, rate=0.25))
+    assert second == pytest.approx(epsilon_of(1.0, 1e-5, 16, rate=0.25))
+
+
+def test_noiseless_dp_sgd_with_a_large_clip_is_a_mean_over_poisson_draws() -> None:
+    plan = LocalPlan("delta", epochs=20, minibatch=10, lr=1e-4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    free = dp_sgd(clipping_norm=1e6, noise_multiplier=0.0)
+    made = client(model=model, defense=free, plan=plan, seed=5)
+    done = made.train(made.model.state_dict(), 1)
+    assert done.epsilon is None
+    plain = client(model=model, plan=LocalPlan("delta", lr=1e-4), seed=5).train(made.model.state_dict(), 1)
+    a, b = (d.update.gradients["1.weight"].flatten() for d in (done, plain))
+    assert float(torch.cosine_similarity(a, b, dim=0)) > 0.95  # 80 steps of 10 images each, on average
+    assert float(a.norm() / (80 * b.norm())) == pytest.approx(1, abs=0.1)
+
+
+def test_a_draw_of_nobody_sends_noise_alone() -> None:
+    plan = LocalPlan("delta", epochs=1, minibatch=1, lr=1.0)
+    made = client(n=2, defense=dp_sgd(clipping_norm=1.0, noise_multiplier=0.5), plan=plan)
+    state = made.model.state_dict()
+    for r in range(1, 9):  # each of 2 images by a coin of 1/2, two steps a round: an empty draw all but surely
+        done = made.train(state, r)
+        assert all(bool(g.isfinite().all()) for g in done.update.gradients.values())
+        assert all(float(g.abs().max()) > 0 for g in done.update.gradients.values())
+
+
+def test_mixing_and_per_example_clipping_are_refused_together() -> None:
+    with pytest.raises(BadInput, match="sensitivity"):
+        client(encoder=encoder(k=2), defense=dp_sgd())
+    with pytest.raises(BadInput, match="not both"):
+        client(encoder=encoder(k=2), defense=instahide(k=2))
+
+
+def test_what_cannot_be_trained_is_said() -> None:
+    with pytest.raises(BadInput, match="has no images"):
+        client(n=0).train(network().state_dict(), 1)
+    with pytest.raises(BadInput, match="does not fit the model"):
+        client().train(network("small_bn_cnn").state_dict(), 1)
+    with pytest.raises(BadInput, match="engines send weights"):
+        client(plan=LocalPlan("gradient"))
+    with pytest.raises(BadInput, match="diverged"):
+        client(plan=LocalPlan("delta", lr=1e30, epochs=4), seed=0).train(network().state_dict(), 1)
+
+
+@given(clients=st.integers(1, 30), alpha=st.sampled_from([0.01, 0.5, 100.0]), seed=st.integers(0, 9))
+def test_a_split_is_a_partition(clients: int, alpha: float, seed: int) -> None:
+    parts = dirichlet_split(HELD.labels[:300], clients, alpha, Rng.from_seed(seed))
+    assert len(parts) == clients
+    assert sorted(i for p in parts for i in p.tolist()) == list(range(300))
+    assert min(len(p) for p in parts) >= 2
+
+
+def test_alpha_says_how_unequal_clients_are() -> None:
+    def classes(alpha: float) -> float:
+        parts = dirichlet_split(HELD.labels, 10, alpha, Rng.from_seed(1))
+        return sum(len(HELD.labels[p].unique()) for p in parts) / 10
+
+    assert classes(0.05) < 6
+    assert classes(100.0) == 10
+
+
+@pytest.mark.parametrize(("clients", "alpha"), [(0, 1.0), (900, 1.0), (4, 0.0), (4, float("nan"))])
+def test_splits_that_cannot_be(clients: int, alpha: float) -> None:
+    with pytest.raises(BadInput):
+        dirichlet_split(HELD.labels, clients, alpha, Rng.from_seed(0))
+
+
+def test_the_mean_of_states_is_weighted_by_images() -> None:
+    states = [{"w": torch.tensor([1.0]), "n": torch.tensor(5)}, {"w": torch.tensor([4.0]), "n": torch.tensor(9)}]
+    out = mean_state(states, [2, 1])
+    torch.testing.assert_close(out["w"], torch.tensor([2.0]))
+    assert int(out["n"]) == 5

@@ -1,0 +1,177 @@
+"""A record of updates: whole, full, damaged, and never in the way of the training it watches."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from frostglass.core.errors import BadInput
+from frostglass.core.update import LocalPlan
+from frostglass.federated.record_header import HEADERS, INFO, digest
+from frostglass.federated.recorded import read_record
+from frostglass.federated.recording import Received, Recorder
+
+STATE = {"w": torch.arange(6.0).view(2, 3), "steps": torch.tensor(3)}
+PLAN = LocalPlan("delta", epochs=2, minibatch=4)
+
+
+def update(value: float = 1.0) -> dict[str, Tensor]:
+    return {"w": torch.full((2, 3), float(value))}
+
+
+def filled(folder: Path, updates: int = 2, **settings: object) -> Path:
+    with Recorder(folder, engine="test", **settings) as record:  # type: ignore[arg-type]
+        record.sent(1, STATE)
+        for i in range(updates):
+            record.received(Received(1, f"client {i}", update(i), {"steps": torch.tensor(4)}, examples=7, plan=PLAN))
+    return folder
+
+
+def test_what_was_received_is_read_back(tmp_path: Path) -> None:
+    held = read_record(filled(tmp_path / "r", model={"name": "mlp"}, image_shape=(1, 8, 8)))
+    assert (held.info.engine, held.info.model, held.info.image_shape) == ("test", {"name": "mlp"}, (1, 8, 8))
+    assert held.problems == ()
+    assert [u.header.client for u in held.updates] == ["client 0", "client 1"]
+    last = held.updates[1]
+    assert last.header.local_plan() == PLAN
+    assert last.header.examples == 7
+    gradients, buffers = last.payload()
+    torch.testing.assert_close(gradients, update(1))
+    assert int(buffers["steps"]) == 4
+    torch.testing.assert_close(last.sent(), STATE)
+
+
+def test_rounds_that_send_the_same_share_a_file(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "r", engine="test") as record:
+        record.sent(1, STATE)
+        record.sent(2, {n: t.clone() for n, t in STATE.items()})
+        record.sent(3, {**STATE, "w": STATE["w"] + 1})
+    assert len(list((tmp_path / "r" / "sent").iterdir())) == 2
+
+
+def test_a_full_record_keeps_header_and_hash_and_says_why(tmp_path: Path) -> None:
+    room = sum(t.numel() * t.element_size() for t in STATE.values()) + 40
+    held = read_record(filled(tmp_path / "r", 3, max_bytes=room))
+    first, *others = held.updates
+    assert first.header.file is not None
+    for i, one in enumerate(others, 1):
+        assert one.header.file is None
+        assert "full" in one.header.reason
+        assert one.header.sha256 == digest({"update.w": update(i)["w"], "buffer.steps": torch.tensor(4)})
+        with pytest.raises(BadInput, match="full"):
+            one.payload()
+
+
+def test_a_slow_disk_drops_tensors_and_never_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    record = Recorder(tmp_path / "r", engine="test", in_flight=1)
+    save = record._save
+
+    def slow(name: str, tensors: dict[str, Tensor]) -> None:
+        gate.wait(30)
+        save(name, tensors)
+
+    monkeypatch.setattr(record, "_save", slow)
+    for i in range(5):
+        record.received(Received(1, str(i), update(i)))
+    gate.set()
+    record.close()
+    held = read_record(tmp_path / "r")
+    dropped = [u.header for u in held.updates if u.header.file is None]
+    assert len(held.updates) == 5
+    assert len(dropped) >= 2  # one in the writer's hands, two in the queue
+    assert all(h.reason == "the disk is slower than the clients" and h.sha256 for h in dropped)
+    assert {h.number for h in (u.header for u in held.updates)} == {1, 2, 3, 4, 5}
+
+
+def test_nothing_that_breaks_reaches_the_training(tmp_path: Path) -> None:
+    record = Recorder(tmp_path / "r", engine="test")
+    record.sent(1, STATE)
+    (tmp_path / "r").rename(tmp_path / "gone")
+    (tmp_path / "r").write_text("in the way")
+    record.received(Received(1, "a", update()))
+    record.received(Received(1, "b", None, reason="died"))
+    record.sent(2, {**STATE, "w": STATE["w"] + 1})
+    record.received(Received(1, "c", {"w": "no tensor"}))  # type: ignore[dict-item]
+    record.close()
+    assert len(record.problems) >= 4
+
+
+def test_numbers_that_json_lacks_are_left_out(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "r", engine="test") as record:
+        record.received(Received(1, "a", None, reason="died", metrics={"loss": float("nan"), "epsilon": 2.0}))
+    (one,) = read_record(tmp_path / "r").updates
+    assert one.header.metrics == {"epsilon": 2.0}
+    assert one.header.reason == "died"
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="name a new folder"):
+        Recorder(filled(tmp_path / "r"), engine="test")
+    with pytest.raises(BadInput, match="max_bytes = 0"):
+        Recorder(tmp_path / "s", engine="test", max_bytes=0)
+
+
+# ---- hostile and damaged records
+
+
+def test_no_record(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no record of updates"):
+        read_record(tmp_path)
+    (tmp_path / INFO).write_text("{}")
+    (tmp_path / HEADERS).write_text("")
+    with pytest.raises(BadInput, match="no record of updates"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"number": 3, "rou', b"\xff\xfe", b"[" * 100_000, b"[]", b'{"number": 0}', b" " + b"x" * 2**21]
+)
+def test_lines_that_are_no_headers_are_named(tmp_path: Path, line: bytes) -> None:
+    folder = filled(tmp_path / "r")
+    with (folder / HEADERS).open("ab") as out:
+        out.write(line)
+    held = read_record(folder)
+    assert len(held.updates) == 2
+    assert len(held.problems) == 1
+    assert "line 3" in held.problems[0]
+
+
+def test_files_that_are_not_what_was_recorded(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "r", 3)
+    first, second, third = read_record(folder).updates
+    path = folder / str(first.header.file)
+    path.write_bytes(path.read_bytes()[:-3])
+    (folder / str(third.header.file)).write_bytes((folder / str(second.header.file)).read_bytes())
+    with pytest.raises(BadInput, match="cannot be read"):
+        first.payload()
+    second.payload()
+    with pytest.raises(BadInput, match="SHA-256"):
+        third.payload()
+
+
+def test_a_safetensors_header_that_lies_about_sizes(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "r", 1)
+    (one,) = read_record(folder).updates
+    path = folder / str(one.header.file)
+    head = json.dumps({"update.w": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 24]}}).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(24))
+    with pytest.raises(BadInput, match="cannot be read"):
+        one.payload()
+    path.write_bytes((2**60).to_bytes(8, "little") + b"{}")
+    with pytest.raises(BadInput, match="cannot be read"):
+        one.payload()
+
+
+def test_a_record_reads_nothing_outside_itself(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "r", 1)
+    (tmp_path / "secret.safetensors").write_bytes((folder / "updates" / "000001.safetensors").read_bytes())
+    line = json.loads((folder / HEADERS).read_text()) | {"file": "../secret.safetensors"}
+    (folder / HEADERS).write_text(json.dumps(line))
+    with pytest.raises(BadInput, match="outside the record"):
+        read_record(folder).updates[0].payload()
