@@ -47,7 +47,11 @@ def test_one_command_recovers_the_images(made, tmp_path, capsys) -> None:
     assert "Broken: 6 of 6 private images" in out
     assert "(epsilon, delta): none" in out
     assert "unmix_statistical on set" in err
-    assert (tmp_path / "out" / "report.html").is_file()
+    page = tmp_path / "out" / "report.html"
+    before = page.read_text(encoding="utf-8")
+    page.unlink()
+    assert call(capsys, "report", tmp_path / "out")[0] == 0
+    assert page.read_text(encoding="utf-8") == before
 
 
 def test_json_is_all_of_stdout(made, tmp_path, capsys) -> None:

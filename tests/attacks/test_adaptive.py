@@ -90,6 +90,8 @@ def test_the_inverter_learns_through_the_defence(defense: dict[str, Any]) -> Non
     found = [drive(learned_inverter(rehearsals=300, training=120, hidden=256), r.seen, RUN).images for r in rounds]
     auxiliary = rounds[0].seen.auxiliary
     assert auxiliary is not None
+    private = torch.cat([r.truth._Sealed__value.private.images for r in rounds])  # type: ignore[attr-defined]
+    assert float((auxiliary[:, None] - private).abs().amax((2, 3, 4)).min()) > 0  # it learns on others alone
     guess = mean_error(rounds, [auxiliary.mean(0, keepdim=True)] * 2)
     assert mean_error(rounds, found) < 0.7 * guess
 

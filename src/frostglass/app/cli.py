@@ -131,10 +131,11 @@ def list_(what: str | None, as_json: bool) -> None:
 def report(folder: Path) -> None:
     """Write FOLDER/report.html anew from a finished run."""
     from frostglass.auditing.report import write_report
+    from frostglass.auditing.unmixing_report import is_unmix_run, write_unmix_report
 
     if not (folder / "scorecard.json").exists():
         raise BadInput(f"report: {folder} holds no scorecard.json; finish the run with --resume first.")
-    click.echo(str(write_report(folder)))
+    click.echo(str(write_unmix_report(folder) if is_unmix_run(folder) else write_report(folder)))
 
 
 _KINDS = ("attacks", "defenses", "metrics", "models", "datasets", "grants")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from frostglass.auditing.metrics.registry import METRICS
 from frostglass.auditing.plan import ClientPlan, DefensePlan, Named, Plan, ScenarioPlan, ThreatPlan
+from frostglass.auditing.recorded_plan import RecordedPlan
 from frostglass.auditing.scorecard import Summary
 from frostglass.guarantees.interval import clopper_pearson
 
@@ -36,6 +37,8 @@ def _beyond_reality(threat: ThreatPlan, scenario: ScenarioPlan) -> bool:
 
     From anyone else they are a gift to the attacker.
     """
+    if scenario.recorded is not None:
+        return bool(scenario.recorded.beyond)
     client = scenario.client
     realistic = scenario.model.mode == "train" and client.cohort == 1 and _one_step(client)
     return "bn_batch" in threat.grants and not realistic
@@ -51,7 +54,9 @@ def expand(plan: Plan) -> Iterator[CellPlan]:
     number = 0
     for index, scenario in enumerate(plan.scenario):
         threat = plan.threat_of(scenario)
-        defenses = _told_apart([_defended(d) for d in scenario.defense], [_told(*d.parts) for d in scenario.defense])
+        defenses = _told_apart(
+            [_defended(d, scenario.recorded) for d in scenario.defense], [_told(*d.parts) for d in scenario.defense]
+        )
         attacks = _told_apart([a.name for a in scenario.attack], [_told(a) for a in scenario.attack])
         bound = " (upper bound)" if _beyond_reality(threat, scenario) else ""
         if "modified_model" in threat.grants:
@@ -77,7 +82,9 @@ def _told(*entries: Named) -> str:
     return ", ".join(f"{k} = {v}" for entry in entries for k, v in entry.settings.items())
 
 
-def _defended(defense: DefensePlan) -> str:
+def _defended(defense: DefensePlan, recorded: RecordedPlan | None) -> str:
+    if recorded is not None and defense.label == "none":
+        return "no declared defence" if recorded.declared is None else f"{recorded.declared}, as declared"
     return "no defence" if defense.label == "none" else defense.label
 
 
@@ -97,11 +104,11 @@ def pitfalls(cell: CellPlan, *, units: int, repeats_images: bool, batchnorm: boo
             )
     if model.mode == "eval" and batchnorm:
         found.append("The gradient was taken in eval mode; clients with BatchNorm usually send train-mode gradients.")
-    if model.weights is None:
+    if model.weights is None and cell.scenario.recorded is None:
         found.append("The network is randomly initialised: early, middle and final checkpoints leak differently.")
     if _one_step(client):
         found.append("One local step: a client that takes more steps between messages was not tested here.")
-    if client.augmentation == "none":
+    if client.augmentation == "none" and cell.scenario.recorded is None:
         found.append("No augmentation: a client that augments its images was not tested here.")
     if units < 30:
         images = client.batch * client.cohort * units

@@ -95,11 +95,13 @@ class Film:
 
 
 def gallery(cell: Cell, pictures: Mapping[str, Tensor]) -> Gallery | None:
-    """Before and after of one cell, or None if no picture of it was kept."""
+    """Before and after of one cell, or None if no picture of it was kept; without a truth, only what came after."""
     private = pictures.get(f"{cell.id}/private")
+    encoding, made = pictures.get(f"{cell.id}/encoding"), pictures.get(f"{cell.id}/reconstruction")
+    if private is None and made is not None and len(made):
+        return _unscored(cell, made)
     if private is None or not len(private):
         return None
-    encoding, made = pictures.get(f"{cell.id}/encoding"), pictures.get(f"{cell.id}/reconstruction")
     pairs = []
     for i in range(len(private)):
         score = cell.images[i] if i < len(cell.images) else None
@@ -116,6 +118,14 @@ def gallery(cell: Cell, pictures: Mapping[str, Tensor]) -> Gallery | None:
         f"{private.shape[-1]} / {private.shape[-2]}", encoding is not None,
         _notes(private, encoding is not None),
     )  # fmt: skip
+
+
+def _unscored(cell: Cell, made: Tensor) -> Gallery:
+    """What an attack on a recorded message returned, with nothing to put beside it."""
+    scores = [cell.images[i] if i < len(cell.images) else None for i in range(len(made))]
+    pairs = tuple(Pair(i + 1, (_made(made, i, None),), score, None) for i, score in enumerate(scores))
+    small = max(made.shape[-2:]) < SMOOTH_FROM
+    return Gallery(pairs, small, 118, f"{made.shape[-1]} / {made.shape[-2]}", False, _notes(made, False))
 
 
 def film(cell: Cell, pictures: Mapping[str, Tensor]) -> Film | None:

@@ -80,6 +80,11 @@ def _steps(c: Context) -> Answer:
 
 def _augmentation(c: Context) -> Answer:
     kind = c.own.scenario.client.augmentation
+    if c.own.scenario.recorded is not None:
+        return (
+            "warning",
+            "A server does not see whether its clients augment; if they do, augmented images are recovered.",
+        )
     if kind == "none":
         return "warning", "Augmentation is off. If clients augment, replay their pipeline."
     return "ok", f"Augmentation: {kind}."
@@ -143,7 +148,9 @@ def _numbers(c: Context) -> Answer:
     return "ok", f"{n} independent trials, images drawn by the seed without replacement."
 
 
-def _payload(_: Context) -> Answer:
+def _payload(c: Context) -> Answer:
+    if c.own.scenario.recorded is not None:
+        return "ok", "The update is the one that was sent; whatever random numbers it took were drawn by its client."
     return "ok", "The attack sees the update after the defence, and its random numbers follow from another key."
 
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from frostglass.auditing.plan_reading import read_values, sentences, without_errors
 from frostglass.auditing.plan_verdict import Strict, VerdictPlan
+from frostglass.auditing.recorded_plan import RecordedPlan, UpdatesPlan
 from frostglass.core.errors import BadInput
 
 FROM_PYTHON = "python"
@@ -108,7 +109,9 @@ class ThreatPlan(Strict):
 
     name: Title = Field("honest-but-curious server", description="for the report")
     grants: list[str] = Field(default_factory=lambda: ["examples"], description="strings of the grants enum")
-    auxiliary: str | None = Field(None, description="a data source whose images the grant 'auxiliary' gives away")
+    auxiliary: str | None = Field(
+        None, description="a data source; the grant 'auxiliary' gives away its images that are not private ones"
+    )
     gallery: int = Field(100, ge=2, description="candidates that the grant 'gallery' shows, the target among them")
 
 
@@ -142,6 +145,11 @@ class ScenarioPlan(Strict):
     threat: ThreatPlan | None = Field(None, description="replaces the plan's [threat] for this scenario")
     control: bool = Field(False, description="true: shows that the attacks work, and has no part in the verdict")
 
+    @property
+    def recorded(self) -> RecordedPlan | None:
+        """The update of a real engine that is played back; None: a client is simulated."""
+        return None
+
 
 class Resolved(Strict):
     """A plan that a run keeps, and belongs to."""
@@ -168,6 +176,11 @@ class Plan(Resolved):
     def threat_of(self, scenario: ScenarioPlan) -> ThreatPlan:
         """The scenario's own threat model, or the plan's."""
         return scenario.threat or self.threat
+
+    @property
+    def recorded_updates(self) -> UpdatesPlan | None:
+        """Where recorded updates come from; None: all clients are simulated."""
+        return None
 
 
 def without_none(value: Any) -> Any:

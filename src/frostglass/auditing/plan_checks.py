@@ -40,7 +40,8 @@ def semantic_problems(plan: Plan) -> list[str]:
             found.append(f"{where}.name: {scenario.name!r} is taken by another scenario; give each a name of its own.")
         if scenario.threat is not None:
             found += _threat_problems(scenario.threat, f"{where}.threat")
-        found += _source_problems(scenario.data.source, f"{where}.data.source")
+        if scenario.recorded is None:
+            found += _source_problems(scenario.data.source, f"{where}.data.source")
         found += _model_problems(scenario.model, f"{where}.model")
         found += _client_problems(scenario.client, f"{where}.client")
         found += _defense_problems(scenario, where)

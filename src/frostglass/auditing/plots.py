@@ -91,6 +91,28 @@ def convergence(batches: Mapping[str, Rows], at_truth: float | None, prefix: str
     )
 
 
+def lines_svg(series: Mapping[str, Sequence[tuple[float, float, float, float]]], *, x: str, y: str) -> Markup:
+    """Lines with a band each, in the colours of the page: `--s0` for the first.
+
+    Args:
+        series: by name, in order: (place, middle, least, greatest).
+        x, y: labels of the axes.
+    """
+    figure = Figure(figsize=(7.2, 3.4))
+    axes = figure.add_axes((0.085, 0.145, 0.9, 0.83))
+    told = []
+    for i, (name, points) in enumerate(series.items()):
+        at, middle, least, greatest = (np.array(v) for v in zip(*points, strict=True))
+        colour = SERIES[i % MOST_TERMS]
+        axes.fill_between(at, least, greatest, color=colour, alpha=0.16, linewidth=0)
+        axes.plot(at, middle, color=colour, linestyle=DASHES[i % MOST_TERMS], linewidth=1.6)
+        told.append(f"{name} from {middle[0]:.3g} to {middle[-1]:.3g}")
+    _dress(axes, log=False)
+    axes.set_xlabel(x, fontsize=9, color=INK)
+    axes.set_ylabel(y, fontsize=9, color=INK)
+    return _inline(figure, "lines", f"{y} by {x}: {'; '.join(told)}.")
+
+
 def _terms(batches: Iterable[Rows]) -> list[str]:
     """Names of all numbers that were reported, the objective first."""
     names = dict.fromkeys(k for rows in batches for row in rows for k in row if k not in NOT_TERMS)
@@ -123,7 +145,7 @@ def _draw(axes: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], series: in
         )  # fmt: skip
 
 
-def _dress(axes: Axes) -> None:
+def _log(axes: Axes) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < 1.7 * low:  # a flat line would fill the axis with its rounding errors
@@ -134,6 +156,11 @@ def _dress(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=6 if decades > 3 else 15))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+
+
+def _dress(axes: Axes, *, log: bool = True) -> None:
+    if log:
+        _log(axes)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}".replace(",", " ")))
     axes.set_xlabel("step", fontsize=9, color=INK)

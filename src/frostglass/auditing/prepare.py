@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from frostglass.core.randomness import Rng
 from frostglass.numerics.local_update import trainable
 from frostglass.vision import datasets, networks, weights
 
+if TYPE_CHECKING:
+    from frostglass.auditing.recorded_view import Recording
+    from frostglass.auditing.simulate import Round
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -28,11 +32,30 @@ class Inputs:
         model: takes images in [0, 1] and normalises inside.
         images: [n, c, h, w] in [0, 1].
         labels: [n] class indices; arbitrary ones if None.
+        recording: updates that were really sent, read already.
     """
 
     model: nn.Module | None = None
     images: Tensor | None = None
     labels: Tensor | Sequence[int] | None = None
+    recording: Recording | None = None
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A message that is played back instead of being computed.
+
+    Args:
+        round: as the server saw it, with the sealed truth if there is one.
+        examples: images in it, 0 if unknown.
+        digest: SHA-256 of its tensors and of the truth.
+        recording: that it is from.
+    """
+
+    round: Round
+    examples: int
+    digest: bytes
+    recording: Recording
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,7 @@ class Prepared:
         rng: root of the client side; attacks cannot reach it.
         auxiliary: images that the threat model gives away, or None.
         device: where the client computes.
+        arrived: the message, where it was recorded; None: clients are simulated.
     """
 
     scenario: ScenarioPlan
@@ -60,26 +84,36 @@ class Prepared:
     rng: Rng
     auxiliary: Tensor | None
     device: torch.device
+    arrived: Arrived | None = None
 
     @property
     def units(self) -> int:
         """Messages that are attacked: repetitions x cohorts in each."""
         client = self.scenario.client
-        return client.batches * (client.clients // client.cohort)
+        return 1 if self.arrived else client.batches * (client.clients // client.cohort)
 
     @property
     def per_message(self) -> int:
         """Images in one message."""
+        if self.arrived is not None:
+            return max(1, self.arrived.examples)
         return self.scenario.client.batch * self.scenario.client.cohort
+
+    @property
+    def probe(self) -> Tensor:
+        """[1, c, h, w] an image of the right shape; black where the scenario holds none."""
+        if len(self.data.images) or self.arrived is None:
+            return self.data.images[:1]
+        return torch.zeros(1, *self.arrived.round.seen.image_shape)
 
     @property
     def repeats_images(self) -> bool:
         """True if there are too few images for batches without common images."""
-        return self.units * self.per_message > len(self.data.images)
+        return self.arrived is None and self.units * self.per_message > len(self.data.images)
 
     def digest(self) -> bytes:
         """SHA-256 of images, labels and weights: what a plan names, but does not hold."""
-        h = hashlib.sha256()
+        h = hashlib.sha256(b"" if self.arrived is None else self.arrived.digest)
         for t in (self.data.images, self.data.labels, *self.model.state_dict().values()):
             h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b"-")
         return h.digest()
@@ -93,6 +127,12 @@ def prepare(plan: Plan, index: int, device: torch.device, inputs: Inputs | None 
     """
     scenario = plan.scenario[index]
     inputs = inputs or Inputs()
+    if scenario.recorded is not None:
+        from frostglass.auditing.recorded_view import load_recording, prepare_scenario
+
+        assert plan.recorded_updates is not None
+        recording = inputs.recording or load_recording(plan.recorded_updates, inputs.model)
+        return prepare_scenario(recording, scenario, plan.seed, device)
     rng = Rng.from_seed(plan.seed, "client side", str(index))
     threat = plan.threat_of(scenario)
     data = _data(scenario, inputs, rng, whole="gallery" in threat.grants)
@@ -106,12 +146,35 @@ def prepare(plan: Plan, index: int, device: torch.device, inputs: Inputs | None 
     model = _model(scenario, inputs, data, rng).to(device)
     classes = _outputs(scenario, model, data.images[:2].to(device))
     data = _labelled(scenario, inputs, data, classes)
-    auxiliary = None
-    if threat.auxiliary is not None and "auxiliary" in threat.grants:
-        size, channels = int(data.images.shape[-1]), int(data.images.shape[1])
-        auxiliary = datasets.load(threat.auxiliary, size=size, channels=channels).images
     domain = networks.domain_of(model)
-    return Prepared(scenario, model, data, classes, domain, threat, rng, auxiliary, device)
+    ready = Prepared(scenario, model, data, classes, domain, threat, rng, None, device)
+    if threat.auxiliary is None or "auxiliary" not in threat.grants:
+        return ready
+    others, left_out = _auxiliary(ready, threat.auxiliary)
+    if left_out:
+        note = f"{left_out} images of threat.auxiliary are private ones here and were not given to the attacker."
+        ready = replace(ready, data=replace(data, notes=(*data.notes, note)))
+    return replace(ready, auxiliary=others)
+
+
+def _auxiliary(ready: Prepared, source: str) -> tuple[Tensor, int]:
+    """(other images of the kind, how many were left out as they are private ones of this scenario)."""
+    size, channels = int(ready.data.images.shape[-1]), int(ready.data.images.shape[1])
+    found = datasets.load(source, size=size, channels=channels).images
+    n = len(ready.data.images)
+    used = range(n) if ready.repeats_images else ready.rng.at("draw").permutation(n)[: ready.units * ready.per_message]
+    private = {_content(ready.data.images[int(row)]) for row in used}
+    kept = [i for i, image in enumerate(found) if _content(image) not in private]
+    if not kept:
+        raise BadInput(
+            f"{ready.scenario.name}: every image of threat.auxiliary = {source} is a private one of this scenario; "
+            "name other images, or lower client.batches."
+        )
+    return found[kept], len(found) - len(kept)
+
+
+def _content(image: Tensor) -> bytes:
+    return hashlib.sha256(image.float().contiguous().numpy().tobytes()).digest()
 
 
 GALLERY_ROWS = 20_000

@@ -15,6 +15,7 @@ from torch import Tensor
 from frostglass.auditing import wording
 from frostglass.auditing.pictures import film, gallery
 from frostglass.auditing.plots import Rows, by_cell, convergence
+from frostglass.auditing.recorded_words import update_labels
 from frostglass.auditing.scorecard import Cell, ImageScore, Scorecard, load_scorecard
 from frostglass.core.files import write_text
 from frostglass.core.journal import read_journal
@@ -70,6 +71,7 @@ def _templates() -> Environment:
     ]
     sentences: list[Words] = [wording.threshold, wording.objective_title, wording.objective_words, wording.labels_words]
     sentences += [wording.spread, wording.batch_words, wording.null_words]
+    sentences += [update_labels]
     return templates(filters, sentences)
 
 

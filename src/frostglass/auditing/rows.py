@@ -77,14 +77,14 @@ def cell_row(plan: Plan, cell: CellPlan, prepared: Prepared, done: Account) -> C
         title=cell.title,
         scenario=cell.scenario.name,
         attack=cell.attack.name,
-        defense=cell.defense.label,
+        defense=_defense_words(cell),
         defense_claim=make_defense(cell.defense).claim,
         model=cell.scenario.model.name,
         mode=cell.scenario.model.mode,
         threat=cell.threat.name,
         grants=list(ThreatModel(cell.threat.name, parse_grants(cell.threat.grants)).grants),
         upper_bound=cell.upper_bound,
-        batch=client.batch * client.cohort,
+        batch=prepared.per_message,
         batches=prepared.units,
         update=client.update,
         status="done" if done.error is None else "failed",
@@ -103,6 +103,7 @@ def cell_row(plan: Plan, cell: CellPlan, prepared: Prepared, done: Account) -> C
         warnings=_warnings(cell, prepared, done),
         metric_notes={name: note for s in reversed(done.scored) for name, note in s.notes.items()},
         settings=json_ready(_settings(cell)),
+        pool=next((s.truth.pool for s in done.scored if s.truth is not None), None),
         batchnorm=bool(bn_layers(prepared.model)),
     )
 
@@ -113,6 +114,13 @@ def _named(scored: Scored) -> list[ImageScore]:
         return scored.private
     game = {"identified": scored.identified, "candidates": scored.candidates}
     return [scored.private[0].model_copy(update=game), *scored.private[1:]]
+
+
+def _defense_words(cell: CellPlan) -> str:
+    """Its label; of a recorded update, what it was declared with, as the audit itself applies nothing."""
+    recorded = cell.scenario.recorded
+    declared = recorded is not None and recorded.declared is not None and cell.defense.label == "none"
+    return f"{recorded.declared} (declared)" if recorded is not None and declared else cell.defense.label
 
 
 def _warnings(cell: CellPlan, prepared: Prepared, done: Account) -> list[str]:
@@ -176,25 +184,26 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def pictures(cell: CellPlan, done: Account, folder: RunFolder) -> dict[str, Tensor]:
-    """First batch of a cell: private, encoding, reconstruction and filmstrip, in the order of the private images."""
+    """First batch of a cell: private, encoding, reconstruction and filmstrip, in the order of the private images.
+
+    Without a truth there are only the last two, in the attack's own order.
+    """
     first, result = done.scored[0], done.results[0]
-    truth = first.truth
-    low, high = truth.trained.domain.low, truth.trained.domain.high
+    truth, low, high = first.truth, first.domain.low, first.domain.high
     encoded = bool(first.encoding)
     order = (first.encoding_order if encoded else first.order)[:SHOWN]
 
     def matched(images: Tensor) -> Tensor:
-        rows = torch.full((len(order), *truth.trained.image_shape), float("nan"))
+        rows = torch.full((len(order), *result.images.shape[1:]), float("nan"))
         for i, j in enumerate(order.tolist()):
             if 0 <= j < len(images):
                 rows[i] = (images[j] - low) / (high - low)
         return rows
 
-    found = {
-        f"{cell.id}/private": truth.private.images[:SHOWN].cpu().float(),
-        f"{cell.id}/reconstruction": matched(result.images),
-    }
-    if encoded:
+    found = {f"{cell.id}/reconstruction": matched(result.images)}
+    if truth is not None:
+        found[f"{cell.id}/private"] = truth.private.images[:SHOWN].cpu().float()
+    if truth is not None and encoded:
         found[f"{cell.id}/encoding"] = truth.trained.images[:SHOWN].cpu().float()
     for step, frame in folder.frames(cell.id).items():
         found[f"{cell.id}/film/{step:06d}"] = matched(frame)

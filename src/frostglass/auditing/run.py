@@ -21,6 +21,8 @@ from frostglass.auditing.nonmembers import NonMembers, non_members
 from frostglass.auditing.plan import Plan
 from frostglass.auditing.plan_checks import make_attack, make_defense
 from frostglass.auditing.prepare import Inputs, Prepared, prepare
+from frostglass.auditing.recorded_card import with_recorded
+from frostglass.auditing.recorded_view import with_recording
 from frostglass.auditing.report import write_report
 from frostglass.auditing.rows import Account, cell_row, pictures, scorecard
 from frostglass.auditing.score import Scored, score, unfit
@@ -45,6 +47,10 @@ CHECKPOINTS = 10
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 """What torch's RuntimeErrors say where it raises no OutOfMemoryError."""
+
+
+UNSCORED = "done, with no truth to score it against"
+"""Of a recorded message whose private images were not given."""
 
 
 def run_plan(
@@ -101,6 +107,7 @@ def _prepare_all(plan: Plan, device: torch.device, inputs: Inputs | None, debug:
     """Loads everything and asks every attack about every observation, so that all problems come out together."""
     ready: list[Prepared | None] = []
     problems: list[str] = []
+    inputs = with_recording(plan, inputs)
     for index, scenario in enumerate(plan.scenario):
         try:
             ready.append(prepare(plan, index, device, inputs))
@@ -110,7 +117,7 @@ def _prepare_all(plan: Plan, device: torch.device, inputs: Inputs | None, debug:
             ready.append(None)
             problems += wrong.problems if isinstance(wrong, BadInput) else [f"{scenario.name}: {_explained(wrong)}."]
     for one in filter(None, ready):
-        problems += [f"{one.scenario.name}: {p}" for p in unfit(plan.report, one.data.images, one.model)]
+        problems += [f"{one.scenario.name}: {p}" for p in unfit(plan.report, one.probe, one.model)]
     for cell in expand(plan):
         held = ready[cell.index]
         if held is None:
@@ -165,7 +172,7 @@ def _run_cells(
         recovered |= {f"{cell.id}/{unit}": r.images for unit, r in enumerate(done.results)}
         if plan.report.show_images and done.scored:
             shown |= pictures(cell, done, folder)
-    card = scorecard(plan, rows, device, _data_digest(prepared))
+    card = with_recorded(plan, scorecard(plan, rows, device, _data_digest(prepared)), prepared, tell)
     if world.rank:
         return AuditReport(card, out)
     save_tensors(out / "reconstruction.safetensors", recovered)
@@ -213,7 +220,7 @@ def _run_cell(
         tell(Event("cell_failed", cell.id, values={"error": done.error}))
     row = cell_row(plan, cell, prepared, done)
     if done.error is None:
-        text = outcome(cell.attack.name, row.summary, row.encoding_summary)
+        text = outcome(cell.attack.name, row.summary, row.encoding_summary) if row.summary else UNSCORED
         tell(Event("cell_finished", cell.id, values={"outcome": text, "seconds": round(done.seconds, 2)}))
     return row, done
 
@@ -315,6 +322,8 @@ def _objective_at_truth(attack: Attack[Any], played: Round, scored: Scored, prep
     """The attack's objective at what was trained on: far below the one reached means that the optimiser fell short."""
     measure = getattr(attack, "objective_of", None)
     if measure is None:
+        return []
+    if scored.truth is None or not scored.truth.exact or scored.truth.encoded:
         return []
     truth = scored.truth.trained
     run = Runtime(Rng.from_seed(0), prepared.device)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from frostglass.auditing.nonmembers import NonMembers, null_rank
 from frostglass.auditing.plan import ReportPlan, ThresholdPlan
 from frostglass.auditing.scorecard import ImageScore, Labels, OverThreshold, Summary
 from frostglass.auditing.simulate import Round, Truth
-from frostglass.core.batch import Batch
+from frostglass.core.batch import Batch, Domain
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.numerics import labels as label_rules
 from frostglass.numerics.assign import assign
@@ -30,7 +30,9 @@ class Scored:
         private: a score per private image.
         encoding: a score per encoding, empty if the defence encodes nothing.
         labels: how right the labels were.
-        truth: what was opened, for pictures (only if the plan shows images) and for the objective at the truth.
+        truth: what was opened, for pictures (only if the plan shows images) and for the objective at the truth; None
+            where a recorded message has none.
+        domain: of the reconstruction's pixels.
         order, encoding_order: rows of the reconstruction matched to private images and to encodings, -1 for none.
         notes: what belongs beside a metric, or why it is n/a, by its name.
         identified: of an attack that chose among candidates, whether the choice is right; None of any other.
@@ -40,9 +42,10 @@ class Scored:
     private: list[ImageScore]
     encoding: list[ImageScore]
     labels: Labels
-    truth: Truth
+    truth: Truth | None
     order: Tensor
     encoding_order: Tensor
+    domain: Domain
     notes: dict[str, str] = field(default_factory=dict)
     identified: bool | None = None
     candidates: int | None = None
@@ -56,7 +59,7 @@ def score(
     *,
     null: bool = True,
 ) -> Scored:
-    """Opens the truth of `played` and compares.
+    """Opens the truth of `played` and compares. A recorded message without one keeps what the attack proved by itself.
 
     Args:
         result: what the attack returned.
@@ -65,6 +68,8 @@ def score(
         others: other images of the source, for pools and nulls; without them such metrics are n/a.
         null: rank the scores of private images among `others`.
     """
+    if played.truth is None:
+        return _unscored(result, played)
     truth = played.truth.open_for_scoring()
     encoded = truth.trained is not truth.private and not torch.equal(truth.trained.images, truth.private.images)
     low, high = truth.trained.domain.low, truth.trained.domain.high
@@ -81,6 +86,14 @@ def score(
         private = _ranked(private, values, found, order, truth.private, others, outside)
     if others is not None and others.note:
         notes["null"] = others.note
+    if (
+        not truth.exact
+    ):  # nobody knows which of these images were in the message: those that nothing matched say nothing
+        private = [row for row, j in zip(private, order.tolist(), strict=True) if j >= 0]
+        hit = (order >= 0).nonzero().flatten()
+        truth, order = replace(truth, private=truth.private.take(hit.tolist()), pool=len(truth.private)), order[hit]
+    if truth.encoded:
+        private = [p.model_copy(update={"proved": False}) for p in private]
     encoding: list[ImageScore] = []
     encoding_order = order
     if encoded:
@@ -91,10 +104,26 @@ def score(
         private = [p.model_copy(update={"proved": False}) for p in private]  # proved rows are encodings, not images
     chose = truth.place is not None and "choice" in result.info
     return Scored(
-        private, encoding, _labels(result, played, truth), truth, order, encoding_order, notes,
+        private, encoding, _labels(result, played, truth), truth, order, encoding_order, truth.trained.domain, notes,
         identified=int(result.info["choice"]) == truth.place if chose else None,
         candidates=int(result.info["candidates"]) if chose else None,
     )  # fmt: skip
+
+
+def _unscored(result: Reconstruction, played: Round) -> Scored:
+    """What can be said without private images: rows that the attack verified against the message, and labels."""
+    rows = []
+    if bool(result.proved.any()) and played.seen.domain.low >= 0:  # encodings that were proved are no private images
+        for i in range(max(len(result.images), played.seen.examples or 0)):
+            there = i < len(result.images)
+            pixels = result.images[i].float().contiguous().numpy().tobytes() if there else b""
+            digest = hashlib.sha256(pixels).hexdigest() if there else ""
+            rows.append(
+                ImageScore(id=f"image {i + 1}", sha256=digest, psnr=None, ssim=None,
+                           proved=there and bool(result.proved[i]), target="recovered")
+            )  # fmt: skip
+    order = torch.arange(len(result.images))
+    return Scored(rows, [], _labels(result, played, None), None, order, order, played.seen.domain)
 
 
 def _unit_range(batch: Batch) -> Tensor:
@@ -176,7 +205,9 @@ def unfit(report: ReportPlan, images: Tensor, model: nn.Module) -> list[str]:
     return found
 
 
-def _labels(result: Reconstruction, played: Round, truth: Truth) -> Labels:
+def _labels(result: Reconstruction, played: Round, truth: Truth | None) -> Labels:
+    if truth is None or not (truth.exact and truth.labelled) or truth.encoded:
+        return _unchecked_labels(result, played)
     counts = truth.trained.targets.sum(0).cpu()
     guess = label_rules.no_gradient_guess(counts)
     if result.label_counts is not None:
@@ -193,6 +224,17 @@ def _labels(result: Reconstruction, played: Round, truth: Truth) -> Labels:
     if played.seen.labels is not None and result.targets is not None:
         return Labels(source="granted", no_gradient_guess=guess)
     return Labels(source="unused", no_gradient_guess=guess)
+
+
+def _unchecked_labels(result: Reconstruction, played: Round) -> Labels:
+    """Labels of a message whose own are not known."""
+    found = result.label_counts
+    if found is None:
+        granted = played.seen.labels is not None and result.targets is not None
+        return Labels(source="granted" if granted else "unused")
+    whole = bool((found == found.round()).all())
+    named = torch.repeat_interleave(torch.arange(len(found)), found.cpu().round().long()).tolist() if whole else None
+    return Labels(source="restored", restored=named)
 
 
 def summarise(batches: Sequence[Sequence[ImageScore]], threshold: ThresholdPlan) -> Summary | None:

@@ -53,7 +53,9 @@ class ImageScore(_Strict):
     psnr: float | None = Field(description="dB, at most 150; higher is closer")
     ssim: float | None = Field(description="in [-1, 1]; higher is closer")
     proved: bool = Field(description="the attack verified this row algebraically against the observation")
-    target: Literal["private", "encoding"] = Field("private", description="what it was compared with")
+    target: Literal["private", "encoding", "recovered"] = Field(
+        "private", description="what it was compared with; recovered: with nothing, as no truth was given"
+    )
     extra: dict[str, float | None] = Field(default_factory=dict, description="further metrics by name")
     identified: bool | None = Field(
         None, description="named by the attack among `candidates`; null: it was not asked about this image"
@@ -198,6 +200,9 @@ class Cell(_Strict):
         default_factory=dict, description="by metric: what belongs beside it (pool, chance level), or why it is n/a"
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="every parameter, defaults included")
+    pool: int | None = Field(
+        None, description="private images that reconstructions were matched to, where the message holds some of them"
+    )
     batchnorm: bool | None = Field(None, description="whether the network has BatchNorm; null: not recorded")
     verdict: Verdict | None = Field(None, description="on the success event; null: none was given")
     pitfalls: list[PitfallCheck] = Field(default_factory=list, description="the 14 checks, in their order")
@@ -217,6 +222,9 @@ class Scorecard(_Strict):
     cells: list[Cell] = Field(description="one for each scenario x defence x attack, in the plan's order")
     limits: list[str] = Field(description="what a run like this cannot show")
     verdict: AuditVerdict | None = Field(None, description="over all cells that are tests; null: none was given")
+    recorded: dict[str, Any] | None = Field(
+        None, description="of recorded updates: source, every update with what was found in it, pooled trials"
+    )
     standards: dict[str, Any] = Field(
         default_factory=dict, description="fields that standards ask for: threat letters, NIST, ISO/IEC 27559, evidence"
     )

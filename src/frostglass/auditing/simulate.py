@@ -30,19 +30,30 @@ class Truth:
         private: the private images of the message, all clients of its cohort.
         trained: what was trained on: the encodings where a defence encodes, else the private images.
         place: where the first private image is in the gallery; None where no gallery was granted.
+        exact: False where the message holds some of these images, and nobody said which.
+        labelled: False where the labels mean nothing.
+        encoded: a client of a real engine trained on encodings that were not kept.
+        pool: images that reconstructions were matched to, if more than are left here.
     """
 
     private: Batch
     trained: Batch
     place: int | None = None
+    exact: bool = True
+    labelled: bool = True
+    encoded: bool = False
+    pool: int | None = None
 
 
 @dataclass(frozen=True)
 class Round:
-    """One message with everything around it; `seen` is all that an attack gets."""
+    """One message with everything around it; `seen` is all that an attack gets.
+
+    A message that was recorded may have no truth: then nothing is scored.
+    """
 
     seen: Observation
-    truth: Sealed[Truth]
+    truth: Sealed[Truth] | None
     spent: PrivacySpent | None
     plan: LocalPlan
 
@@ -51,8 +62,10 @@ def play(prepared: Prepared, defense: Defense, unit: int) -> Round:
     """One repetition: its clients draw their images, defend, compute and send; the threat model looks.
 
     The keys of augmentation and defence mix in a digest of the private images, so that an attack, which may know the
-    plan's seed, cannot rebuild them.
+    plan's seed, cannot rebuild them. A message that was recorded is played back.
     """
+    if prepared.arrived is not None:
+        return prepared.arrived.round
     client = prepared.scenario.client
     plan = local_plan(client, prepared.scenario.model.mode)
     raws, private, trained, updates = [], [], [], []

@@ -61,6 +61,8 @@ def _columns(cells: Sequence[Cell]) -> list[_Column]:
     def recovered(cell: Cell) -> str:
         if cell.status != "done" or cell.summary is None:
             return outcome(cell).word.split(",")[0]
+        if cell.images and cell.images[0].target == "recovered":
+            return MISSING
         if cell.summary.asked:
             return f"{cell.summary.identified}/{cell.summary.asked} ¹"
         return f"{cell.summary.over_threshold.count}/{cell.summary.images}"

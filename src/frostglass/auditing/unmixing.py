@@ -23,6 +23,7 @@ from frostglass.auditing.unmixing_card import UnmixScorecard, make_card
 from frostglass.auditing.unmixing_files import pictures_of, write_all
 from frostglass.auditing.unmixing_inputs import EncodedSet, read_encoded
 from frostglass.auditing.unmixing_plan import UnmixPlan
+from frostglass.auditing.unmixing_record import is_record, view_of_record
 from frostglass.auditing.unmixing_view import View, view_of
 from frostglass.core.batch import Batch, Domain, Sealed, one_hot
 from frostglass.core.drive import Attack, drive
@@ -97,8 +98,7 @@ def run_unmix(
     given = given or Given()
     folder = RunFolder(out)
     folder.check(plan.digest(), resume=resume)
-    encoded = given.encoded if given.encoded is not None else read_encoded(Path(plan.encoded))
-    view = view_of(plan, encoded)
+    encoded, view = _seen(plan, given)
     truth = _truth(plan, encoded, view, given)
     ready, skipped = _applicable(plan, view)
     folder.open(plan.to_toml(), plan.digest(), encoded.digest, resume=resume)
@@ -118,6 +118,14 @@ def run_unmix(
     write_all(plan, out, encoded, card, found, shown)
     tell(Event("run_finished", plan.name, values={"headline": card.headline, "failed": len(card.failed)}))
     return UnmixReport(card, out, found)
+
+
+def _seen(plan: UnmixPlan, given: Given) -> tuple[EncodedSet, View]:
+    """(the set, what the attacker sees of it)."""
+    if given.encoded is None and is_record(plan.encoded):
+        return view_of_record(plan)
+    encoded = given.encoded if given.encoded is not None else read_encoded(Path(plan.encoded))
+    return encoded, view_of(plan, encoded)
 
 
 def _truth(plan: UnmixPlan, encoded: EncodedSet, view: View, given: Given) -> Sealed[Truth] | None:

@@ -28,6 +28,7 @@ def unmix(
     public: str | Path | None = None,
     groups: str | Path | None = None,
     auxiliary: str | None = None,
+    client: str | None = None,
     known: Mapping[str, Any] | None = None,
     attacks: Entry | Sequence[Entry] = (),
     seed: int = 0,
@@ -43,14 +44,15 @@ def unmix(
         print(report)
 
     Args:
-        encoded: an encoded set, a folder with `encryption.npy` and `label.npy`, a plan (.toml), an `UnmixPlan`, or a
-            tensor [E, c, h, w] in [-1, 1].
+        encoded: an encoded set, a folder with `encryption.npy` and `label.npy`, a record of a client's updates, a plan
+            (.toml), an `UnmixPlan`, or a tensor [E, c, h, w] in [-1, 1].
         targets: [E, classes] labels of a tensor's encodings.
         truth: the private images (a source as for `frostglass encode`, or a tensor [N, c, h, w] in [0, 1]); opened
             for scoring alone, after the attacks have finished.
         public: folder of the public pool that was mixed in.
         groups: .npy with a number for each encoding; those with equal numbers are of one image.
         auxiliary: a data source with other images of the same kind.
+        client: of recorded updates: whose; the only client if left out.
         known: what the attacker knows, keys as in a plan's [known]: images, per_class, k, private, labels, ...
         attacks: names, or tables with parameters; all that apply if left out.
         seed: of everything random.
@@ -85,6 +87,7 @@ def unmix(
             "pool": _placed(public),
             "groups": _placed(groups),
             "auxiliary": _placed(auxiliary),
+            "client": client,
             "known": dict(known or {}),
             "attack": [{"name": e} if isinstance(e, str) else dict(e) for e in entries],
             "report": {"show_images": show_images},

@@ -78,12 +78,12 @@ def _facts(encoded: EncodedSet, view: View) -> dict[str, Any]:
     exposure = manifest.get("exposure_histogram_with_earlier_sets") or manifest.get("exposure_histogram")
     return {
         "name": encoded.name,
-        "encodings": len(encoded.images),
+        "encodings": encoded.count,
         "shape": list(encoded.shape),
         "classes": None if encoded.targets is None else int(encoded.targets.shape[1]),
         "sha256": encoded.digest,
         "private_images": view.images,
-        "rounds": None if not view.images else round(len(encoded.images) / view.images, 2),
+        "rounds": None if not view.images else round(encoded.count / view.images, 2),
         "k": None if law is None else law.k,
         "private": None if law is None else law.private,
         "exposure_histogram": None if exposure is None else {str(k): int(v) for k, v in exposure.items()},
@@ -94,9 +94,9 @@ def _facts(encoded: EncodedSet, view: View) -> dict[str, Any]:
 
 def verdict_of(encoded: EncodedSet, view: View, cells: Sequence[Cell], *, scored: bool) -> list[str]:
     """What it comes to: recovered images, exposure, keys, and what was never promised."""
-    lines = [_recovered(cells, scored=scored), exposure_words(encoded.manifest, view, len(encoded.images))]
+    lines = [_recovered(cells, scored=scored), exposure_words(encoded.manifest, view, encoded.count)]
     lines += _keys(cells, encoded.manifest)
-    near = _nearest(view, len(encoded.images))
+    near = _nearest(view, encoded.count)
     if near is not None:
         lines.append(near)
     skipped = [c.attack for c in cells if c.status == "skipped"]

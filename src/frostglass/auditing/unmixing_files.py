@@ -30,6 +30,7 @@ def pictures_of(key: str, images: Tensor, scored: Scored | None) -> dict[str, Te
     """What the report shows of one attack: recovered images, in the order of the private ones where those are given."""
     if scored is None:
         return {f"{key}/reconstruction": images[:SHOWN].float().clone()} if len(images) else {}
+    assert scored.truth is not None
     private = scored.truth.private.images[:SHOWN]
     rows = torch.full((len(private), *private.shape[1:]), float("nan"))
     for i, j in enumerate(scored.order[: len(private)].tolist()):
@@ -56,7 +57,7 @@ def write_all(
         with written_beside(out / "recovered" / f"{key}.npy") as beside, beside.open("wb") as held:
             np.save(held, images.permute(0, 2, 3, 1).contiguous().numpy(), allow_pickle=False)
     best = _submitted(card, found)
-    if best is not None and not card.encoded["manifest"]:
+    if best is not None and len(encoded.images) and not card.encoded["manifest"]:
         rows = decryption(encoded.images, best)
         with written_beside(out / DECRYPTION) as beside, beside.open("wb") as held:
             np.save(held, rows.permute(0, 2, 3, 1).contiguous().numpy(), allow_pickle=False)

@@ -34,6 +34,7 @@ class EncodedSet:
         digest: SHA-256 of images and targets.
         name: for titles.
         notes: sentences on what was converted.
+        behind: of gradients: encodings that they were made of; None where the encodings themselves were published.
     """
 
     images: Float[Tensor, "e c h w"] = field(repr=False)
@@ -42,6 +43,12 @@ class EncodedSet:
     digest: str
     name: str
     notes: tuple[str, ...] = ()
+    behind: int | None = None
+
+    @property
+    def count(self) -> int:
+        """Encodings, also those behind gradients."""
+        return len(self.images) if self.behind is None else self.behind
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from frostglass.auditing.plan import Named, Resolved, ThresholdPlan, Title
 from frostglass.auditing.plan_reading import read_values, sentences
 from frostglass.auditing.plan_verdict import Strict
 from frostglass.core.errors import BadInput, close_match
+from frostglass.federated.record_header import INFO
 from frostglass.numerics.key_rows import MixLaw
 
 AUTO = ("unmix_statistical", "mixup_attack", "averaging", "demask", "prng_attack")
@@ -54,8 +55,9 @@ class UnmixPlan(Resolved):
     name: Title = Field("unmix", min_length=1, description="of the audit, for the report")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
     encoded: str = Field(
-        description="an encoded set, or a folder with encryption.npy and label.npy; python: given there"
+        description="an encoded set, a folder with encryption.npy, or recorded updates; python: given there"
     )
+    client: str | None = Field(None, description="of recorded updates: whose; none: the only client")
     truth: str | None = Field(None, description="the private images, as for frostglass encode; for scoring alone")
     pool: str | None = Field(None, description="the public pool that was mixed in, as frostglass public-pool writes it")
     groups: str | None = Field(None, description=".npy, a number for each encoding: equal ones are of one image")
@@ -65,6 +67,11 @@ class UnmixPlan(Resolved):
     report: UnmixReport = Field(default_factory=UnmixReport, description="what is measured and shown")
 
     @property
+    def of_updates(self) -> bool:
+        """Whether gradients of recorded updates are attacked, and not encodings."""
+        return (Path(self.encoded) / INFO).is_file()
+
+    @property
     def automatic(self) -> bool:
         """Whether the plan left the choice of attacks open."""
         return not self.attack
@@ -72,6 +79,8 @@ class UnmixPlan(Resolved):
     @property
     def attacks(self) -> list[Named]:
         """Those named, or all that may apply."""
+        if self.of_updates:
+            return self.attack or [Named(name="gradient_then_unmix")]
         named = [Named(name=name) for name in AUTO if name != "prng_attack"]
         search = [Named.model_validate({"name": name, "last": AUTO_SEEDS}) for name in AUTO if name == "prng_attack"]
         return self.attack or named + search
@@ -114,6 +123,10 @@ def parse_unmix_plan(values: Mapping[str, Any]) -> UnmixPlan:
     except ValidationError as wrong:
         raise BadInput(sentences(wrong, UnmixPlan)) from None
     found = _attack_problems(plan) + _known_problems(plan.known) + _metric_problems(plan)
+    if plan.client is not None and not plan.of_updates:
+        found.append("client: an encoded set names no clients; leave it out.")
+    if plan.of_updates and (plan.pool or plan.groups or plan.auxiliary):
+        found.append("pool, groups, auxiliary: attacks on recorded updates do not use them; leave them out.")
     if found:
         raise BadInput(found)
     return plan
@@ -121,10 +134,12 @@ def parse_unmix_plan(values: Mapping[str, Any]) -> UnmixPlan:
 
 def _attack_problems(plan: UnmixPlan) -> list[str]:
     found = []
-    on_encodings = [e.name for e in ATTACKS if e.about.get("reads") == "encodings"]
+    reads = "rounds" if plan.of_updates else "encodings"
+    on_encodings = [e.name for e in ATTACKS if e.about.get("reads") == reads]
     for i, entry in enumerate(plan.attack):
         if entry.name not in on_encodings:
-            what = "reads gradients, not encodings" if entry.name in ATTACKS else "is not a known attack"
+            wrong = "reads encodings, not updates" if plan.of_updates else "reads gradients, not encodings"
+            what = wrong if entry.name in ATTACKS else "is not a known attack"
             found.append(f"attack.{i}.name: {entry.name!r} {what}; {close_match(entry.name, on_encodings)}.")
         else:
             found += ATTACKS[entry.name].problems(entry.settings, f"attack.{i}")

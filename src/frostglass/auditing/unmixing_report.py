@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,14 @@ from frostglass.core.journal import read_journal
 
 BARS = 40
 """Bars of the exposure histogram at the most."""
+
+
+def is_unmix_run(folder: Path) -> bool:
+    """Whether `frostglass unmix` left this folder: its scorecard describes an encoded set."""
+    try:
+        return "encoded" in json.loads((folder / "scorecard.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def write_unmix_report(folder: Path) -> Path:

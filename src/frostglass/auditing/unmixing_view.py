@@ -55,7 +55,7 @@ def view_of(plan: UnmixPlan, encoded: EncodedSet) -> View:
         BadInput: grants that contradict the set or each other.
     """
     manifest, known = encoded.manifest, plan.known
-    settings, law = _settings(known, manifest)
+    settings, law = settings_of(known, manifest)
     if plan.pool is not None:
         settings["public"] = _pool(Path(plan.pool), encoded.shape)
         settings["public_images"] = len(settings["public"])
@@ -92,7 +92,7 @@ def view_of(plan: UnmixPlan, encoded: EncodedSet) -> View:
     return View(seen, tuple(sorted(grants)), _words(plan, encoded, settings, images, law), images, law, tuple(notes))
 
 
-def _settings(known: KnownPlan, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], MixLaw | None]:
+def settings_of(known: KnownPlan, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], MixLaw | None]:
     """The encoder's settings: as the plan says, else as the manifest publishes them; no law without k."""
     k = known.k or manifest.get("k")
     private = known.private or (manifest.get("private") if known.k is None else None) or k

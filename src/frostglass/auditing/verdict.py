@@ -87,7 +87,12 @@ def _reaches(plan: Plan, row: ImageScore) -> bool:
 def _calibrated(plan: Plan, cell: Cell, row: ImageScore) -> bool:
     """Closer to its original than to other images of its class, at a level that pays for matching in the batch."""
     p = row.null.p.get(plan.report.threshold.metric) if row.null else None
-    return p is not None and p <= plan.verdict.chance / cell.batch
+    return p is not None and p <= plan.verdict.chance / _matched_among(cell)
+
+
+def _matched_among(cell: Cell) -> int:
+    """Images among which matching chose the closest: those of the message, or the pool that they are from."""
+    return cell.pool or cell.batch
 
 
 def _invalid(
@@ -105,7 +110,8 @@ def _invalid(
         if len(sizes) > 1:
             found.append("Messages have different numbers of candidates, so they have no common chance.")
     if event == "recovered":
-        metric, level = plan.report.threshold.metric, plan.verdict.chance / cell.batch
+        among = _matched_among(cell)
+        metric, level = plan.report.threshold.metric, plan.verdict.chance / among
         close = [t for t in targets if not t.proved and _reaches(plan, t)]
         if any(t.null is None or metric not in t.null.p for t in close):
             found.append(
@@ -114,7 +120,7 @@ def _invalid(
             )
         elif any(t.null is not None and (t.null.n0 + 1) * level < 1 for t in close):
             found.append(
-                f"A chance of {level:g} an image ({plan.verdict.chance:g}, {cell.batch} images) needs at least "
+                f"A chance of {level:g} an image ({plan.verdict.chance:g}, {among} images) needs at least "
                 f"{1 / level - 1:.0f} other images of the class; raise verdict.chance, or lower client.batch."
             )
     return found
@@ -189,7 +195,8 @@ def event_words(plan: Plan, cell: Cell, kappa: float) -> str:
     side = "at least" if METRICS[bar.metric].make().higher_is_closer else "at most"
     return (
         f"{target} is recovered with {bar.metric} {side} {bar.value:g} and is closer than all but "
-        f"{100 * plan.verdict.chance / cell.batch:.3g} % of other images of its class, or is verified algebraically"
+        f"{100 * plan.verdict.chance / _matched_among(cell):.3g} % of other images of its class, or is verified "
+        "algebraically"
     )
 
 

@@ -147,11 +147,16 @@ def outcome(cell: Cell) -> Outcome:
         return Outcome("failed", "failed, no result", "This cell broke and has no result. A broken run shows nothing.")
     if cell.status == "skipped" or cell.summary is None:
         word = "skipped" if cell.status == "skipped" else "no score"
-        return Outcome("skipped", word, "This cell was not scored. It shows nothing in either direction.")
+        unscored = cell.status == "done" and cell.objective is not None
+        why = " No truth was given, and the attack proved nothing by itself." if unscored else ""
+        return Outcome("skipped", word, f"This cell was not scored.{why} It shows nothing in either direction.")
     if cell.summary.asked:
         return _named(cell.summary)
     found, n, proved = cell.summary.over_threshold.count, cell.summary.images, cell.summary.proved
     bar = threshold(cell.summary.over_threshold)
+    if cell.images and cell.images[0].target == "recovered":
+        said = f"{proved} of {plural(n, 'image')} of this message {'is' if proved == 1 else 'are'} proved"
+        return Outcome("found", "proved", f"{said}: verified algebraically. No truth was given to score the rest with.")
     reach = f"{found} of {plural(n, 'private image')} reach {bar}, fixed before the run as recognisable"
     if proved:
         verb = "is" if proved == 1 else "are"

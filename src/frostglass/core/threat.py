@@ -87,10 +87,19 @@ class Gallery:
 
 @dataclass(frozen=True)
 class GradientMessage:
-    """One update as the server sees it: one per client and round; a cohort's sum is one message."""
+    """One update as the server sees it: one per client and round; a cohort's sum is one message.
+
+    Args:
+        gradients: by parameter name.
+        kind: "gradient" or "delta".
+        weights: the state that this client had been sent, where it is not that of the observation's model.
+        examples: rows that this message was made of, where the client reports it for every message.
+    """
 
     gradients: Gradients
     kind: str
+    weights: Mapping[str, Tensor] | None = None
+    examples: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +96,16 @@ class LocalClient:
                 f"{self.defense.name!r} and its epsilon would be false; use one of them."
             )
         self.model = copy.deepcopy(self.model)
+        self._stored = like_pool(self.images, self.encoder)
+
+    def begin(self) -> None:
+        """Opens the encoder's ledger of this client's images, without encoding anything.
+
+        Raises:
+            BadInput: images that the encoder refuses.
+        """
+        if self.encoder is not None:
+            self.encoder.begin(self._stored, self.labels, self.classes)
 
     def train(self, state: State, round: int) -> Trained:
         """One round from the global state.
@@ -131,6 +142,15 @@ class LocalClient:
             return OsKey()
         return Insecure(Rng.from_seed(self.seed, "federated client", self.name).at(purpose, round))
 
+    @property
+    def steps_spent(self) -> dict[tuple[float, float, float], int]:
+        """{(noise multiplier, delta, sampling rate): private steps so far}, for an engine that keeps it."""
+        return dict(self._steps)
+
+    def goes_on_from(self, steps: Mapping[tuple[float, float, float], int]) -> None:
+        """Takes up the account of an earlier process of this client; replaces what it has."""
+        self._steps = dict(steps)
+
     def _held(self, key: Rng) -> tuple[Batch, Order | None]:
         """What is trained on, and the rows of each step; None to draw them as the plan says."""
         domain = domain_of(self.model)
@@ -143,7 +163,7 @@ class LocalClient:
         made = [
             part
             for _ in range(epochs)
-            for part in self.encoder.epoch((self.images, self.labels), min(size, len(self.images)), self.classes)
+            for part in self.encoder.epoch((self._stored, self.labels), min(size, len(self.images)), self.classes)
         ]
         images, targets = torch.cat([p.images for p in made]), torch.cat([p.targets for p in made])
         names = tuple(f"encoding {i}" for i in range(len(images)))
@@ -162,6 +182,17 @@ class LocalClient:
         kind = "prv" if "PRV" in spent.accountant else "rdp"
         total = epsilon_of(spent.noise_multiplier, spent.delta, self._steps[setting], kind, rate)  # type: ignore[arg-type]
         return total if math.isfinite(total) else None
+
+
+def like_pool(images: Float[Tensor, "n c h w"], encoder: InstaHide | None) -> Any:
+    """Images in [0, 1] as the encoder wants them: bytes beside a public pool of bytes, else as they are.
+
+    An array, not a tensor, as the pool may be a memory map, which mixes with arrays alone.
+    """
+    pool = None if encoder is None else encoder.public
+    if pool is None or str(pool.images.dtype).removeprefix("torch.") != "uint8":
+        return images
+    return (images * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def dirichlet_split(labels: Int64[Tensor, " n"], clients: int, alpha: float, rng: Rng, least: int = 2) -> list[Tensor]:

@@ -217,7 +217,7 @@ class Recorder:
             problem, sha256 = "", None
             try:
                 kept = {n: t.cpu().contiguous() for n, t in tensors.items()}
-                sha256 = digest(kept)
+                sha256 = None if header is None else digest(kept)  # what was sent has been hashed already
                 self._save(name, kept)
             except Exception as wrong:
                 problem = f"the tensors could not be written ({wrong})"
@@ -236,7 +236,7 @@ class Recorder:
         from safetensors.torch import save_file
 
         with written_beside(self.folder / name) as beside:
-            save_file({n: t.clone() if t.numel() else t for n, t in tensors.items()}, beside)
+            save_file(_apart(tensors), beside)
 
     def _append(self, header: Header) -> None:
         line = header.model_dump_json()
@@ -246,6 +246,17 @@ class Recorder:
     def _note(self, text: str) -> None:
         self.problems.append(text)
         log.warning("frostglass recorder: %s", text)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """No two in the same memory, which safetensors refuses; copies as few as that takes."""
+    apart, seen = {}, set()
+    for name, t in tensors.items():
+        memory = t.untyped_storage()
+        alone = memory.data_ptr() not in seen and memory.nbytes() == t.numel() * t.element_size()
+        apart[name] = t if alone or not t.numel() else t.clone()
+        seen.add(memory.data_ptr())
+    return apart
 
 
 def _size(tensors: Mapping[str, Tensor]) -> int:

@@ -61,13 +61,13 @@ def load_train_plan(path: Path, overrides: Sequence[str] = ()) -> Any:
     for key in ("source", "test"):
         kind, colon, place = (getattr(plan.data, key) or "").partition(":")
         if colon:
-            setattr(plan.data, key, f"{kind}:{_placed(place, path.parent)}")
+            setattr(plan.data, key, f"{kind}:{placed(place, path.parent)}")
     for method in plan.method:
-        method.public = _placed(method.public, path.parent) if method.public else None
+        method.public = placed(method.public, path.parent) if method.public else None
     return plan
 
 
-def _placed(text: str, folder: Path) -> str:
+def placed(text: str, folder: Path) -> str:
     """A path of the plan, with $NAME from the environment, relative to the plan's folder."""
     full = os.path.expandvars(text)
     if "$" in full:
@@ -88,9 +88,10 @@ def _runs(plan: Any, out: Path, resume: bool, device: Any) -> list[dict[str, Any
     from tqdm import tqdm
 
     from frostglass.federated.feeds import encoder_of
+    from frostglass.federated.held_out import images_of
     from frostglass.federated.training import Run
 
-    train, test = _images(plan, plan.seeds[0])
+    train, test = images_of(plan.data, plan.seeds[0])
     for method in plan.method:  # what cannot be encoded is said before anything is trained
         if method.kind != "plain":
             encoder_of(method, plan.training, train.images.shape[-1]).begin(
@@ -100,7 +101,7 @@ def _runs(plan: Any, out: Path, resume: bool, device: Any) -> list[dict[str, Any
     results = []
     for seed in plan.seeds:
         if plan.data.test is None and seed != plan.seeds[0]:
-            train, test = _images(plan, seed)
+            train, test = images_of(plan.data, seed)
         for method in plan.method:
             title = f"{method.label}-{seed}"
             with tqdm(total=steps, desc=title, unit="step", disable=None) as bar:
@@ -112,36 +113,6 @@ def _runs(plan: Any, out: Path, resume: bool, device: Any) -> list[dict[str, Any
 
 def _quiet(_: str) -> None:
     """The bar is enough."""
-
-
-def _images(plan: Any, seed: int) -> tuple[Any, Any]:
-    """(train, test); a fifth of the source is held out, by the seed, where the plan names no other source."""
-    from dataclasses import replace
-
-    from frostglass.core.randomness import Rng
-    from frostglass.vision.byte_images import load_bytes
-
-    data = plan.data
-    held = load_bytes(data.source, size=data.size, channels=data.channels, limit=data.limit)
-    if data.test is not None:
-        size, channels = held.images.shape[-1], held.images.shape[1]
-        test = load_bytes(data.test, size=data.size and size, channels=channels, limit=data.test_limit)
-        if test.images.shape[1:] != held.images.shape[1:]:
-            raise BadInput("data.test: its images differ in size from those of data.source; set data.size.")
-        classes = max(held.classes, test.classes)
-        return replace(held, classes=classes), replace(test, classes=classes)
-    order = Rng.from_seed(seed, "split").permutation(len(held))
-    cut = max(1, len(held) // 5)
-    if len(held) - cut < 1:
-        raise BadInput(f"data: {len(held)} images cannot be split for training and testing; give more.")
-
-    def part(rows: Any) -> Any:
-        chosen = rows.tolist()
-        return replace(
-            held, images=held.images[rows], labels=held.labels[rows], names=tuple(held.names[i] for i in chosen)
-        )
-
-    return part(order[cut:]), part(order[:cut][: data.test_limit])
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

@@ -36,6 +36,7 @@ from frostglass.core.errors import BadInput
     metavar="NAME[:KEY=VALUE,...]",
     help="An attack, as prng_attack:last=1000000.  [default: all that apply]",
 )
+@click.option("--client", help="Of recorded updates: whose.  [default: the only client]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of a plan.")
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
 @click.option("--hide-images", is_flag=True, help="Leave pictures out of the report.")
@@ -48,10 +49,11 @@ def command(
     context: click.Context, /, encoded: Path, out: Path, overrides: Sequence[str], resume: bool, device: str,
     as_json: bool, verbose: int, **options: Any,
 ) -> None:  # fmt: skip
-    """Try to recover the private images behind ENCODED: an encoded set, arrays, or a plan (.toml).
+    """Try to recover the private images behind ENCODED: an encoded set, arrays, recorded updates, or a plan (.toml).
 
     ENCODED is a folder that `frostglass encode` wrote, a folder with encryption.npy and label.npy (the InstaHide
-    challenge's format), or a plan that names one. Without --truth images are recovered, and nothing is scored.
+    challenge's format), a record of the updates of a client that trains on encodings (`frostglass federate`), or a plan
+    that names one. Without --truth images are recovered, and nothing is scored.
     """
     from frostglass.app.terminal import listener
     from frostglass.auditing.unmixing import run_unmix
@@ -74,7 +76,7 @@ def _plan(encoded: Path, overrides: Sequence[str], options: dict[str, Any]) -> A
         return None if text is None else anchored(str(text), Path.cwd())
 
     if encoded.suffix == ".toml":
-        given = [k for k in ("truth", "public", "groups", "auxiliary", "known", "attacks") if options[k]]
+        given = [k for k in ("truth", "public", "groups", "auxiliary", "client", "known", "attacks") if options[k]]
         if given:
             raise BadInput(
                 f"unmix: --{given[0]} goes with a set, not with a plan; write it into the plan, or use --set."
@@ -87,6 +89,7 @@ def _plan(encoded: Path, overrides: Sequence[str], options: dict[str, Any]) -> A
             "name": encoded.resolve().name or "unmix",
             "seed": options["seed"],
             "encoded": placed(encoded),
+            "client": options["client"],
             "truth": placed(options["truth"]),
             "pool": placed(options["public"]),
             "groups": placed(options["groups"]),

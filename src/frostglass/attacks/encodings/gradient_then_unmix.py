@@ -132,15 +132,20 @@ class GradientThenUnmix:
     def _one(self, seen: Observation, number: int) -> Observation:
         """Message `number` alone, with the model as it was then."""
         sent = _sent(seen)
-        model = seen.model
-        if self.server_lr and number:
+        model, weights = seen.model, sent[number].weights
+        if weights is not None:
+            model = copy.deepcopy(model)
+            model.load_state_dict(model.state_dict() | {n: weights[n] for n in model.state_dict() if n in weights})
+        elif self.server_lr and number:
             model = copy.deepcopy(model)
             with torch.no_grad():
                 for name, weight in model.named_parameters():
                     weight.sub_(
                         self.server_lr * torch.stack([m.gradients[name].to(weight) for m in sent[:number]]).sum(0)
                     )
-        return replace(seen, model=model, messages=(sent[number],), examples=self.batch, labels=None)
+        return replace(
+            seen, model=model, messages=(sent[number],), examples=self.batch or sent[number].examples, labels=None
+        )
 
     def _set(self, seen: Observation, state: Collected) -> Observation:
         """The recovered encodings as an observation of their own; tiny masses are rounding."""
@@ -171,7 +176,7 @@ def gradient_then_unmix(
 
     Args:
         exact: attack on each gradient, "spear" or "linear_exact".
-        batch: encodings in one message; None if it is not known.
+        batch: encodings in one message; None for what the messages say of themselves.
         server_lr: the server took weights - server_lr x gradient after each message; 0 if the model stayed.
         starts, rounds: of the unmixing.
         messages: at the most.

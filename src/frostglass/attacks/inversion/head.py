@@ -92,7 +92,7 @@ def coupled(seen: Observation) -> bool:
     return seen.mode == "train" and any(True for _ in norms)
 
 
-def features_of(seen: Observation, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"] | None:
+def features_of(seen: Observation, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "m d"] | None:
     """Inputs of the classifier on `images`, in the client's mode and in batches of the client's size.
 
     The model and its buffers are left unchanged. None if the network refuses such a batch (batch statistics of one

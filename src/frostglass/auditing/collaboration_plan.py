@@ -1,0 +1,157 @@
+"""The plan of a comparison of federations: one job, trained under several defences, and what its updates give away."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from frostglass.auditing.plan import Resolved, Title
+from frostglass.auditing.plan_reading import read_values, sentences
+from frostglass.auditing.plan_verdict import Strict
+from frostglass.core.errors import BadInput
+from frostglass.federated.federate_plan import DefensePart, FederatePlan
+
+BUNDLED_POOL = "photos"
+"""As `public` of an encoder: patches of the bundled photographs, cut for the size and channels of the images."""
+
+
+class PartPlan(DefensePart):
+    """A defence of a method."""
+
+
+class MethodPlan(Strict):
+    """One way to train together."""
+
+    name: Title = Field(min_length=1, description="for legends")
+    defense: list[PartPlan] = Field(default_factory=list, description="a stack, as in a federation's plan")
+    change: dict[str, Any] = Field(default_factory=dict, description='keys of the job that differ, as "client.lr"')
+
+
+class LeakagePlan(Strict):
+    """What is looked at in the recorded updates of the first seed."""
+
+    rounds: list[int] = Field(default_factory=list, description="whose updates are audited; none: the first and last")
+    candidates: int = Field(10, ge=2, description="of an identification game, all of one class")
+    targets: int = Field(6, ge=1, description="images of each client that are asked for in each update")
+    budget: str = Field("small", description='"small" or "full", as in `frostglass audit-updates`')
+
+
+class CollaborationPlan(Resolved):
+    """A whole comparison."""
+
+    name: Title = Field("train together", min_length=1, description="for the report")
+    seeds: list[int] = Field(default_factory=lambda: [0, 1], min_length=1, description="of split, network and batches")
+    job: dict[str, Any] = Field(default_factory=dict, description="a federation's plan, without its defence")
+    method: list[MethodPlan] = Field(min_length=1, description="what is compared")
+    leakage: LeakagePlan = Field(default_factory=LeakagePlan, description="what is looked at in the updates")
+
+    def federation(self, method: MethodPlan, seed: int) -> FederatePlan:
+        """The plan of one run.
+
+        Raises:
+            BadInput: every problem of it, named by the method.
+        """
+        values = copy.deepcopy(self.job)
+        for path, value in method.change.items():
+            node = values
+            *parents, last = path.split(".")
+            for part in parents:
+                node = node.setdefault(part, {})
+            node[last] = value
+        values |= {
+            "name": f"{self.name}: {method.name}", "seed": seed,
+            "defense": [{"name": p.name, **p.settings} for p in method.defense],
+        }  # fmt: skip
+        try:
+            plan = FederatePlan.model_validate(values)
+            plan.check()
+        except ValidationError as wrong:
+            raise BadInput([f"{method.name}: {s}" for s in sentences(wrong, FederatePlan)]) from None
+        except BadInput as wrong:
+            raise BadInput([f"{method.name}: {s}" for s in wrong.problems]) from None
+        return plan
+
+
+def slug(name: str) -> str:
+    """Of a method, as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "method"
+
+
+def digits() -> CollaborationPlan:
+    """The bundled demonstration: 1,797 digits, four clients of unequal classes, five ways to train."""
+    encoded = {"client.epochs": 4, "client.lr": 0.02, "client.momentum": 0.9, "server.rounds": 30}
+    instahide = {"name": "instahide", "sees": "magnitudes"}
+    return parse_collaboration(
+        {
+            "name": "digits, four clients",
+            "job": {
+                "data": {"source": "digits"},
+                "split": {"clients": 4, "alpha": 1.0},
+                "client": {"epochs": 2, "minibatch": 32, "lr": 0.05},
+                "server": {"rounds": 10},
+            },
+            "method": [
+                {"name": "no defence"},
+                {"name": "InstaHide inside, k = 2", "defense": [{**instahide, "k": 2}], "change": encoded},
+                {
+                    "name": "InstaHide cross, k = 4",
+                    "defense": [{**instahide, "k": 4, "private": 2, "public": BUNDLED_POOL}],
+                    "change": encoded,
+                },
+                {
+                    "name": "DP-SGD, noise 1",
+                    "defense": [{"name": "dp_sgd", "clipping_norm": 1.0, "noise_multiplier": 1.0}],
+                    "change": {"model.fix": "opacus", "client.lr": 0.5, "client.minibatch": 64, "client.epochs": 2},
+                },
+            ],
+        }
+    )
+
+
+def load_collaboration(path: Path, overrides: Sequence[str] = ()) -> CollaborationPlan:
+    """Reads a TOML plan; paths of its job are taken from its folder.
+
+    Raises:
+        BadInput: every problem that was found, together.
+    """
+    values = read_values(path, overrides)
+    job = values.get("job")
+    data = job.get("data") if isinstance(job, dict) else None
+    for key in ("source", "test"):
+        if isinstance(data, dict) and isinstance(data.get(key), str):
+            kind, colon, place = data[key].partition(":")
+            if colon:
+                full = Path(os.path.expandvars(place)).expanduser()
+                data[key] = f"{kind}:{(path.parent / full).resolve().as_posix()}"
+    return parse_collaboration(values)
+
+
+def parse_collaboration(values: Mapping[str, Any]) -> CollaborationPlan:
+    """Checks a plan with all its federations before any compute.
+
+    Raises:
+        BadInput: every problem that was found, together.
+    """
+    try:
+        plan = CollaborationPlan.model_validate(values)
+    except ValidationError as wrong:
+        raise BadInput(sentences(wrong, CollaborationPlan)) from None
+    found: list[str] = []
+    if len({slug(m.name) for m in plan.method}) < len(plan.method):
+        found.append("method: two of them have one name; give each its own.")
+    if len(set(plan.seeds)) < len(plan.seeds):
+        found.append("seeds: one stands there twice; a repeated run is no second one.")
+    for method in plan.method:
+        try:
+            plan.federation(method, plan.seeds[0])
+        except BadInput as wrong:
+            found += wrong.problems
+    if found:
+        raise BadInput(list(dict.fromkeys(found)))
+    return plan

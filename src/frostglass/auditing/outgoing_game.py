@@ -1,0 +1,54 @@
+"""Identification games on one update: one of the client's images among others of its class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from frostglass.core.batch import Batch
+from frostglass.core.randomness import Rng
+from frostglass.core.threat import Gallery
+from frostglass.federated.gate import Finding
+
+
+def candidates_for(own: Batch, decoys: tuple[Tensor, Tensor], count: int, rng: Rng) -> tuple[Gallery, int] | None:
+    """(the first image of `own` among others of its class, its place); None if there are too few others.
+
+    Args:
+        own: the message, the image that is asked for first.
+        decoys: images in [0, 1] and their classes; those equal to an image of the message are left out.
+        count: of all candidates.
+        rng: of the choice and the place, fresh for every game.
+    """
+    images, labels = decoys
+    kind = int(own.targets[0].argmax())
+    rows = (labels == kind).nonzero().flatten()
+    others = images[rows[rng.at("rows").permutation(len(rows))]].to(own.images)
+    inside = (others[:, None] == own.images[None]).flatten(2).all(2).any(1) if len(others) else rows.bool()
+    others = others[~inside][: count - 1]
+    if len(others) < count - 1:
+        return None
+    place = int(rng.at("place").integers(count, (1,)))
+    held = torch.cat([others[:place], own.images[:1], others[place:]])
+    return Gallery(held, own.targets[:1].expand(count, -1), own.images[1:], own.targets[1:]), place
+
+
+def named(hits: int, asked: int, candidates: int, tolerance: float) -> Finding:
+    """What so many games on one update can say.
+
+    Without any leakage each game is won with probability 1/N, so by Markov's inequality a share of at least r comes up
+    with probability at most 1/(N r), however the games depend on each other.
+    """
+    share, chance = hits / asked, 1 / candidates
+    text = (
+        f"{hits} of {asked} images were named among {candidates} of their class (chance {chance:.2g}) by an attack "
+        "that knew all other images of the update."
+    )
+    if hits:
+        bound = min(1, chance / share)
+        text += f" An update that says nothing would give so many with a probability of at most {bound:.2g}."
+    if asked == 1:
+        text += " One game is one trial: it tells no rate."
+    else:
+        text += " All games are about one update and depend on each other: they are no independent trials."
+    return Finding("gallery", share > tolerance, share, tolerance, text)

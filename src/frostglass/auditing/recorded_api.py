@@ -1,0 +1,198 @@
+"""`audit_updates`: attacks and checks on updates that a federated engine really sent."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+
+from frostglass.auditing.api import Entry
+from frostglass.auditing.plan import FROM_PYTHON, ReportPlan, Title
+from frostglass.auditing.plan_reading import read_values, sentences
+from frostglass.auditing.plan_verdict import Strict, VerdictPlan
+from frostglass.auditing.prepare import Inputs
+from frostglass.auditing.recorded_choice import audit_plan
+from frostglass.auditing.recorded_plan import UpdatesPlan
+from frostglass.auditing.recorded_truth import Given
+from frostglass.auditing.recorded_view import load_recording
+from frostglass.auditing.run import run_plan
+from frostglass.auditing.scorecard import AuditReport
+from frostglass.core.errors import BadInput
+from frostglass.core.events import Emit, silent
+from frostglass.core.runtime import pick_device
+
+PLACES = ("record", "before", "after", "gradients", "weights")
+SOURCES = ("truth", "others")
+
+
+class UpdatesRequest(Strict):
+    """A plan for `frostglass audit-updates`: the scenarios follow from the record."""
+
+    name: Title = Field("recorded updates", min_length=1, description="of the audit, for the report")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
+    updates: UpdatesPlan = Field(description="where the updates are, and what is known about them")
+    report: ReportPlan = Field(default_factory=ReportPlan, description="what is measured and shown")
+    verdict: VerdictPlan = Field(default_factory=VerdictPlan, description="what a verdict is about")
+
+
+def parse_request(values: Mapping[str, Any], folder: Path) -> UpdatesRequest:
+    """Checks a request; relative paths in it are taken from `folder`.
+
+    Raises:
+        BadInput: every problem that was found, together.
+    """
+    own = {k: v for k, v in values.items() if k not in ("scenario", "threat")}  # a run's plan.toml, where they follow
+    try:
+        request = UpdatesRequest.model_validate(own)
+    except ValidationError as wrong:
+        raise BadInput(sentences(wrong, UpdatesRequest)) from None
+    updates = request.updates.check()
+    placed = {k: _placed(getattr(updates, k), folder) for k in PLACES}
+    placed |= {k: _source(getattr(updates, k), folder) for k in SOURCES}
+    request.updates = updates.model_copy(update=placed)
+    return request
+
+
+def load_request(path: Path, overrides: Sequence[str] = ()) -> UpdatesRequest:
+    """Reads a TOML plan with the table [updates].
+
+    Raises:
+        BadInput: as `load_plan`.
+    """
+    return parse_request(read_values(path, overrides), path.parent)
+
+
+def _placed(text: str | None, folder: Path) -> str | None:
+    return None if text is None else (folder / Path(text).expanduser()).resolve().as_posix()
+
+
+def _source(text: str | None, folder: Path) -> str | None:
+    """A folder or `parquet:FILE` from `folder`; names of bundled sources as they are."""
+    if text is None or text == FROM_PYTHON:
+        return text
+    kind, colon, rest = text.partition(":")
+    if colon and kind in ("parquet", "folder"):
+        there = _placed(rest, folder)
+        return there if kind == "folder" else f"{kind}:{there}"
+    return _placed(text, folder) if (folder / Path(text).expanduser()).is_dir() else text
+
+
+def run_request(
+    request: UpdatesRequest,
+    out: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    emit: Emit = silent,
+    debug: bool = False,
+    model: nn.Module | None = None,
+    truth: Given | None = None,
+) -> AuditReport:
+    """Chooses updates and attacks, and plays them through the one loop.
+
+    Raises:
+        BadInput: nothing can be audited; nothing has been written then.
+    """
+    recording = load_recording(request.updates, model, truth)
+    plan = audit_plan(
+        recording, name=request.name, seed=request.seed, report=request.report, verdict=request.verdict, device=device
+    )
+    inputs = Inputs(model=model, recording=recording)
+    return run_plan(plan, out, device=device, resume=resume, emit=emit, inputs=inputs, debug=debug)
+
+
+def audit_updates(
+    recorded: str | Path | UpdatesRequest | None = None,
+    *,
+    before: str | Path | None = None,
+    after: str | Path | None = None,
+    gradients: str | Path | None = None,
+    weights: str | Path | None = None,
+    model: str | nn.Module | None = None,
+    truth: str | Path | Mapping[str, tuple[Tensor, Tensor | None]] | tuple[Tensor, Tensor | None] | None = None,
+    others: str | Path | None = None,
+    attacks: Entry | Sequence[Entry] = (),
+    known: Mapping[str, Any] | None = None,
+    local: Mapping[str, Any] | None = None,
+    metrics: Sequence[str] = ("psnr", "ssim"),
+    show_images: bool = False,
+    seed: int = 0,
+    out: str | Path | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    emit: Emit = silent,
+) -> AuditReport:
+    """Attacks what a federated engine sent, and writes a scorecard and a report.
+
+        report = audit_updates("RECORDED/", truth="IMAGES/")
+
+    Args:
+        recorded: a folder of recorded updates, a plan (.toml) with the table [updates], or an `UpdatesRequest`.
+        before, after: or a client's state before and after its training (.safetensors, .pt).
+        gradients, weights: or raw gradients by parameter name, and the weights that they were taken at.
+        model: a name, "package.module:factory", or the network itself; the record's if left out.
+        truth: the private images, for scoring alone: a folder (with a subfolder for each client, if there are such),
+            "digits", "parquet:FILE", or tensors: (images [n, c, h, w] in [0, 1], labels [n] or None), or such pairs by
+            client.
+        others: a source of images that no client holds.
+        attacks: names, or tables with parameters; those that fit if left out.
+        known: further keys of the table [updates]: classes, size, examples, rounds, clients, most, grants, budget, ...
+        local: the client's steps where no record says them: mode, lr, local_steps, epochs, minibatch, optimizer, ...
+        metrics: scores per image.
+        show_images: put private images into the report.
+        seed: of everything random.
+        out: the run folder; a new temporary one if left out.
+        device: "auto", "cpu" or "cuda".
+        resume: go on with a killed run in `out`.
+        emit: told of progress.
+
+    Raises:
+        BadInput: something cannot be used as given; nothing was computed.
+    """
+    network = model if isinstance(model, nn.Module) else None
+    given = _given(truth)
+    if isinstance(recorded, UpdatesRequest):
+        request = recorded
+    elif recorded is not None and Path(recorded).suffix == ".toml":
+        request = load_request(Path(recorded))
+    else:
+        entries = [attacks] if isinstance(attacks, str | Mapping) else list(attacks)
+        table = {
+            "record": _text(recorded), "before": _text(before), "after": _text(after), "gradients": _text(gradients),
+            "weights": _text(weights), "others": _text(others),
+            "model": model if isinstance(model, str) else None if network is None else _called(network),
+            "truth": FROM_PYTHON if given is not None else _text(truth),
+            "attacks": [{"name": e} if isinstance(e, str) else dict(e) for e in entries],
+            "local": dict(local or {}), **dict(known or {}),
+        }  # fmt: skip
+        report = {"metrics": list(metrics), "show_images": show_images}
+        request = parse_request({"seed": seed, "updates": table, "report": report}, Path.cwd())
+    place = pick_device(device)
+    if out is not None:
+        return run_request(request, Path(out), device=place, resume=resume, emit=emit, model=network, truth=given)
+    folder = Path(tempfile.mkdtemp(prefix="frostglass-"))
+    try:
+        return run_request(request, folder, device=place, emit=emit, model=network, truth=given)
+    except BadInput:
+        shutil.rmtree(folder)
+        raise
+
+
+def _text(path: Any) -> str | None:
+    return str(path) if isinstance(path, str | Path) else None
+
+
+def _called(model: nn.Module) -> str:
+    return f"{FROM_PYTHON}:{type(model).__name__}"
+
+
+def _given(truth: Any) -> Given | None:
+    if isinstance(truth, Mapping):
+        return dict(truth)
+    return {"": (truth[0], truth[1])} if isinstance(truth, tuple) else None

@@ -1,0 +1,81 @@
+"""Trials pooled over the clients of one round: one client is one trial, and one trial shows little."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from frostglass.auditing.plan import Plan
+from frostglass.auditing.scorecard import AuditVerdict, Cell, Scorecard
+from frostglass.auditing.verdict import trials_of
+from frostglass.auditing.verdict_rules import EXIT_CODES, ORDER, Evidence, decide
+from frostglass.auditing.wording import plural
+
+
+def pooled(plan: Plan, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One row for each attack in each round that several clients faced: successes, interval, verdict.
+
+    Clients hold different images, so their trials are independent; rounds are not pooled, as a client trains on the
+    same images in all of them. The error is shared by all rows and all cells.
+    """
+    groups: dict[tuple[int, str, str], list[Cell]] = defaultdict(list)
+    scenarios = {s.name: s for s in plan.scenario}
+    for cell in cells:
+        recorded = scenarios[cell.scenario].recorded
+        if recorded is not None and cell.status == "done":
+            groups[recorded.round, cell.attack, cell.defense].append(cell)
+    several = {k: g for k, g in groups.items() if len(g) > 1}
+    return [_row(plan, key, group, len(several) + len(cells)) for key, group in several.items()]
+
+
+def _row(plan: Plan, key: tuple[int, str, str], cells: Sequence[Cell], tests: int) -> dict[str, Any]:
+    game = all(c.summary is not None and c.summary.asked for c in cells)
+    if game and plan.verdict.event != "identified":  # such an attack draws no picture: what it can do is name one
+        plan = plan.model_copy(update={"verdict": plan.verdict.model_copy(update={"event": "identified"})})
+    found = [trials_of(plan, c) for c in cells]
+    outcomes = [o for t in found for o in t.outcomes]
+    invalid = list(dict.fromkeys(x for t in found for x in t.invalid))
+    hashes = [i.sha256 for c in cells for i in c.images]
+    if len(set(hashes)) < len(hashes):
+        invalid.append("The same image is in several messages: trials are not independent.")
+    if any(c.summary is None or any(i.target == "recovered" for i in c.images) for c in cells):
+        invalid.append("No truth was given, so that only proved images are known to be right.")
+    kappa = max((t.kappa for t in found), default=plan.verdict.chance)
+    made = decide(
+        Evidence(
+            trials=len(outcomes), successes=sum(outcomes), kappa=kappa, tolerance=plan.verdict.tolerance,
+            confidence=plan.verdict.confidence, tests=tests, proved=sum(t.proved for t in found),
+            invalid=tuple(invalid), lacking=("single rounds of a record are no test of three checkpoints.",),
+        )
+    )  # fmt: skip
+    return {
+        "event": plan.verdict.event, "round": key[0], "attack": key[1], "defence": key[2], "clients": len(cells),
+        "trials": len(outcomes), "successes": sum(outcomes), "kappa": kappa, "lower": made.lower, "upper": made.upper,
+        "verdict": made.verdict, "text": made.text,
+    }  # fmt: skip
+
+
+def total(verdict: AuditVerdict, trials: Sequence[Mapping[str, Any]]) -> AuditVerdict:
+    """The verdict on the audit, with what pooled trials add: a violation that no single client shows."""
+    worst = min(trials, key=lambda t: ORDER.index(t["verdict"]), default=None)
+    if worst is None or ORDER.index(worst["verdict"]) >= ORDER.index(verdict.verdict):
+        return verdict
+    kind = worst["verdict"]
+    about = f"{plural(worst['clients'], 'client')} of round {worst['round']}, {worst['attack']}"
+    text = f"{kind} over {about}: {worst['text']}"
+    return AuditVerdict(verdict=kind, text=text, exit_code=EXIT_CODES[kind], tests=verdict.tests)
+
+
+def headline_of(card: Scorecard, rows: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence: how many updates, and the worst that was shown."""
+    looked = [r for r in rows if r["status"] != "passed over"]
+    attacked = sum(r["status"] == "attacked" for r in rows)
+    start = f"{len(looked)} of {plural(len(rows), 'recorded update')} examined, {attacked} attacked. "
+    shown = [c for c in card.cells if c.summary is not None]
+    if shown:
+        return start + card.headline
+    if attacked:
+        return start + "No image was proved, and no truth was given to score the rest: nothing is shown either way."
+    known = [r for r in looked if r["labels"] and r["labels"].get("confidence") in ("high", "low")]
+    return start + f"No attack fits within the budget; labels were restored from {len(known)}."

@@ -1,0 +1,292 @@
+"""From a plan to the parts of a federation, whatever the engine: who holds what, the network, clients, the test."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frostglass.core.batch import Batch, one_hot
+from frostglass.core.defense import Defense, stack
+from frostglass.core.errors import BadInput
+from frostglass.core.randomness import Insecure, OsKey, Randomness, Rng
+from frostglass.defenses.honesty import PrivacyCaution
+from frostglass.defenses.inference import average_predictions
+from frostglass.defenses.instahide import InstaHide
+from frostglass.defenses.registry import DEFENSES
+from frostglass.federated.exchange import State
+from frostglass.federated.federate_plan import FederatePlan, plan_of
+from frostglass.federated.feeds import encoder_of, takes_encodings
+from frostglass.federated.held_out import images_of
+from frostglass.federated.local_client import NOTHING, LocalClient, dirichlet_split, like_pool
+from frostglass.federated.train_plan import TrainingPlan
+from frostglass.numerics.bn import bn_layers
+from frostglass.numerics.local_update import in_mode
+from frostglass.vision.byte_images import ByteImages
+from frostglass.vision.networks import build, fix_for_opacus
+from frostglass.vision.normalise import domain_of
+
+_TEST_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of the global network on test images.
+
+    Args:
+        plain: share that is right when images are seen as they are.
+        encoded: share that is right by the mean over encodings; None where clients train on images.
+    """
+
+    plain: float
+    encoded: float | None
+
+    @property
+    def best(self) -> float:
+        """Seen the way that clients train, where that is known."""
+        return self.plain if self.encoded is None else self.encoded
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What every process of a federation can build from the plan alone.
+
+    Args:
+        plan: checked.
+        train, test: all images; a simulation holds them all, a real client would hold its own.
+        rows: of the training images, by client.
+        model: the network before the first round; never changed.
+        inside: defences that work in local training (`encode`, `gradient`).
+        outside: defences of the finished update (`protect`).
+    """
+
+    plan: FederatePlan
+    train: ByteImages
+    test: ByteImages
+    rows: tuple[Tensor, ...]
+    model: nn.Module
+    inside: Defense
+    outside: Defense
+
+    @property
+    def protects(self) -> bool:
+        """Whether updates are changed on their way out."""
+        return self.outside is not NOTHING
+
+    @property
+    def record_folder(self) -> str | None:
+        """Where updates are recorded, in the run folder; None if they are not."""
+        return self.plan.record.folder if self.plan.record.on else None
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the network keeps running statistics."""
+        return bool(bn_layers(self.model))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        c, h, w = self.train.images.shape[1:]
+        return c, h, w
+
+    def described(self) -> dict[str, Any]:
+        """The network for a record: enough to build it again."""
+        plan, encoding = self.plan, self.plan.encoding
+        channels, _, size = self.image_shape
+        about = {"name": plan.model.name, "options": dict(plan.model.options), "classes": self.train.classes,
+                 "channels": channels, "size": size, "fix": plan.model.fix}  # fmt: skip
+        encodes = encoding is not None or self.inside.encodes
+        return about | ({"takes": "encodings", "sees": encoding.sees if encoding else "pixels"} if encodes else {})
+
+    def client(self, number: int) -> LocalClient:
+        """The client with this part of the images, as new; where it stands in its ledgers is the engine's to keep.
+
+        Raises:
+            BadInput: no such part, or settings that cannot be met.
+        """
+        if not 0 <= number < len(self.rows):
+            raise BadInput(f"partition-id: {number} is not one of the plan's {len(self.rows)} clients, from 0.")
+        rows, plan = self.rows[number], self.plan
+        images, labels = self.train.images[rows].float() / 255, self.train.labels[rows]
+        return LocalClient(
+            str(number), self.model, images, labels, self.train.classes, plan.client.local_plan(), self.inside,
+            encoder=self._encoder(number), seed=self._seed(),
+        )  # fmt: skip
+
+    def protection(self, number: int, round: int) -> Randomness:
+        """Of a client's defence of the update in this round: from the operating system, unless the plan is insecure."""
+        if self.plan.insecure_seed is None:
+            return OsKey()
+        return Insecure(Rng.from_seed(self.plan.insecure_seed, "federated client", str(number)).at("protect", round))
+
+    def private(self, number: int) -> Batch:
+        """The images of a client, for its own gate."""
+        rows = self.rows[number]
+        targets = one_hot(self.train.labels[rows], self.train.classes)
+        names = tuple(self.train.names[i] for i in rows.tolist())
+        return Batch(self.train.images[rows].float() / 255, targets, domain_of(self.model), names)
+
+    def insecure(self) -> bool:
+        """Whether secrets were made from a number in the plan."""
+        encoding = self.plan.encoding
+        seeded = self.plan.insecure_seed is not None or (encoding is not None and encoding.insecure_seed is not None)
+        return seeded and bool(self.plan.called != "none")
+
+    @torch.no_grad()
+    def accuracy(self, state: State) -> Accuracy:
+        """Of a global state on the test images.
+
+        Where clients keep their BatchNorm statistics, those of the test batches are used.
+        """
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(dict(state))
+        kept = self.plan.buffers == "keep" and self.has_batch_norm
+        with in_mode(model, "train" if kept else "eval"):
+            plain = self._share(lambda images: model(self._seen(images)))
+            encoded = self._share_encoded(model)
+        return Accuracy(plain, encoded)
+
+    # ---- inside
+
+    def _seed(self) -> int | None:
+        """The order of plain batches may follow from the plan's seed; what a defence draws may not."""
+        if self.plan.insecure_seed is not None:
+            return self.plan.insecure_seed
+        draws = self.inside.gradient is not None or self.inside.encodes or self.plan.encoding is not None
+        return None if draws else self.plan.seed
+
+    def _encoder(self, number: int | None) -> InstaHide | None:
+        """Of a client; None for the server's own, which encodes test images."""
+        method = self.plan.encoding
+        if method is None:
+            return None
+        if method.insecure_seed is not None:
+            key = Rng.from_seed(method.insecure_seed, "federated encoder", str(number)).key
+            method = method.model_copy(update={"insecure_seed": int.from_bytes(key[:6], "big")})
+        return encoder_of(method, TrainingPlan(), self.image_shape[-1])
+
+    def _seen(self, images: Tensor) -> Tensor:
+        encoder = self._encoder(None)
+        if encoder is not None:
+            return encoder.plain_for_inference(images)
+        return images * 2 - 1 if self.inside.encodes else images
+
+    def _share(self, predict: Any) -> float:
+        right = 0
+        for start in range(0, len(self.test), _TEST_BATCH):
+            part = slice(start, start + _TEST_BATCH)
+            found = predict(self.test.images[part].float() / 255).argmax(1)
+            right += int((found == self.test.labels[part]).sum())
+        return right / len(self.test)
+
+    def _share_encoded(self, model: nn.Module) -> float | None:
+        """Mixed with public images, or else with other test images: the server has none of the clients'."""
+        encoder, n = self._encoder(None), self.plan.evaluation.encodings
+        if encoder is None or not n:
+            return None
+        partners = None if encoder.public is not None else self.test.images.float() / 255
+
+        def predict(images: Tensor) -> Tensor:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PrivacyCaution)
+                given = like_pool(images, encoder)
+                made = encoder.encode_for_inference(given, n, self.plan.evaluation.min_private, partners)
+            return average_predictions(model(made.images.float()), n)
+
+        return self._share(predict)
+
+
+@functools.lru_cache(maxsize=2)
+def federation_of(text: str) -> Federation:
+    """From the text of a plan; the same in every process, and built once in each.
+
+    Raises:
+        BadInput: every problem that was found, together.
+    """
+    return prepared(plan_of(text))
+
+
+def prepared(plan: FederatePlan) -> Federation:
+    """Loads the images, splits them and builds network and defences; trains nothing.
+
+    Raises:
+        BadInput: every problem that was found, together.
+    """
+    plan.check()
+    train, test = images_of(plan.data, plan.seed)
+    rng = Rng.from_seed(plan.seed, "federation")
+    rows = _rows(plan, train, rng)
+    model = _network(plan, train, rng)
+    inside, outside = _defenses(plan)
+    if plan.encoding is not None or inside.encodes:
+        model = takes_encodings(model, plan.encoding.sees if plan.encoding is not None else "pixels")
+    made = Federation(plan, train, test, rows, model, inside, outside)
+    _refuse(made)
+    return made
+
+
+def _rows(plan: FederatePlan, train: ByteImages, rng: Rng) -> tuple[Tensor, ...]:
+    clients = plan.split.clients
+    if plan.split.alpha is not None:
+        return tuple(dirichlet_split(train.labels, clients, plan.split.alpha, rng.at("split")))
+    if clients > len(train):
+        raise BadInput(f"split.clients: {clients} are more than the {len(train)} training images; lower it.")
+    parts = rng.at("split").permutation(len(train)).tensor_split(clients)
+    return tuple(part.sort().values for part in parts)
+
+
+def _network(plan: FederatePlan, train: ByteImages, rng: Rng) -> nn.Module:
+    _, channels, _, size = train.images.shape
+    model = build(
+        plan.model.name, classes=train.classes, channels=channels, size=size, options=plan.model.options,
+        rng=rng.at("model"),
+    )  # fmt: skip
+    return fix_for_opacus(model) if plan.model.fix == "opacus" else model
+
+
+def _defenses(plan: FederatePlan) -> tuple[Defense, Defense]:
+    """(what works in local training, what works on the finished update)."""
+    made = [DEFENSES[p.name].make(**p.settings) for p in plan.others]
+    inner = [d for d in made if d.gradient is not None or d.encodes]
+    outer = [d for d in made if d.gradient is None and not d.encodes]
+    stack(*made)  # refuses what does not go together
+    return (stack(*inner) if inner else NOTHING), (stack(*outer) if outer else NOTHING)
+
+
+def _refuse(made: Federation) -> None:
+    """Whatever a client would refuse in the first round, before anything starts."""
+    plan, found = made.plan, []
+    mixes = plan.encoding is not None or made.inside.encodes
+    if plan.encoding is not None and made.inside.encodes:
+        found.append(f"defense: {plan.called!r} encodes twice; leave one of the encodings out.")
+    if made.outside.claim == "proof" and made.has_batch_norm and plan.buffers == "send":
+        found.append(
+            f"buffers: clients would send BatchNorm statistics that {plan.called!r} does not cover, so its epsilon "
+            'would be false; set buffers = "keep", or model.fix = "opacus".'
+        )
+    if made.inside.gradient is not None and made.inside.per_example and mixes:
+        found.append(
+            f"defense: an encoder mixes images, so the per-example sensitivity of {made.inside.name!r} and its epsilon "
+            "would be false; use one of them."
+        )
+    if found:
+        raise BadInput(found)
+    _first_step(made)
+
+
+def _first_step(made: Federation) -> None:
+    """One step of the smallest client, and one update protected: what does not fit shows here."""
+    sizes: Mapping[int, int] = {i: len(rows) for i, rows in enumerate(made.rows)}
+    smallest = min(sizes, key=lambda i: sizes[i])
+    client = made.client(smallest)
+    client.begin()
+    if made.inside.gradient is not None:
+        few = Batch(client.images[:2], one_hot(client.labels[:2], client.classes), domain_of(made.model), ("a", "b"))
+        plan = replace(client.plan, epochs=1, minibatch=None, local_steps=1)
+        made.inside.gradient(made.model, few, plan, Insecure(0))

@@ -1,0 +1,202 @@
+"""`frostglass federate`: what it writes and says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr")
+
+from federations import SMALL
+from frostglass.app.cli import main
+from frostglass.app.commands.federate import load_federate_plan
+from frostglass.core.errors import BadInput
+from frostglass.federated.federate_plan import FederatePlan, plan_of
+from frostglass.federated.recorded import read_record
+
+pytestmark = pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution")
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.fixture
+def plan(tmp_path) -> Path:
+    path = tmp_path / "plan.toml"
+    path.write_text(SMALL)
+    return path
+
+
+def test_a_run_and_its_folder(plan, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    code, text, err = call(capsys, "federate", plan, "--out", out)
+    assert code == 0, err
+    assert {p.name for p in out.iterdir()} == {"plan.toml", "history.json", "model.safetensors", "recorded"}
+    assert [line.split(":")[0] for line in err.splitlines()] == ["start", "round 1/2", "round 2/2"]
+    assert text.startswith("small: 3 clients, 2 rounds on local, defence none\naccuracy on 50 test images: ")
+    assert f"Next: frostglass audit-updates {out / 'recorded'}" in text
+    assert len(read_record(out / "recorded").updates) == 6
+    history = json.loads((out / "history.json").read_text())
+    row = history["rounds"][2]
+    assert row["loss"] < history["rounds"][1]["loss"]
+    assert {"client", "examples", "loss"} <= row["clients"][0].keys()
+    again = plan_of((out / "plan.toml").read_text())
+    assert (again.name, again.server.folder) == ("small", out.as_posix())
+    code, text, err = call(capsys, "federate", plan, "--out", out)
+    assert (code, text) == (2, "")
+    assert "is not empty" in err
+
+
+def test_json_and_only_json(plan, tmp_path, capsys) -> None:
+    code, text, _ = call(
+        capsys, "federate", plan, "--out", tmp_path / "run", "--json", "--set", "server.rounds=1", "--set", "seed=3"
+    )
+    assert code == 0
+    value = json.loads(text)
+    assert value == json.loads((tmp_path / "run" / "history.json").read_text())
+    assert value["seed"] == 3
+
+
+def test_what_encodings_and_privacy_cost_is_said(plan, tmp_path, capsys) -> None:
+    plan.write_text(SMALL + '[[defense]]\nname = "instahide"\nk = 2\n[evaluation]\nencodings = 3\n')
+    code, text, err = call(capsys, "federate", plan, "--out", tmp_path / "encoded")
+    assert code == 0, err
+    assert "over encodings" in text
+    assert "encodings give no (epsilon, delta)" in text
+    assert "encoded" in err
+    plan.write_text(SMALL.replace("[model]", '[model]\nfix = "opacus"') + '[[defense]]\nname = "dp_sgd"\n')
+    code, text, err = call(capsys, "federate", plan, "--out", tmp_path / "private", "--set", "insecure_seed=1")
+    assert code == 0, err
+    assert "privacy spent: epsilon up to" in text
+    assert "per image at delta 1e-05" in text
+    assert "INSECURE" in text
+
+
+def test_a_federation_in_which_nothing_worked_fails_and_says_why(plan, tmp_path, capsys) -> None:
+    code, _, err = call(capsys, "federate", plan, "--out", tmp_path / "run", "--set", "client.lr=1e30")
+    assert code == 1
+    assert "Traceback" not in err
+    assert "no update of any round could be used (client 0: training diverged" in err
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("server.rounds=0", "server.rounds"),
+        ("server.speed=1", "unknown key"),
+        ("server.clients=4", "more than split.clients = 3"),
+        ("split.clients=300", "lower it"),
+        ("split.alpha=0", "split.alpha"),
+        ("client.local_steps=3", "client.whole_batch = true"),
+        ('client={optimizer="adam",momentum=0.5}', "belongs to optimizer"),
+        ("model.name=nothing", "not known"),
+        ("data.source=parquet:$NOWHERE_AT_ALL/x", "NOWHERE_AT_ALL"),
+        ("buffers=lose", "buffers"),
+        ("record.folder=../elsewhere", "record.folder"),
+        ('defense=[{name="secure_sum"}]', "SecAgg+"),
+        ('defense=[{name="prunning"}]', "did you mean 'pruning'"),
+        ('defense=[{name="pruning",fraction=2.0}]', "fraction"),
+        ('defense=[{name="pruning",share=0.5}]', "unknown parameter"),
+        ('defense=[{name="instahide",k="two"}]', "defense.0.k"),
+        ('defense=[{name="instahide",speed=2}]', "defense.0.speed: unknown key"),
+        ('defense=[{name="instahide",k=100}]', "k: 100 distinct private images"),
+        ('defense=[{name="instahide",rounds=1}]', "reuse = true"),
+        ('defense=[{name="instahide"},{name="mixup"}]', "two encoders"),
+        ('defense=[{name="instahide"},{name="dp_sgd"}]', "would be false"),
+        ('defense=[{name="instahide",public="nowhere"}]', "nowhere"),
+        ('defense=[{name="dp_sgd"}]', 'model.fix = "opacus"'),
+        ('defense=[{name="clip_and_noise"}]', 'buffers = "keep"'),
+        ('defense=[{name="dp_sgd"},{name="soteria"}]', "both replace the client step"),
+    ],
+)
+def test_bad_plans_are_refused_in_words(plan, tmp_path, capsys, override, sentence) -> None:
+    code, _, err = call(capsys, "federate", plan, "--out", tmp_path / "run", "--set", override)
+    assert code == 2, err
+    assert sentence in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_problems_are_told_together(plan, tmp_path, capsys) -> None:
+    code, _, err = call(
+        capsys, "federate", plan, "--out", tmp_path / "run", "--set", "server.rounds=0", "--set", "server.clients=9",
+        "--set", 'defense=[{name="secure_sum"},{name="nothing"}]',
+    )  # fmt: skip
+    assert code == 2
+    assert err.count("error:") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--engine", "deployment"], "needs --superlink HOST:PORT and --root-certificates"),
+        (["--superlink", "127.0.0.1:1"], "belongs to --engine deployment"),
+        (["--engine", "deployment", "--superlink", "a:1", "--root-certificates", "none.pem"], "does not exist"),
+    ],
+)
+def test_where_to_run_is_checked_first(plan, tmp_path, capsys, arguments, sentence) -> None:
+    code, _, err = call(capsys, "federate", plan, "--out", tmp_path / "run", *arguments)
+    assert code == 2
+    assert sentence in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_and_broken_files(tmp_path, capsys) -> None:
+    assert call(capsys, "federate", tmp_path / "none.toml", "--out", tmp_path / "run")[0] == 2
+    (tmp_path / "bad.toml").write_text("name = ")
+    code, _, err = call(capsys, "federate", tmp_path / "bad.toml", "--out", tmp_path / "run")
+    assert code == 2
+    assert "not valid TOML" in err
+    (tmp_path / "file").write_text("")
+    (tmp_path / "good.toml").write_text(SMALL)
+    code, _, err = call(capsys, "federate", tmp_path / "good.toml", "--out", tmp_path / "file")
+    assert code == 2
+    assert "--out" in err
+
+
+def test_a_plan_reaches_other_processes_as_it_is() -> None:
+    plan = plan_of(SMALL + '[[defense]]\nname = "instahide"\nk = 3\n[[defense]]\nname = "pruning"\nfraction = 0.5\n')
+    assert plan_of(plan.to_toml()) == plan
+    assert (plan.encoding.k, [p.settings for p in plan.others], plan.called) == (
+        3, [{"fraction": 0.5}], "instahide+pruning",
+    )  # fmt: skip
+    with pytest.raises(BadInput, match="not valid TOML"):
+        plan_of("name = ")
+    with pytest.raises(BadInput, match=r"server\.rounds: 0 is not valid"):
+        plan_of("[server]\nrounds = 0\n")
+    assert FederatePlan().called == "none"
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "plans").glob("federate-*.toml")))
+def test_packaged_plans_are_valid(name, monkeypatch) -> None:
+    monkeypatch.setenv("FROSTGLASS_DATA", "/data")
+    assert load_federate_plan(ROOT / "plans" / name).server.rounds
+
+
+@pytest.mark.slow
+def test_four_clients_learn_the_digits(tmp_path, capsys) -> None:
+    code, _, err = call(capsys, "federate", ROOT / "plans" / "federate-digits.toml", "--out", tmp_path / "run")
+    assert code == 0, err
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert history["rounds"][-1]["accuracy"] >= 0.97
+    assert max(history["examples"]) > 1.2 * min(history["examples"]), "the split is not non-IID"
+
+
+@pytest.mark.slow
+def test_instahide_learns_the_digits_if_tests_are_encoded(tmp_path, capsys) -> None:
+    code, _, err = call(
+        capsys, "federate", ROOT / "plans" / "federate-digits-instahide.toml", "--out", tmp_path / "run",
+        "--set", "server.rounds=8",
+    )  # fmt: skip
+    assert code == 0, err
+    row = json.loads((tmp_path / "run" / "history.json").read_text())["rounds"][-1]
+    assert row["accuracy_encoded"] >= 0.8
+    assert row["accuracy_encoded"] > row["accuracy"], "encoding at test time no longer helps"

@@ -1,0 +1,120 @@
+"""One federation under several defences: real Flower apps, real audits, one report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from frostglass.app.cli import main
+from frostglass.auditing.collaboration_plan import BUNDLED_POOL, digits, load_collaboration, parse_collaboration
+from frostglass.core.errors import BadInput
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+PLANS = Path(__file__).parents[2] / "plans"
+
+
+def values(**more: Any) -> dict[str, Any]:
+    return {
+        "name": "small",
+        "seeds": [0, 1],
+        "job": {
+            "data": {"source": "digits", "limit": 120, "test_limit": 60},
+            "model": {"name": "mlp"},
+            "split": {"clients": 2, "alpha": 1.0},
+            "client": {"epochs": 1, "minibatch": 16, "lr": 0.1},
+            "server": {"rounds": 2},
+        },
+        "method": [
+            {"name": "plain"},
+            {"name": "inside", "defense": [{"name": "instahide", "k": 2, "sees": "magnitudes"}]},
+            {"name": "cross", "defense": [{"name": "instahide", "k": 4, "private": 2, "public": BUNDLED_POOL}]},
+            {"name": "dp", "defense": [{"name": "dp_sgd"}], "change": {"client.lr": 0.5}},
+        ],
+        "leakage": {"rounds": [1], "targets": 1, "candidates": 2},
+    } | more
+
+
+def as_toml(folder: Path, value: dict[str, Any]) -> Path:
+    path = folder / "plan.toml"
+    path.write_text(parse_collaboration(value).to_toml())
+    return path
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("flower")
+def test_accuracy_and_leakage_in_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("flwr")
+    plan, out = as_toml(tmp_path, values()), tmp_path / "out"
+    code, text, err = call(capsys, "collaborate", plan, "--out", out)
+    assert code == 0, err
+    value = json.loads((out / "collaboration.json").read_text())
+    assert [m["name"] for m in value["methods"]] == ["plain", "inside", "cross", "dp"]
+    for method in value["methods"]:
+        assert [run["seed"] for run in method["runs"]] == [0, 1]
+        assert all(len(run["rounds"]) == 3 for run in method["runs"])
+        assert {(row["round"], row["client"]) for row in method["leakage"]} == {(1, "0"), (1, "1")}
+        assert all("share" in row["game"] or row["game"]["reason"] for row in method["leakage"])
+        assert method["verdict"] in ("INCONCLUSIVE", "VIOLATED")
+    plain, inside, cross, dp = value["methods"]
+    assert plain["runs"][0]["rounds"][-1]["accuracy_encoded"] is None
+    assert inside["runs"][0]["rounds"][-1]["accuracy_encoded"] is not None
+    assert max(c["exposure-max"] for c in cross["runs"][0]["rounds"][-1]["clients"]) >= 2
+    assert all(c["epsilon"] > 0 for c in dp["runs"][0]["rounds"][-1]["clients"])
+    page = (out / "report.html").read_text()
+    assert all(f'id="method-{i}"' in page for i in range(1, 5))
+    assert "<script" not in page
+    assert "2 seeds" in page
+    assert "dp" in text
+    before = (out / "collaboration.json").read_text()
+    (out / "runs" / "inside-1" / "history.json").unlink()
+    (out / "report.html").unlink()
+    code, _, err = call(capsys, "collaborate", plan, "--out", out, "--resume")
+    assert code == 0, err
+    assert "small: inside, seed 1" in err
+    assert "small: plain, seed 0" not in err
+    again = json.loads((out / "collaboration.json").read_text())
+    assert again["methods"][0] == json.loads(before)["methods"][0]
+    assert (out / "report.html").is_file()
+
+
+def test_the_bundled_plan_is_the_one_in_plans() -> None:
+    assert load_collaboration(PLANS / "collaborate-digits.toml") == digits()
+
+
+def test_every_problem_comes_out_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = values(
+        seeds=[0, 0],
+        method=[
+            {"name": "a", "defense": [{"name": "instahid"}]},
+            {"name": "A", "change": {"client.lr": -1.0}},
+            {"name": "b", "change": {"client.learning": 1.0}},
+        ],
+    )
+    with pytest.raises(BadInput) as caught:
+        parse_collaboration(bad)
+    told = "\n".join(caught.value.problems)
+    for part in ("two of them have one name", "stands there twice", "instahid", "client.lr", "client.learning"):
+        assert part in told, told
+
+
+def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "collaborate", "--out", tmp_path / "x", "--set", "seeds=[0]")
+    assert (code, "name one" in err) == (2, True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    code, _, err = call(capsys, "collaborate", as_toml(tmp_path, values()), "--out", tmp_path / "full")
+    assert code == 2
+    assert "not empty" in err or "flower" in err
+    code, _, err = call(capsys, "collaborate", as_toml(tmp_path, values()), "--out", tmp_path / "new", "--resume")
+    assert code == 2
+    assert not (tmp_path / "new").exists()
