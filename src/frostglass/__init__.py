@@ -20,6 +20,7 @@ from frostglass._version import __version__
 
 if TYPE_CHECKING:
     from frostglass.auditing.api import audit
+    from frostglass.auditing.recorded_api import audit_updates
     from frostglass.auditing.scorecard import AuditReport
     from frostglass.auditing.unmixing_api import unmix
     from frostglass.core.errors import AttackFailed, BadInput, FrostglassError
@@ -27,13 +28,23 @@ if TYPE_CHECKING:
 _PLACES = {
     "audit": "frostglass.auditing.api",
     "AuditReport": "frostglass.auditing.scorecard",
+    "audit_updates": "frostglass.auditing.recorded_api",
     "unmix": "frostglass.auditing.unmixing_api",
     "BadInput": "frostglass.core.errors",
     "AttackFailed": "frostglass.core.errors",
     "FrostglassError": "frostglass.core.errors",
 }
 
-__all__ = ["AttackFailed", "AuditReport", "BadInput", "FrostglassError", "__version__", "audit", "unmix"]
+__all__ = [
+    "AttackFailed",
+    "AuditReport",
+    "BadInput",
+    "FrostglassError",
+    "__version__",
+    "audit",
+    "audit_updates",
+    "unmix",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,14 +13,14 @@ from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.linting.plan_defenses import defense_facts
 from frostglass.auditing.linting.rules import findings
 from frostglass.auditing.plan import Plan
-from frostglass.auditing.prepare import Prepared
+from frostglass.auditing.prepare import Inputs, Prepared
 from frostglass.auditing.recorded_choice import PLACEHOLDER, scenario_of, too_long
 from frostglass.auditing.recorded_head import too_many
 from frostglass.auditing.recorded_inputs import Sent
 from frostglass.auditing.recorded_pool import headline_of, pooled, total
 from frostglass.auditing.recorded_selection import chosen, unreadable
 from frostglass.auditing.recorded_validator import read_as, same_norms, validate
-from frostglass.auditing.recorded_view import Recording, load_recording, mode_of, prepare_scenario
+from frostglass.auditing.recorded_view import Recording, mode_of, prepare_scenario
 from frostglass.auditing.recorded_words import update_labels
 from frostglass.auditing.score import score
 from frostglass.auditing.scorecard import Cell, Labels, Scorecard
@@ -36,12 +36,13 @@ MISFIT = 0.1
 """Residual of the bias identity from which the labels that solve it are not called sure: noise, or another loss."""
 
 
-def with_recorded(plan: Plan, card: Scorecard, prepared: Sequence[Prepared], tell: Emit) -> Scorecard:
+def with_recorded(
+    plan: Plan, card: Scorecard, prepared: Sequence[Prepared], given: Inputs | None, tell: Emit
+) -> Scorecard:
     """The scorecard with every recorded update, its checks, and trials pooled over clients; others pass as they are."""
-    if plan.recorded_updates is None:
+    if plan.recorded_updates is None or given is None or given.recording is None:
         return card
-    held = next((p.arrived.recording for p in prepared if p.arrived is not None), None)
-    recording = held or load_recording(plan.recorded_updates)
+    recording = given.recording
     picked, left = chosen(recording)
     readable = []
     for sent in picked:

@@ -85,11 +85,12 @@ def run_plan(
     folder = RunFolder(out)
     ranks.from_first(lambda: folder.check(plan.digest(), resume=resume), world, "the start")
     with _deterministic():
-        prepared = ranks.on_all(lambda: _prepare_all(plan, device, inputs, debug), world, "the start")
+        given = ranks.on_all(lambda: with_recording(plan, inputs), world, "the start")
+        prepared = ranks.on_all(lambda: _prepare_all(plan, device, given, debug), world, "the start")
         data = ranks.same_on_all(_data_digest(prepared), world, "images, labels and weights")
         ranks.from_first(lambda: folder.open(plan.to_toml(), plan.digest(), data, resume=resume), world, "the start")
         tell = broadcast(Journal(out / "events.jsonl"), emit) if world.rank == 0 else silent
-        return _run_cells(plan, prepared, folder, device, tell, debug, world)
+        return _run_cells(plan, prepared, given, folder, device, tell, debug, world)
 
 
 @contextmanager
@@ -107,7 +108,6 @@ def _prepare_all(plan: Plan, device: torch.device, inputs: Inputs | None, debug:
     """Loads everything and asks every attack about every observation, so that all problems come out together."""
     ready: list[Prepared | None] = []
     problems: list[str] = []
-    inputs = with_recording(plan, inputs)
     for index, scenario in enumerate(plan.scenario):
         try:
             ready.append(prepare(plan, index, device, inputs))
@@ -153,7 +153,14 @@ def _data_digest(prepared: list[Prepared]) -> str:
 
 
 def _run_cells(
-    plan: Plan, prepared: list[Prepared], folder: RunFolder, device: torch.device, tell: Emit, debug: bool, world: World
+    plan: Plan,
+    prepared: list[Prepared],
+    given: Inputs | None,
+    folder: RunFolder,
+    device: torch.device,
+    tell: Emit,
+    debug: bool,
+    world: World,
 ) -> AuditReport:
     out = folder.path
     cells = list(expand(plan))
@@ -172,7 +179,7 @@ def _run_cells(
         recovered |= {f"{cell.id}/{unit}": r.images for unit, r in enumerate(done.results)}
         if plan.report.show_images and done.scored:
             shown |= pictures(cell, done, folder)
-    card = with_recorded(plan, scorecard(plan, rows, device, _data_digest(prepared)), prepared, tell)
+    card = with_recorded(plan, scorecard(plan, rows, device, _data_digest(prepared)), prepared, given, tell)
     if world.rank:
         return AuditReport(card, out)
     save_tensors(out / "reconstruction.safetensors", recovered)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 
 from federations import federate, plan, weights
@@ -177,6 +177,26 @@ def test_a_client_that_dies_is_missed(tmp_path) -> None:
     assert [h.header.reason for h in read_record(tmp_path / "recorded").updates if h.header.client == "1"] == [
         "no reply in time"
     ]
+
+
+class Answering(LocalGrid):
+    """The second client is gone, and the SuperLink says so in its place, as node 1234."""
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        replies = super().send_and_receive(messages, timeout=timeout)
+        if not messages or messages[0].metadata.message_type != "train":
+            return replies
+        lost = Message(Error(code=3, reason="Node is unavailable"), reply_to=messages[1])
+        lost.metadata.__dict__["_src_node_id"] = 1234
+        return [*(m for m in replies if m.metadata.src_node_id != 2), lost]
+
+
+def test_a_lost_client_is_recorded_once_under_its_own_name(tmp_path) -> None:
+    row = federate(ONE, tmp_path, grid=Answering)["rounds"][1]
+    assert row["left_out"] == [{"client": "1", "examples": None, "reason": "Node is unavailable"}]
+    headers = [u.header for u in read_record(tmp_path / "recorded").updates]
+    assert sorted(h.client for h in headers) == ["0", "1", "2"]
 
 
 class Empty(LocalGrid):

@@ -105,8 +105,9 @@ class AuditTap(Strategy):
             self._writing.join(_PATIENCE)
             self._writing = None
         self.answers[server_round] = []
-        used = [m for m in listed if self._looked_at(server_round, m)]
-        self._missing(server_round, {m.metadata.src_node_id for m in listed})
+        nodes = self._nodes_of(listed)
+        used = [m for m, node in zip(listed, nodes, strict=True) if self._looked_at(server_round, m, node)]
+        self._missing(server_round, set(nodes))
         if not used:
             log.warning("round %d: no update could be used; the weights stay as they are", server_round)
             return None, None
@@ -126,9 +127,20 @@ class AuditTap(Strategy):
         except Exception as wrong:
             log.warning("frostglass tap: what was sent is not recorded (%s)", told(wrong))
 
-    def _looked_at(self, server_round: int, reply: Message) -> bool:
+    def _nodes_of(self, replies: list[Message]) -> list[int]:
+        """Who each reply is about: for a node that is gone the SuperLink answers, under a name of its own."""
+        senders = [m.metadata.src_node_id for m in replies]
+        silent = [n for n in self._asked if n not in senders]
+        strange = [i for i, n in enumerate(senders) if n not in self._asked and replies[i].has_error()]
+        if len(silent) == len(strange):
+            for i, node in zip(strange, silent, strict=True):
+                senders[i] = node
+        return senders
+
+    def _looked_at(self, server_round: int, reply: Message, node: int) -> bool:
         """Whether the strategy gets it; it is recorded either way."""
-        node, about, examples, state = reply.metadata.src_node_id, {}, None, None
+        about: dict[str, Any] = {}
+        examples, state = None, None
         try:
             problems: tuple[str, ...] = ()
             if not reply.has_error():
@@ -145,7 +157,7 @@ class AuditTap(Strategy):
         self.answers[server_round].append(
             Answer(client, examples, about, shortened(reason.removeprefix(f"client {client}: ")))
         )
-        self._record(server_round, reply, problems, state)
+        self._record(server_round, reply, client, problems, state)
         return not reason
 
     def _judged(self, reply: Message) -> tuple[dict[str, Tensor] | None, list[str]]:
@@ -164,11 +176,15 @@ class AuditTap(Strategy):
         return state, [f"the update has length {moved:.3g}, above the limit of {limit:.3g}"] if moved > limit else []
 
     def _record(
-        self, server_round: int, reply: Message, problems: tuple[str, ...], state: dict[str, Tensor] | None
+        self,
+        server_round: int,
+        reply: Message,
+        client: str,
+        problems: tuple[str, ...],
+        state: dict[str, Tensor] | None,
     ) -> None:
         if self.recorder is None:
             return
-        client = self.name_of(reply.metadata.src_node_id)
         try:
             self.recorder.received(
                 taken_down(reply, self._sent, self.tapped, server_round, client, self.local_plan, self.defence,
