@@ -8,7 +8,7 @@ the number of images, k and private slots, and scored with `frostglass challenge
 are CIFAR-10 training images; keys come from an insecure seed, so that the sets repeat. `--network` adds `unmix_learned`
 with a network from `frostglass fit-similarity` on the CIFAR-10 test file. Sets that are in the JSON are not run again.
 
-`--memory N` attacks N encodings of N / 50 images once and reports the greatest resident size.
+`--memory N` attacks N encodings of 100 images once (N / 100 rounds) and reports the greatest resident size.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ def pool(folder: Path, photos: str | None) -> Path:
     return out
 
 
-def one_set(folder: Path, public: Path, seed: int, images: int, attack: str) -> dict[str, Any]:
+def one_set(folder: Path, public: Path, seed: int, images: int, rounds: int, attack: str) -> dict[str, Any]:
     """A challenge, attacked and scored."""
-    made, run = folder / f"challenge-{images}-{seed}", folder / f"run-{images}-{seed}-{attack.partition(':')[0]}"
+    name = f"{images}-{rounds}-{seed}"
+    made, run = folder / f"challenge-{name}", folder / f"run-{name}-{attack.partition(':')[0]}"
     source = f"parquet:{cifar() / 'train-00000-of-00001.parquet'}"
     if not made.exists():
         frostglass(
             "challenge", "make", source, made, "--public", public, "--insecure-seed", str(seed), "--private-images",
-            str(images),
+            str(images), "--rounds", str(rounds),
         )  # fmt: skip
     begun = time.perf_counter()
     known = KNOWN.format(n=images)
@@ -68,7 +69,10 @@ def one_set(folder: Path, public: Path, seed: int, images: int, attack: str) -> 
     )
     (cell,) = json.loads(text)["cells"]
     row = {
-        "attack": cell["attack"], "settings": cell["settings"]["attack"], "images": images, "encodings": images * 50,
+        "attack": cell["attack"],
+        "settings": cell["settings"]["attack"],
+        "images": images,
+        "encodings": images * rounds,
         "seed": seed, "seconds": round(time.perf_counter() - begun, 1),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "peak_mib": used.ru_maxrss // 1024,
@@ -91,9 +95,9 @@ def main() -> None:
     if options.network:
         attacks.append(f"unmix_learned:network={options.network.resolve()}")
     size, sets = (10, 1) if options.quick else (100, options.sets)
-    plan = [(size, seed, a) for seed in range(1, sets + 1) for a in attacks]
+    plan = [(size, seed, 50, a) for seed in range(1, sets + 1) for a in attacks]
     if options.memory:
-        plan.append((options.memory // 50, 1, "unmix_statistical:rounds=2"))
+        plan.append((size, 1, options.memory // size, "unmix_statistical:rounds=2"))
     about = {
         "private": "CIFAR-10 train images",
         "pool": "patches of photographs" if options.photos else "CIFAR-10 test images",
@@ -101,11 +105,11 @@ def main() -> None:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         public = pool(Path(folder), options.photos)
-        for images, seed, attack in plan:
-            name = attack.partition(":")[0]
-            if any((r["images"], r["seed"], r["attack"]) == (images, seed, name) for r in rows):
+        for images, seed, rounds, attack in plan:
+            known = images * rounds, seed, attack.partition(":")[0]
+            if any((r["encodings"], r["seed"], r["attack"]) == known for r in rows):
                 continue
-            rows.append(one_set(Path(folder), public, seed, images, attack))
+            rows.append(one_set(Path(folder), public, seed, images, rounds, attack))
             print(rows[-1], file=sys.stderr, flush=True)
             if not options.quick:
                 value = {"bench": "challenge", "environment": environment(options.threads), **about}

@@ -186,3 +186,10 @@ def test_gradients_of_the_wrong_model_prove_nothing() -> None:
     for t in range(4):
         state, told = attack.step(played.seen, state, RUN, t)
     assert told["proved"] < 8
+
+
+def test_more_images_than_memory_holds_are_refused_in_words() -> None:
+    seen = scene(rounds=1).seen
+    assert ATTACKS["unmix_statistical"].make().check(seen) == []
+    (wrong,) = ATTACKS["unmix_statistical"].make().check(replace(seen, examples=100_000))
+    assert "100000 private images are too many at once" in wrong

@@ -84,7 +84,7 @@ def _told(*entries: Named) -> str:
 
 def _defended(defense: DefensePlan, recorded: RecordedPlan | None) -> str:
     if recorded is not None and defense.label == "none":
-        return "no declared defence" if recorded.declared is None else f"{recorded.declared}, as declared"
+        return "no declared defence" if recorded.declared in (None, "none") else f"{recorded.declared}, as declared"
     return "no defence" if defense.label == "none" else defense.label
 
 

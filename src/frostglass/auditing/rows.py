@@ -119,8 +119,8 @@ def _named(scored: Scored) -> list[ImageScore]:
 def _defense_words(cell: CellPlan) -> str:
     """Its label; of a recorded update, what it was declared with, as the audit itself applies nothing."""
     recorded = cell.scenario.recorded
-    declared = recorded is not None and recorded.declared is not None and cell.defense.label == "none"
-    return f"{recorded.declared} (declared)" if recorded is not None and declared else cell.defense.label
+    declared = recorded.declared if recorded is not None and cell.defense.label == "none" else None
+    return cell.defense.label if declared in (None, "none") else f"{declared} (declared)"
 
 
 def _warnings(cell: CellPlan, prepared: Prepared, done: Account) -> list[str]:

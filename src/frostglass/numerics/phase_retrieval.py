@@ -28,6 +28,7 @@ from torch import Tensor
 from frostglass.numerics.phase_restarts import VARIANCE, restart_pixels
 
 _FLOOR = 1e-4
+_PRODUCTS = 1 << 24  # products of two coefficients that are held at a time
 _EVEN = 0.1  # least noise of an encoding, of the median one's
 _SLOPE = 1.1  # power of 1 / frequency^2 in the spectrum
 _COLOURS = (2.7, 0.2, 0.08)  # share of the three opponent colours, summing to about 3
@@ -56,6 +57,14 @@ class FoldEM:
     restarts: int = 4
     settle: int = 5
     gain: float = 1e-4
+
+
+_PRODUCTS = 1 << 24  # products of two coefficients that are held at a time
+
+
+def start_bytes(images: int, pixels: int) -> int:
+    """Memory of `spectral_start`: its matrix of all pairs of images for every pixel, twice, with its eigenvectors."""
+    return 3 * 4 * images**2 * pixels
 
 
 @functools.cache
@@ -113,8 +122,11 @@ def spectral_start(y: Float[Tensor, "e c h w"], weights: Float[Tensor, "e p"]) -
     """Per pixel the top eigenvector of W^T diag(y^2 - mean y^2) W, scaled to the mean of y^2 (Chen et al. 2020)."""
     power = y.square().flatten(1)
     images = weights.shape[1]
-    outer = (weights[:, :, None] * weights[:, None, :]).flatten(1)
-    matrix = (outer.T @ (power - power.mean(0))).T.view(-1, images, images)
+    centred, matrix = power - power.mean(0), power.new_zeros(images * images, power.shape[1])
+    for rows in torch.arange(len(power), device=power.device).split(max(1, _PRODUCTS // images**2)):
+        w = weights[rows]
+        matrix += (w[:, :, None] * w[:, None, :]).flatten(1).T @ centred[rows]
+    matrix = matrix.T.reshape(-1, images, images)
     top = torch.linalg.eigh(matrix)[1][:, :, -1].T
     return (top * (0.25 * images * power.mean(0)).sqrt()).reshape(images, *y.shape[1:])
 

@@ -6,6 +6,7 @@ granted, checkpoints, and the account for the report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -27,8 +28,12 @@ from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
 from frostglass.numerics import unmixing
 from frostglass.numerics.key_rows import MixLaw
+from frostglass.numerics.phase_retrieval import start_bytes
 from frostglass.numerics.prng_search import label_mode
 from frostglass.numerics.unmixing_weights import LabelKind
+
+MOST_BYTES = 8 * 2**30
+"""Tables of all pairs of images that are held."""
 
 Likeness = Callable[[Tensor], Tensor]
 """[E, c, h, w] encodings -> [E, E] how much two of them seem to share an image."""
@@ -87,6 +92,12 @@ class Unmix:
             return ["it needs the number of private images; give --known images=N."]
         if private_slots(seen) is None:
             return ["it needs the number of private images in one encoding; give --known k=6,private=2."]
+        needed = start_bytes(seen.examples, math.prod(seen.image_shape))
+        if needed > MOST_BYTES:
+            return [
+                f"{seen.examples} private images are too many at once: tables of all pairs of images would take "
+                f"{needed / 2**30:.0f} GiB; attack a part of the set (encodings of some classes), or smaller images."
+            ]
         try:
             self._problem(seen, torch.arange(min(len(encodings_of(seen)), self.limit)))
         except BadInput as wrong:
