@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -99,6 +101,18 @@ def test_the_encoder_encodes_anew_in_every_local_epoch_and_counts() -> None:
     assert ledger is not None
     assert ledger.first.tolist() == [4] * 40  # 2 rounds of 2 epochs
     assert int(ledger.partner.sum()) == 4 * 40
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_public_images_of_bytes_mix_with_a_client_of_floats(mapped: bool, tmp_path: Path) -> None:
+    pool = np.random.default_rng(0).integers(0, 256, (30, 1, 8, 8), dtype=np.uint8)
+    if mapped:
+        np.save(tmp_path / "pool.npy", pool)
+        pool = np.load(tmp_path / "pool.npy", mmap_mode="r")
+    made = client(model=takes_encodings(network()), encoder=encoder(k=4, private=2, public=pool))
+    made.begin()
+    assert made.train(made.model.state_dict(), 1).examples == 40
+    assert made.encoder.ledger.first.tolist() == [2] * 40  # type: ignore[union-attr]
 
 
 def test_an_encoder_whose_rounds_are_used_up_ends_the_training_in_words() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +26,7 @@ def games(made: Federation, record: Record, which: set[tuple[int, str]], plan: L
     each other, so their share is a description, not a rate with an interval. Where clients train on encodings,
     candidates are plain images in the range of encodings: the attacker compares as if nothing had been mixed.
     """
-    decoys = _as_trained(made, made.test.images.float() / 255), made.test.labels
+    decoys = made.in_range(made.test.images.float() / 255), made.test.labels
     found: dict[str, Any] = {}
     for one in record.updates:
         h = one.header
@@ -47,17 +46,10 @@ def _of(made: Federation, one: Recorded, decoys: tuple[Tensor, Tensor], plan: Le
         sent = one.sent()
     except BadInput as wrong:
         return {"reason": wrong.problems[0]}
-    private = made.private(int(h.client))
-    private = replace(private, images=_as_trained(made, private.images))
+    private, defence = made.private(int(h.client)), made.inside if made.inside.encodes else NOTHING
     update = Update(gradients, {}, len(private), h.local_plan() or LocalPlan("delta"))
-    decision = decide(Outgoing(made.model, sent, update, private, NOTHING, h.round, h.client))
+    decision = decide(Outgoing(made.model, sent, update, private, defence, h.round, h.client))
     if not decision.findings:
         return {"reason": decision.not_run[0].reason}
     told: Mapping[str, Any] = {"share": decision.findings[0].value, "candidates": plan.candidates}
     return {**told, "chance": 1 / plan.candidates, "text": decision.findings[0].text}
-
-
-def _as_trained(made: Federation, images: Tensor) -> Tensor:
-    """[0, 1] images in the range that the network sees."""
-    encodes = made.plan.encoding is not None or made.inside.encodes
-    return images * 2 - 1 if encodes else images

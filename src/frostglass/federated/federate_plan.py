@@ -96,6 +96,17 @@ class RecordPlan(_Strict):
     max_bytes: int = Field(DEFAULT_BYTES, ge=1, description="of all tensors; later ones are dropped and named")
 
 
+class GatePlan(_Strict):
+    """A look at every update before it leaves a client; see docs/gate.md."""
+
+    action: Literal["block", "warn", "record"] = Field("block", description="on an exceeded tolerance")
+    on_failure: Literal["open", "closed"] = Field("open", description="where checks broke or had no time")
+    budget: float = Field(30.0, gt=0, description="seconds that an update waits at the most")
+    checks: str = Field("frostglass.auditing.outgoing:outgoing_checks", description="package.module:function")
+    settings: dict[str, Any] = Field(default_factory=dict, description="of the checks, as label_leakage, gallery")
+    decoys: bool = Field(False, description="give the checks the test images as images that no client trains on")
+
+
 class FederatePlan(_Strict):
     """One federation."""
 
@@ -111,6 +122,7 @@ class FederatePlan(_Strict):
     server: ServerPlan = Field(default_factory=ServerPlan, description="rounds and sampling")
     evaluation: EvaluationPlan = Field(default_factory=EvaluationPlan, description="how it is tested")
     record: RecordPlan = Field(default_factory=RecordPlan, description="the audit tap")
+    gate: GatePlan | None = Field(None, description="of every client; none: updates leave unchecked")
 
     @property
     def encoding(self) -> MethodPlan | None:

@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from frostglass.core.batch import Batch, one_hot
 from frostglass.core.defense import Defense, stack
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure, OsKey, Randomness, Rng
-from frostglass.defenses.honesty import PrivacyCaution
-from frostglass.defenses.inference import average_predictions
+from frostglass.defenses.encoder import encoded_domain
 from frostglass.defenses.instahide import InstaHide
 from frostglass.defenses.registry import DEFENSES
-from frostglass.federated.exchange import State
 from frostglass.federated.federate_plan import FederatePlan, plan_of
 from frostglass.federated.feeds import encoder_of, takes_encodings
 from frostglass.federated.held_out import images_of
-from frostglass.federated.local_client import NOTHING, LocalClient, dirichlet_split, like_pool
+from frostglass.federated.local_client import NOTHING, LocalClient, dirichlet_split
+from frostglass.federated.named import named
+from frostglass.federated.outgoing import Decide
 from frostglass.federated.train_plan import TrainingPlan
 from frostglass.numerics.bn import bn_layers
-from frostglass.numerics.local_update import in_mode
 from frostglass.vision.byte_images import ByteImages
 from frostglass.vision.networks import build, fix_for_opacus
 from frostglass.vision.normalise import domain_of
-
-_TEST_BATCH = 500
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Of the global network on test images.
-
-    Args:
-        plain: share that is right when images are seen as they are.
-        encoded: share that is right by the mean over encodings; None where clients train on images.
-    """
-
-    plain: float
-    encoded: float | None
-
-    @property
-    def best(self) -> float:
-        """Seen the way that clients train, where that is known."""
-        return self.plain if self.encoded is None else self.encoded
 
 
 @dataclass(frozen=True)
@@ -78,6 +54,11 @@ class Federation:
     def protects(self) -> bool:
         """Whether updates are changed on their way out."""
         return self.outside is not NOTHING
+
+    @property
+    def defended(self) -> bool:
+        """Whether any defence beside an encoder acts."""
+        return self.inside is not NOTHING or self.outside is not NOTHING
 
     @property
     def record_folder(self) -> str | None:
@@ -116,7 +97,7 @@ class Federation:
         images, labels = self.train.images[rows].float() / 255, self.train.labels[rows]
         return LocalClient(
             str(number), self.model, images, labels, self.train.classes, plan.client.local_plan(), self.inside,
-            encoder=self._encoder(number), seed=self._seed(),
+            encoder=self.encoder(number), seed=self._seed(),
         )  # fmt: skip
 
     def protection(self, number: int, round: int) -> Randomness:
@@ -126,11 +107,39 @@ class Federation:
         return Insecure(Rng.from_seed(self.plan.insecure_seed, "federated client", str(number)).at("protect", round))
 
     def private(self, number: int) -> Batch:
-        """The images of a client, for its own gate."""
+        """The images of a client in the range that its network sees, for its own gate."""
         rows = self.rows[number]
         targets = one_hot(self.train.labels[rows], self.train.classes)
         names = tuple(self.train.names[i] for i in rows.tolist())
-        return Batch(self.train.images[rows].float() / 255, targets, domain_of(self.model), names)
+        domain = encoded_domain(self.image_shape[0]) if self.on_encodings else domain_of(self.model)
+        return Batch(self.in_range(self.train.images[rows].float() / 255), targets, domain, names)
+
+    @property
+    def on_encodings(self) -> bool:
+        """Whether clients train on what an encoder makes of their images."""
+        return self.plan.encoding is not None
+
+    def in_range(self, images: Tensor) -> Tensor:
+        """Plain images in [0, 1] in the range that the network sees: [-1, 1] where clients train on encodings."""
+        return images * 2 - 1 if self.on_encodings else images
+
+    def gate_checks(self) -> Decide | None:
+        """The checks of the plan's gate, made anew; None without a gate.
+
+        Raises:
+            BadInput: no such checks, or settings that they refuse.
+        """
+        gate = self.plan.gate
+        if gate is None:
+            return None
+        settings = dict(gate.settings)
+        if gate.decoys:
+            settings["decoys"] = self.in_range(self.test.images.float() / 255), self.test.labels
+        try:
+            made: Decide = named(gate.checks, "gate.checks")(**settings)
+        except TypeError as wrong:
+            raise BadInput(f"gate.settings: {gate.checks} does not take them ({wrong}).") from None
+        return made
 
     def insecure(self) -> bool:
         """Whether secrets were made from a number in the plan."""
@@ -138,30 +147,7 @@ class Federation:
         seeded = self.plan.insecure_seed is not None or (encoding is not None and encoding.insecure_seed is not None)
         return seeded and bool(self.plan.called != "none")
 
-    @torch.no_grad()
-    def accuracy(self, state: State) -> Accuracy:
-        """Of a global state on the test images.
-
-        Where clients keep their BatchNorm statistics, those of the test batches are used.
-        """
-        model = copy.deepcopy(self.model)
-        model.load_state_dict(dict(state))
-        kept = self.plan.buffers == "keep" and self.has_batch_norm
-        with in_mode(model, "train" if kept else "eval"):
-            plain = self._share(lambda images: model(self._seen(images)))
-            encoded = self._share_encoded(model)
-        return Accuracy(plain, encoded)
-
-    # ---- inside
-
-    def _seed(self) -> int | None:
-        """The order of plain batches may follow from the plan's seed; what a defence draws may not."""
-        if self.plan.insecure_seed is not None:
-            return self.plan.insecure_seed
-        draws = self.inside.gradient is not None or self.inside.encodes or self.plan.encoding is not None
-        return None if draws else self.plan.seed
-
-    def _encoder(self, number: int | None) -> InstaHide | None:
+    def encoder(self, number: int | None) -> InstaHide | None:
         """Of a client; None for the server's own, which encodes test images."""
         method = self.plan.encoding
         if method is None:
@@ -171,35 +157,14 @@ class Federation:
             method = method.model_copy(update={"insecure_seed": int.from_bytes(key[:6], "big")})
         return encoder_of(method, TrainingPlan(), self.image_shape[-1])
 
-    def _seen(self, images: Tensor) -> Tensor:
-        encoder = self._encoder(None)
-        if encoder is not None:
-            return encoder.plain_for_inference(images)
-        return images * 2 - 1 if self.inside.encodes else images
+    # ---- inside
 
-    def _share(self, predict: Any) -> float:
-        right = 0
-        for start in range(0, len(self.test), _TEST_BATCH):
-            part = slice(start, start + _TEST_BATCH)
-            found = predict(self.test.images[part].float() / 255).argmax(1)
-            right += int((found == self.test.labels[part]).sum())
-        return right / len(self.test)
-
-    def _share_encoded(self, model: nn.Module) -> float | None:
-        """Mixed with public images, or else with other test images: the server has none of the clients'."""
-        encoder, n = self._encoder(None), self.plan.evaluation.encodings
-        if encoder is None or not n:
-            return None
-        partners = None if encoder.public is not None else self.test.images.float() / 255
-
-        def predict(images: Tensor) -> Tensor:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PrivacyCaution)
-                given = like_pool(images, encoder)
-                made = encoder.encode_for_inference(given, n, self.plan.evaluation.min_private, partners)
-            return average_predictions(model(made.images.float()), n)
-
-        return self._share(predict)
+    def _seed(self) -> int | None:
+        """The order of plain batches may follow from the plan's seed; what a defence draws may not."""
+        if self.plan.insecure_seed is not None:
+            return self.plan.insecure_seed
+        draws = self.inside.gradient is not None or self.inside.encodes or self.plan.encoding is not None
+        return None if draws else self.plan.seed
 
 
 @functools.lru_cache(maxsize=2)
@@ -275,6 +240,10 @@ def _refuse(made: Federation) -> None:
             f"defense: an encoder mixes images, so the per-example sensitivity of {made.inside.name!r} and its epsilon "
             "would be false; use one of them."
         )
+    try:
+        made.gate_checks()
+    except BadInput as wrong:
+        found += wrong.problems
     if found:
         raise BadInput(found)
     _first_step(made)

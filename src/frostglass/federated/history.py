@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from frostglass.core.files import write_json
-from frostglass.federated.federation import Accuracy, Federation
+from frostglass.federated.federation import Federation
+from frostglass.federated.global_accuracy import Accuracy
 
 HISTORY = "history.json"
 

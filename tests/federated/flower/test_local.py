@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from federations import federate, plan, weights
 from frostglass.federated.federation import federation_of
 from frostglass.federated.flower.local_grid import LocalGrid, _identity
+from frostglass.federated.global_accuracy import accuracy_of
 from frostglass.federated.local_client import mean_state
 from frostglass.federated.recorded import read_record
 
@@ -37,7 +38,7 @@ def test_the_same_as_averaging_by_hand(text, tmp_path) -> None:
     for name, value in state.items():
         torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-7)
         assert got[name].dtype == value.dtype
-    assert history["rounds"][2]["accuracy"] == made.accuracy(state).plain
+    assert history["rounds"][2]["accuracy"] == accuracy_of(made, state).plain
     assert [len(row["clients"]) for row in history["rounds"]] == [0, 3, 3]
     assert [c["client"] for c in history["rounds"][1]["clients"]] == ["0", "1", "2"]
     assert sum(c["examples"] for c in history["rounds"][1]["clients"]) == len(made.train)

@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 
 from frostglass.core.errors import BadInput
 from frostglass.federated.federation import Federation, federation_of
+from frostglass.federated.flower.gate_mod import plan_gate_mod
 from frostglass.federated.flower.memory import keep, restore
 from frostglass.federated.flower.mods import Mod, protected_reply
 from frostglass.federated.flower.wire import (
@@ -87,7 +88,7 @@ def plan_client_app(text: str | None = None, *, mods: Sequence[Mod] = ()) -> Cli
 
     return client_app(
         lambda context: federation(context).client(partition_of(context)),
-        mods=[*mods, protect],
+        mods=[*mods, plan_gate_mod(federation), protect],
         buffers=lambda context: federation(context).plan.buffers,
     )
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from flwr.app import Context, Message, MessageType
 from torch import Tensor, nn
 
 from frostglass.core.batch import Batch
-from frostglass.core.defense import Defense
+from frostglass.core.defense import Defense, stack
 from frostglass.core.errors import BadInput
 from frostglass.core.update import BNStatistics, LocalPlan, Update
 from frostglass.federated.exchange import difference, misfits, names_of, statistics_sent
+from frostglass.federated.federation import Federation
 from frostglass.federated.flower.mods import Mod
-from frostglass.federated.flower.wire import PARTITION, examples_of, refusal, round_of, state_of
+from frostglass.federated.flower.wire import PARTITION, examples_of, partition_of, refusal, round_of, state_of
 from frostglass.federated.gate import Gate, Outgoing
 from frostglass.federated.local_client import NOTHING
 
@@ -60,6 +63,37 @@ def gate_mod(
         return reply if ruling.passed else refusal(message, f"blocked by the client's gate: {ruling.reason}")
 
     return mod
+
+
+def plan_gate_mod(federation: Callable[[Context], Federation]) -> Mod:
+    """The gate of a plan, one a client and process; passes everything where the plan has none."""
+    gates: dict[tuple[str, int], Gate] = {}
+
+    def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+        made = federation(context)
+        decide, asked = made.gate_checks(), made.plan.gate
+        if decide is None or asked is None:
+            return call_next(message, context)
+        number = partition_of(context)
+        key = made.plan.to_toml(), number
+        if key not in gates:
+            gates[key] = Gate(
+                decide, action=asked.action, on_failure=asked.on_failure, budget=asked.budget, journal=_journal(made)
+            )
+            atexit.register(gates[key].close)  # under "record" the last checks still run
+        defence = stack(*(d for d in (made.inside, made.outside) if d is not NOTHING)) if made.defended else NOTHING
+        look = gate_mod(
+            gates[key], made.model, made.plan.client.local_plan(), lambda _: made.private(number), defence=defence
+        )
+        return look(message, context, call_next)
+
+    return mod
+
+
+def _journal(made: Federation) -> Path | None:
+    """In the run folder, where that is on this machine."""
+    folder = None if made.plan.server.folder is None else Path(made.plan.server.folder)
+    return folder / "gate.jsonl" if folder is not None and folder.is_dir() else None
 
 
 def _statistics(

@@ -18,6 +18,7 @@ from frostglass.federated.federation import Federation, federation_of
 from frostglass.federated.flower.client_apps import plan_text
 from frostglass.federated.flower.strategy import Answer, AuditedFedAvg
 from frostglass.federated.flower.wire import ARRAYS, record_of, state_of
+from frostglass.federated.global_accuracy import accuracy_of
 from frostglass.federated.history import History, line
 from frostglass.federated.recording import Recorder
 
@@ -108,7 +109,7 @@ class Serving:
     def _after_round(self, round: int, arrays: ArrayRecord) -> MetricRecord:
         seconds = time.perf_counter() - self.begun
         state = state_of(RecordDict({ARRAYS: arrays}), self.made.model)
-        accuracy = self.made.accuracy(state)
+        accuracy = accuracy_of(self.made, state)
         answers = self.strategy.answers.get(round, [])
         rows = [_row(a) for a in sorted(answers, key=lambda a: (len(a.client), a.client))]
         self.tell(

@@ -19,12 +19,12 @@ from frostglass.core.update import LocalPlan, Update
 from frostglass.federated.exchange import difference, names_of
 from frostglass.federated.gate import Action, Gate, OnFailure, Outgoing
 from frostglass.federated.local_client import NOTHING
+from frostglass.federated.named import named
 from frostglass.federated.nvflare.defence_filter import made
 from frostglass.federated.nvflare.wire import (
     KINDS,
     SENT_EVENT,
     Network,
-    named,
     plan_of,
     round_of,
     tensors_of,

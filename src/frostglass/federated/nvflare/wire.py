@@ -5,8 +5,7 @@ NVFlare's WEIGHT_DIFF is W_after - W_before, the negative of what Frostglass cal
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,19 +139,3 @@ def plan_of(fields: Mapping[str, Any] | None) -> LocalPlan | None:
         return LocalPlan(**{"kind": "delta", **fields})
     except TypeError as wrong:
         raise BadInput(f"plan: {wrong}; give fields of LocalPlan.") from None
-
-
-def named(path: str, what: str) -> Callable[..., Any]:
-    """The function at "package.module:name".
-
-    Raises:
-        BadInput: there is none.
-    """
-    module, colon, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name) if colon else None
-    except (ImportError, AttributeError, ValueError) as wrong:
-        raise BadInput(f"{what}: {path!r} cannot be imported ({wrong}).") from None
-    if not callable(found):
-        raise BadInput(f"{what}: {path!r} is no function; write 'package.module:function'.")
-    return found
