@@ -153,7 +153,7 @@ def test_plans_that_make_no_sense_are_refused(case: str) -> None:
 
 
 def test_dp_sgd_refuses_what_it_does_not_account_for() -> None:
-    plan = small(client={"update": "delta", "minibatch": 1}, defense=[{"name": "dp_sgd"}])
+    plan = small(client={"update": "delta", "optimizer": "adam"}, defense=[{"name": "dp_sgd"}])
     with pytest.raises(BadInput, match="dp_sgd"):
         frostglass.audit(plan, device="cpu")
 

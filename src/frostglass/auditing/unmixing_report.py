@@ -85,7 +85,7 @@ def _view(
         "outcome": outcome(cell),
         "summary": ATTACKS[cell.attack].summary if known else "",
         "paper": ATTACKS[cell.attack].paper if known else "",
-        "gallery": gallery(cell, pictures),
+        "gallery": gallery(cell, pictures) if card.scored else None,
         "tiles": () if card.scored else tiles(pictures.get(f"{cell.id}/reconstruction")),
         "pixelated": max(card.encoded["shape"][1:]) < SMOOTH_FROM,
         "plot": convergence(batches, None, f"plot{index}"),
