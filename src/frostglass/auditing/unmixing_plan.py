@@ -21,7 +21,7 @@ AUTO = ("unmix_statistical", "mixup_attack", "averaging", "demask", "prng_attack
 """Attacks of a plan that names none, quick ones first; those that do not apply are skipped, with the reason."""
 
 AUTO_SEEDS = 1 << 16
-"""Seeds that `prng_attack` searches where no plan asks for it: half a minute; 2^20 take minutes."""
+"""Seeds that `prng_attack` searches where no plan asks for it: seconds; 2^20 take up to minutes."""
 
 
 class KnownPlan(Strict):
