@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from frostglass.auditing.collaboration import RESULTS as VALUE
 from frostglass.auditing.collaboration import run_collaboration
 from frostglass.auditing.collaboration_plan import digits
+from frostglass.auditing.collaboration_report import RESULTS as VALUE
 from frostglass.auditing.collaboration_report import best, summary
 from harness import parser, save
 

@@ -14,6 +14,7 @@ import torch
 from frostglass._version import __version__
 from frostglass.auditing.collaboration_games import games
 from frostglass.auditing.collaboration_plan import BUNDLED_POOL, CollaborationPlan, MethodPlan, slug
+from frostglass.auditing.collaboration_report import RESULTS, write_collaboration
 from frostglass.auditing.recorded_api import audit_updates
 from frostglass.auditing.rows import environment_of
 from frostglass.core.errors import BadInput
@@ -25,7 +26,7 @@ from frostglass.federated.federation import Federation, federation_of
 from frostglass.federated.history import HISTORY
 from frostglass.federated.recorded import read_record
 
-RESULTS, PLAN, RUNS, POOL, GAMES = "collaboration.json", "plan.toml", "runs", "public-pool", "games.json"
+PLAN, RUNS, POOL, GAMES = "plan.toml", "runs", "public-pool", "games.json"
 PATCHES = 1000
 
 Tell = Callable[[str], object]
@@ -47,7 +48,6 @@ def run_collaboration(plan: CollaborationPlan, out: Path, *, tell: Tell, resume:
         BadInput: the plan cannot be run, Flower is missing, or the folder holds something else.
     """
     import frostglass.federated.flower  # noqa: F401 - says in one sentence what is missing
-    from frostglass.auditing.collaboration_report import write_collaboration
 
     _claim(plan, out, resume)
     texts = {(m.name, s): _text(plan, m, s, out) for m in plan.method for s in plan.seeds}

@@ -19,7 +19,7 @@ from frostglass.federated.recorded import Record, Recorded
 
 
 def games(made: Federation, record: Record, which: set[tuple[int, str]], plan: LeakagePlan) -> dict[str, Any]:
-    """{"round/client": {right, asked, candidates} or {reason}} of the updates `which`.
+    """{"round/client": {share, candidates, chance, text} or {reason}} of the updates `which`.
 
     The check is the one of a gate (`outgoing_checks`): one of the client's images among others of its class that no
     client holds (test images), for an attacker that knows the client's other images. Games on one update depend on

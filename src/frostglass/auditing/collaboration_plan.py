@@ -21,15 +21,11 @@ BUNDLED_POOL = "photos"
 """As `public` of an encoder: patches of the bundled photographs, cut for the size and channels of the images."""
 
 
-class PartPlan(DefensePart):
-    """A defence of a method."""
-
-
 class MethodPlan(Strict):
     """One way to train together."""
 
     name: Title = Field(min_length=1, description="for legends")
-    defense: list[PartPlan] = Field(default_factory=list, description="a stack, as in a federation's plan")
+    defense: list[DefensePart] = Field(default_factory=list, description="a stack, as in a federation's plan")
     change: dict[str, Any] = Field(default_factory=dict, description='keys of the job that differ, as "client.lr"')
 
 

@@ -55,6 +55,12 @@ class LocalPlan:
         """Whether every step sees all images, so that their order says nothing."""
         return self.minibatch is None or self.minibatch >= examples
 
+    def sampling_rate(self, examples: int) -> float:
+        """Probability with which a step sees an image, where minibatches are Poisson draws; 1 where all are seen."""
+        if self.kind == "gradient" or self.minibatch is None or not examples:
+            return 1.0
+        return min(1.0, self.minibatch / examples)
+
 
 @dataclass(frozen=True)
 class BNStatistics:

@@ -59,7 +59,7 @@ def dp_sgd(
             sent = _private_update(model, batch, plan, rng, clipping_norm, noise_multiplier, divisor)
         else:
             sent = _noise_alone(model, plan, rng, noise_multiplier * clipping_norm / divisor)
-        spent = _accounted(noise_multiplier, clipping_norm, delta, steps, accountant, _rate(plan, len(batch)))
+        spent = _accounted(noise_multiplier, clipping_norm, delta, steps, accountant, plan.sampling_rate(len(batch)))
         return Update(sent, {}, len(batch), plan, spent)
 
     return Defense(
@@ -123,18 +123,11 @@ def _private_update(
     return {n: after[n].grad.detach().clone() for n in names}  # type: ignore[union-attr]
 
 
-def _rate(plan: LocalPlan, examples: int) -> float:
-    """Probability with which a step sees an image."""
-    if plan.kind == "gradient" or plan.minibatch is None or not examples:
-        return 1.0
-    return min(1.0, plan.minibatch / examples)
-
-
 def _draws(plan: LocalPlan, examples: int, rng: Rng) -> Iterator[list[int] | None]:
     """Rows of every step: None for all of them, else Opacus' Poisson draws."""
     from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
-    rate, steps = _rate(plan, examples), plan.steps_for(examples) if plan.kind == "delta" else 1
+    rate, steps = plan.sampling_rate(examples), plan.steps_for(examples) if plan.kind == "delta" else 1
     if rate == 1.0:
         yield from [None] * steps
         return

@@ -176,7 +176,7 @@ class LocalClient:
         if spent is None:
             return None
         n = len(self.images)
-        rate = 1.0 if self.plan.minibatch is None else min(1.0, self.plan.minibatch / n)
+        rate = self.plan.sampling_rate(n)
         setting = (spent.noise_multiplier, spent.delta, rate)
         self._steps[setting] = self._steps.get(setting, 0) + self.plan.steps_for(n)
         kind = "prv" if "PRV" in spent.accountant else "rdp"

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frostglass.auditing.metrics.registry import METRICS, Metric, NotAvailable
+from frostglass.core.errors import BadInput
+from frostglass.vision.borrowed import import_torchvision
 
 BACKBONE = "alexnet-owt-7be5be79.pth"
 """torchvision's AlexNet, where torch's hub keeps it; the name holds the first digits of its SHA-256."""
@@ -62,8 +64,9 @@ def _loaded(path: Path, changed: int) -> Any:
     if not digest.startswith(digits):
         raise NotAvailable(f"{path} is not the file that its name says (SHA-256 {digest[:12]}...); replace it")
     try:
+        import_torchvision()  # the package imports it by itself, which fails beside a torch of another build
         import lpips as package
-    except (ImportError, RuntimeError) as wrong:  # torchvision of another build raises a RuntimeError
+    except (BadInput, ImportError) as wrong:
         raise NotAvailable(f"the package lpips cannot be imported ({str(wrong).splitlines()[0]})") from wrong
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision by an old name

@@ -71,12 +71,14 @@ def plan_gate_mod(federation: Callable[[Context], Federation]) -> Mod:
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
         made = federation(context)
-        decide, asked = made.gate_checks(), made.plan.gate
-        if decide is None or asked is None:
+        asked = made.plan.gate
+        if asked is None:
             return call_next(message, context)
         number = partition_of(context)
         key = made.plan.to_toml(), number
         if key not in gates:
+            decide = made.gate_checks()
+            assert decide is not None  # the plan has a gate
             gates[key] = Gate(
                 decide, action=asked.action, on_failure=asked.on_failure, budget=asked.budget, journal=_journal(made)
             )
