@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from frostglass.attacks.inversion.counting import CountRule
-from frostglass.attacks.inversion.head import dummy_images, features_of
+from frostglass.attacks.inversion.head import dummy_images, feature_groups, features_of
 from frostglass.core.files import write_json
 from frostglass.core.randomness import Rng
 from frostglass.numerics.label_counts import (
@@ -142,15 +142,16 @@ def named(counts: Tensor) -> Tensor:
 
 
 def rules(
-    held: Data, net: nn.Module, mode: str, examples: int, distinct: bool, trained: bool
+    held: Data, net: nn.Module, mode: str, examples: int, distinct: bool
 ) -> dict[str, Callable[[Head], tuple[Tensor, str]]]:
     """Every rule that applies: head -> (counts, confidence)."""
     seen = view(net, mode, examples)
     dummies = features_of(seen, dummy_images(seen, max(384, 2 * examples)))
     auxiliary = features(net, mode, examples, held, "auxiliary")
     assert dummies is not None
-    default = CountRule(dummies, distinct=distinct, coupled=mode == "train")
-    granted = CountRule(auxiliary, granted=True, distinct=distinct, coupled=mode == "train")
+    known = {"distinct": distinct, "coupled": mode == "train"}
+    default = CountRule(dummies, lambda: feature_groups(seen, None), **known)
+    granted = CountRule(auxiliary, lambda: feature_groups(seen, auxiliary), granted=True, **known)
 
     def default_of(rule: CountRule) -> Callable[[Head], tuple[Tensor, str]]:
         def use(head: Head) -> tuple[Tensor, str]:
@@ -172,8 +173,7 @@ def rules(
         "least squares, observed": squares(posterior_observed),
         "least squares, labelled auxiliary": squares(confusion),
     }
-    if trained:  # elsewhere the identity settles it, and auxiliary images change little
-        made["counts, auxiliary"] = default_of(granted)
+    made["counts, auxiliary"] = default_of(granted)
     if examples <= CLASSES:
         made["row minimum"] = lambda h: (named(row_minimum(h.grad_weight, h.examples)), "")
         made["sum"] = lambda h: (named(sum_rule(h.grad_weight, h.examples)), "")
@@ -199,7 +199,7 @@ def cell(
     seconds: dict[str, float] = {}
     for net in nets:
         net.train(mode == "train")
-        each = rules(held, net, mode, examples, distinct, victim.endswith(" trained"))
+        each = rules(held, net, mode, examples, distinct)
         for head, truth in batches(held, net, mode, examples, distinct, -(-count // len(nets))):
             flat = torch.full_like(truth, examples / CLASSES)
             guessed.append(count_accuracy(flat, truth))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from frostglass.attacks.inversion import restore
-from frostglass.attacks.inversion.head import dummy_images
+from frostglass.attacks.inversion.head import dummy_images, feature_groups, varied_images
 from frostglass.core.errors import BadInput
 from frostglass.core.threat import GradientMessage, Knows, Observation
 from frostglass.core.update import LocalPlan
@@ -55,6 +55,39 @@ def test_counts_are_exact_on_random_networks_distinct_and_repeated(name: str, mo
     assert torch.equal(found.counts, truth)
     assert found.confidence in ("high", "low")
     assert torch.equal(found.targets.sum(0), truth)
+
+
+def test_a_large_batch_on_a_network_of_varied_posteriors_is_counted_by_simulation() -> None:
+    counts = [9, 0, 6, 1, 0, 4, 2, 0, 7, 3]
+    seen, truth = relabelled("small_bn_cnn", counts, "train")
+    found = restore.restored_of(seen, restore.by_counts())
+    assert found.rule == "counts: simulated"
+    assert float((found.counts - truth).abs().sum()) <= 2  # one label off at most
+    granted = replace(seen, auxiliary=varied_images(seen, 240, seed=99))
+    again = restore.restored_of(granted, restore.by_counts())
+    assert float((again.counts - truth).abs().sum()) <= 4
+
+
+@pytest.mark.parametrize(("mode", "size"), [("train", 20), ("eval", 60)])
+def test_simulated_batches_come_from_groups_that_belong_together(mode: str, size: int) -> None:
+    seen, _ = observe("small_bn_cnn", batch=4, mode=mode, knows=SIZE_ONLY, width=4, size=8)
+    twenty = replace(seen, examples=20)
+    groups = feature_groups(twenty, None)
+    assert {len(group) for group in groups} == {size}
+    assert all(torch.equal(a, b) for a, b in zip(groups, feature_groups(twenty, None), strict=True))
+    granted = feature_groups(twenty, torch.rand(45, 16))
+    assert [len(group) for group in granted] == ([20, 20] if mode == "train" else [45])
+
+
+def test_varied_images_stay_in_the_domain_and_differ_between_groups() -> None:
+    seen, _ = observe("small_bn_cnn", width=4, size=8)
+    first, second = (varied_images(seen, 64, seed) for seed in (0, 1))
+    for images in (first, second):
+        assert images.shape == (64, *seen.image_shape)
+        assert float(images.min()) >= seen.domain.low
+        assert float(images.max()) <= seen.domain.high
+    assert abs(float(first.mean() - second.mean())) + abs(float(first.std() - second.std())) > 0.01
+    assert torch.equal(first, varied_images(seen, 64, 0))
 
 
 def test_more_images_than_classes_are_counted_and_refused_by_distinct_rules() -> None:

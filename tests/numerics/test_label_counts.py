@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from frostglass.numerics import label_counts, label_fit, label_learn, label_pool
+from frostglass.numerics import label_counts, label_learn, label_pool, label_sums
 from frostglass.numerics.label_counts import Head
 
 
@@ -101,30 +104,64 @@ def test_classes_without_an_image_get_the_mean_posterior() -> None:
     assert torch.allclose(m.sum(1), torch.ones(3).double())
 
 
-def test_fitting_the_features_corrects_counts_where_posteriors_vary() -> None:
-    """Features of an untrained network vary in few directions; the identity at their mean is off, the fit is not."""
+def varied(generator: torch.Generator, images: int) -> tuple[Tensor, Tensor]:
+    """(weight, features) of an untrained network: features vary in few directions, posteriors from image to image."""
+    weight = 0.2 * torch.randn(8, 32, generator=generator, dtype=torch.float64)
+    directions = torch.randn(2, 32, generator=generator, dtype=torch.float64)
+    return weight, 3 + 0.5 * torch.randn(images, 2, generator=generator, dtype=torch.float64) @ directions
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_simulated_sum_of_posteriors_corrects_the_identity(with_bias: bool) -> None:
     made = torch.Generator().manual_seed(9)
-    right = {"identity": 0, "fit": 0}
+    right = {"identity": 0, "simulated": 0}
     for _ in range(8):
-        weight = 0.5 * torch.randn(8, 32, generator=made, dtype=torch.float64)
-        directions = torch.randn(2, 32, generator=made, dtype=torch.float64)
+        weight, features = varied(made, 416)
         labels = torch.randint(8, (16,), generator=made)
-        varied = 3 + 0.5 * torch.randn(416, 2, generator=made, dtype=torch.float64) @ directions
-        head = gradient(weight, torch.zeros(8).double(), varied[:16], labels)
+        head = gradient(weight, torch.zeros(8).double(), features[:16], labels)
+        if not with_bias:
+            level = float(features[16:].sum(1).mean())
+            head = replace(head, grad_bias=label_counts.bias_gradient(head.grad_weight, level))
         truth = torch.bincount(labels, minlength=8).double()
         start = label_counts.least_squares_counts(head.grad_bias, label_counts.posterior_observed(head), 16)
-        found = label_fit.fit_counts(head, varied[16:], start.counts)
+        rule = label_sums.learn_sums(head, [features[16:216], features[216:]], with_bias=with_bias, batches=600)
+        found = label_sums.apply_sums(rule, head)
         assert int(found.counts.sum()) == 16
+        assert 0 < rule.right <= 1
         right["identity"] += torch.equal(start.counts, truth)
-        right["fit"] += torch.equal(found.counts, truth)
-    assert right["fit"] > right["identity"], right
+        right["simulated"] += torch.equal(found.counts, truth)
+    assert right["simulated"] > right["identity"], right
 
 
-def test_a_fit_is_the_same_twice() -> None:
-    head, features, _ = head_of(torch.tensor([3.0, 1, 0, 2]))
-    start = label_counts.guess(4, 6)
-    first, second = (label_fit.fit_counts(head, features, start, starts=1) for _ in range(2))
-    assert torch.equal(first.estimate, second.estimate)
+def test_a_simulated_rule_knows_distinct_labels_and_is_the_same_twice() -> None:
+    weight, features = varied(torch.Generator().manual_seed(3), 206)
+    labels = torch.tensor([7, 1, 4, 0, 2, 6])
+    head = gradient(weight, torch.zeros(8).double(), features[:6], labels)
+    first, second = (label_sums.learn_sums(head, [features[6:]], distinct=True, batches=300) for _ in range(2))
+    assert torch.equal(first.dual, second.dual)
+    found = label_sums.apply_sums(first, head)
+    assert torch.equal(found.counts, torch.bincount(labels, minlength=8).double())
+
+
+@given(st.integers(0, 30), st.integers(1, 6), st.booleans())
+@settings(deadline=None)
+def test_whole_counts_are_the_nearest_ones_in_the_metric(seed: int, total: int, distinct: bool) -> None:
+    """Against all counts of that sum: single exchanges from a start nearby end at most one exchange away from best."""
+    made = torch.Generator().manual_seed(seed)
+    root = torch.eye(4).double() + 0.2 * torch.randn(4, 4, generator=made, dtype=torch.float64)
+    metric, estimate = root @ root.T, torch.rand(4, generator=made, dtype=torch.float64)
+    estimate = estimate * total / estimate.sum()
+    most = 1 if distinct else total
+    if total > 4 * most:
+        total = 4 * most
+    found = label_sums.nearest_counts(estimate, metric, total, most)
+    every = [c for c in itertools.product(range(most + 1), repeat=4) if sum(c) == total]
+    cost = [
+        float((torch.tensor(c).double() - estimate) @ metric @ (torch.tensor(c).double() - estimate)) for c in every
+    ]
+    mine = float((found - estimate) @ metric @ (found - estimate))
+    assert tuple(found.int().tolist()) in every
+    assert mine <= sorted(cost)[min(2, len(cost) - 1)] + 1e-9
 
 
 def test_decoding_takes_the_most_likely_tails() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -10,19 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frostglass.numerics import label_counts as basics
-from frostglass.numerics import label_learn, label_pool
+from frostglass.numerics import label_learn, label_pool, label_sums
 from frostglass.numerics.label_counts import Head
-from frostglass.numerics.label_fit import fit_counts
 
 Confidence: TypeAlias = Literal["high", "low", "none", "granted"]
 
-_ENOUGH = 200  # auxiliary images from which on they replace features made from weights
+ENOUGH = 200
+"""Auxiliary images from which on they replace what is made up."""
 _UNSURE = 0.35  # mean largest posterior below which every image speaks, trained or not
 _UNTRAINED = 0.45  # share of the loss slope that labels independent of the images would give
 _DIVERSE = 2.0  # variance of the logits over images, relative to that of their means over classes
-_OPEN = 0.3  # spread of a count below which rounding settles it
 _SETTLED = 0.15  # spread of the sum of posteriors below which the identity needs no fit
-_MANY = 100  # classes from which on the fit would be too large; there the identity alone is used
+_MANY = 100  # classes above which the regression would be too large; there the identity alone is used
 _NEARLY_ALL = 0.95  # expected share of labels right that counts as high confidence
 
 
@@ -33,7 +33,8 @@ class Counted:
     Args:
         counts: [k] whole, of sum K; the guess K/C if `confidence` is "none".
         confidence: "high": settled by the equations, or nearly all labels expected right; "low": better than guessing.
-        residual: relative misfit of the bias identity.
+        residual: misfit of the bias identity, relative to what it explains; where the sum of the posteriors was
+            estimated, the share of the labels that rounding moved.
         rule: which estimator spoke.
     """
 
@@ -49,6 +50,7 @@ class CountRule:
 
     Args:
         features: [n, d] of other images on the network in the client's mode, None if there are none.
+        groups: features to simulate batches from, asked for once and only if needed (`head.feature_groups`).
         granted: those images are of the same kind as the private ones (else dummy images).
         distinct: the labels are known to be distinct.
         with_bias: the updates hold a bias gradient.
@@ -56,10 +58,12 @@ class CountRule:
     """
 
     features: Float[Tensor, "n d"] | None
+    groups: Callable[[], Sequence[Tensor]]
     granted: bool = False
     distinct: bool = False
     with_bias: bool = True
     coupled: bool = False
+    _sums: list[label_sums.SumRule] = field(default_factory=list, repr=False, compare=False)
     _learned: list[label_learn.LearnedRule | None] = field(default_factory=list, repr=False, compare=False)
 
     def count(self, head: Head) -> Counted:
@@ -78,13 +82,20 @@ class CountRule:
             if head.classes > _MANY or _wobble(head, self.features) < _SETTLED:
                 sure = _wobble(head, self.features) < _SETTLED
                 return Counted(start.counts, "high" if sure else "low", start.residual, "identity")
-            found = fit_counts(head, self.features, start.counts)
-            return Counted(found.counts, "high" if found.spread < _OPEN else "low", found.residual, "fitted")
-        rule = self._rule(head)
-        if rule is None or rule.gain_low <= 0:
+            rule = self._sum_rule(head)
+            found = label_sums.apply_sums(rule, head)
+            return Counted(found.counts, "high" if rule.right >= _NEARLY_ALL else "low", found.residual, "simulated")
+        learned = self._rule(head)
+        if learned is None or learned.gain_low <= 0:
             return self._guess(head, start.residual, "learned")
-        counts, expected, familiar = label_learn.apply(rule, head)
+        counts, expected, familiar = label_learn.apply(learned, head)
         return Counted(counts, "high" if familiar and expected >= _NEARLY_ALL else "low", start.residual, "learned")
+
+    def _sum_rule(self, head: Head) -> label_sums.SumRule:
+        if not self._sums:
+            distinct = self.distinct and head.examples <= head.classes
+            self._sums.append(label_sums.learn_sums(head, self.groups(), distinct=distinct, with_bias=self.with_bias))
+        return self._sums[0]
 
     def _rule(self, head: Head) -> label_learn.LearnedRule | None:
         if not self._learned:
@@ -112,7 +123,7 @@ def _wobble(head: Head, features: Tensor) -> float:
 def pool_of(head: Head, granted: Tensor | None, dummies: Tensor | None) -> label_pool.Pool:
     """Simulated images: granted ones if there are enough, else made from the layer's weights at the features' size."""
     made = torch.Generator().manual_seed(0)
-    if granted is not None and len(granted) >= _ENOUGH:
+    if granted is not None and len(granted) >= ENOUGH:
         return label_pool.pool_from_images(granted, granted @ head.weight.T + head.bias, made)
     known = basics.mean_feature(head)[None] if dummies is None else dummies
     level = max(float(known.abs().mean()), 1e-3)  # a floor keeps one dead gradient from collapsing the simulation

@@ -12,8 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from frostglass.attacks.inversion.counting import Confidence, CountRule, pool_of, untrained
-from frostglass.attacks.inversion.head import classifier_of, coupled, dummy_images, examples_of, features_of, head_of
+from frostglass.attacks.inversion.counting import ENOUGH, Confidence, CountRule, pool_of, untrained
+from frostglass.attacks.inversion.head import (
+    classifier_of,
+    coupled,
+    dummy_images,
+    examples_of,
+    feature_groups,
+    features_of,
+    head_of,
+)
 from frostglass.core.errors import BadInput
 from frostglass.core.threat import Observation
 from frostglass.numerics import label_counts as counting
@@ -137,16 +145,19 @@ def by_least_squares(posterior: Posterior = "observed", ridge: float = 1e-2) -> 
 def by_counts() -> Restore:
     """The default: counts per class, repeated or not, by what suits the network; never worse than guessing.
 
-    One image: exact, from the ratio of weight and bias gradient. An untrained or unsure network: the bias identity by
-    least squares, then a fit of the features (`label_fit`). A trained, confident one, where the identity has almost no
-    signal: a rule learned on simulated batches (`label_learn`), on auxiliary images where granted, else on features
-    made from the layer's weights; if it does not beat the guess there, the guess with confidence "none".
+    One image: exact, from the ratio of weight and bias gradient. An untrained or unsure network: the bias identity,
+    by least squares where posteriors hardly vary, else with their sum regressed on simulated batches (`label_sums`). A
+    trained, confident one, where the identity has almost no signal: a rule learned on simulated batches
+    (`label_learn`), on auxiliary images where granted, else on features made from the layer's weights; if it does not
+    beat the guess there, the guess with confidence "none".
     """
 
     def restore(seen: Observation) -> Restored:
         head, features = _head_and_features(seen, "simulated" if seen.auxiliary is None else "auxiliary")
+        enough = features is not None and seen.auxiliary is not None and len(features) >= max(ENOUGH, head.examples)
         rule = CountRule(
             features,
+            lambda: feature_groups(seen, features if enough else None),
             granted=seen.auxiliary is not None,
             distinct=seen.labels_distinct is True,
             with_bias=classifier_of(seen)[2] is not None,
