@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from frostglass.attacks.inversion.counting import CountRule
-from frostglass.attacks.inversion.head import dummy_images, feature_groups, features_of
+from frostglass.attacks.inversion.head import dummy_images, feature_groups, features_of, fresh
 from frostglass.core.files import write_json
 from frostglass.core.randomness import Rng
 from frostglass.numerics.label_counts import (
@@ -149,7 +149,7 @@ def rules(
     dummies = features_of(seen, dummy_images(seen, max(384, 2 * examples)))
     auxiliary = features(net, mode, examples, held, "auxiliary")
     assert dummies is not None
-    known = {"distinct": distinct, "coupled": mode == "train"}
+    known = {"distinct": distinct, "coupled": mode == "train", "fresh": fresh(seen)}
     default = CountRule(dummies, lambda: feature_groups(seen, None), **known)
     granted = CountRule(auxiliary, lambda: feature_groups(seen, auxiliary), granted=True, **known)
 

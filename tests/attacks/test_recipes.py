@@ -247,15 +247,3 @@ def test_grad_inversion_nears_the_image_as_its_objective_falls() -> None:
     found = drive(attack, seen, RUN)
     errors = [float((x - private.images).square().mean()) for x in (start, found.images)]
     assert errors[1] < 0.7 * errors[0]
-
-
-def test_thaw_tries_more_seeds_than_go_on() -> None:
-    attack = made("thaw", seeds=2, tries=5, steps=20)
-    assert attack.seeds == 5
-    assert attack.eliminate is not None
-    assert attack.eliminate.survivors(5) == 2
-    seen, _ = observe("small_bn_cnn", width=4, size=8)
-    found = drive(attack, seen, RUN)
-    assert found.info["seeds_eliminated"] == 3
-    with pytest.raises(BadInput, match=r"attack\.tries"):
-        made("thaw", seeds=4, tries=4)

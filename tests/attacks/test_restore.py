@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from frostglass.attacks.inversion import restore
-from frostglass.attacks.inversion.head import dummy_images, feature_groups, varied_images
+from frostglass.attacks.inversion.head import dummy_images, feature_groups, fresh, varied_images
 from frostglass.core.errors import BadInput
 from frostglass.core.threat import GradientMessage, Knows, Observation
 from frostglass.core.update import LocalPlan
@@ -77,6 +77,17 @@ def test_simulated_batches_come_from_groups_that_belong_together(mode: str, size
     assert all(torch.equal(a, b) for a, b in zip(groups, feature_groups(twenty, None), strict=True))
     granted = feature_groups(twenty, torch.rand(45, 16))
     assert [len(group) for group in granted] == ([20, 20] if mode == "train" else [45])
+
+
+def test_a_network_is_fresh_until_its_normalisation_was_trained() -> None:
+    seen, _ = observe("small_bn_cnn", width=4, size=8)
+    assert fresh(seen)
+    trained = copy.deepcopy(seen.model)
+    norm = next(m for m in trained.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    with torch.no_grad():
+        norm.bias[0] += 1e-3
+    assert not fresh(replace(seen, model=trained))
+    assert not fresh(observe("mlp")[0])
 
 
 def test_varied_images_stay_in_the_domain_and_differ_between_groups() -> None:

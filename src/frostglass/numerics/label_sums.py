@@ -22,7 +22,7 @@ from frostglass.numerics.labels import largest_remainder
 
 _RIDGE = 0.1
 _FLOOR = 0.05  # labels: private images are others than those of the simulation
-_LARGEST = 10_000_000  # numbers in the table of descriptors
+_LARGEST = 10_000_000  # numbers in a table of the simulation
 _TINY = 1e-300
 
 
@@ -70,11 +70,11 @@ def learn_sums(
             statistics a group is one batch of K images.
         distinct: the labels are known to be distinct.
         with_bias: the update holds the bias gradient.
-        batches: simulated batches (fewer if there are many classes), a third of them held out.
+        batches: simulated batches (fewer if there are many classes or images), a third of them held out.
         seed: of the draws.
     """
     made = torch.Generator().manual_seed(seed)
-    batches = max(150, min(batches, _LARGEST // head.classes**2))
+    batches = max(150, min(batches, _LARGEST // (head.classes * max(head.classes, head.examples))))
     share = [batches * (i + 1) // len(groups) - batches * i // len(groups) for i in range(len(groups))]
     level = None if with_bias else float(torch.cat([g.sum(1) for g in groups]).mean())
     parts = [_simulated(head, g.double(), n, level, distinct, made) for g, n in zip(groups, share, strict=True) if n]

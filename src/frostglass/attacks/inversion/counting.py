@@ -55,6 +55,7 @@ class CountRule:
         distinct: the labels are known to be distinct.
         with_bias: the updates hold a bias gradient.
         coupled: the client's BatchNorm uses the batch.
+        fresh: the network was never trained (`head.fresh`).
     """
 
     features: Float[Tensor, "n d"] | None
@@ -63,6 +64,7 @@ class CountRule:
     distinct: bool = False
     with_bias: bool = True
     coupled: bool = False
+    fresh: bool = False
     _sums: list[label_sums.SumRule] = field(default_factory=list, repr=False, compare=False)
     _learned: list[label_learn.LearnedRule | None] = field(default_factory=list, repr=False, compare=False)
 
@@ -77,8 +79,7 @@ class CountRule:
             counts = torch.zeros(head.classes, dtype=torch.float64)
             counts[int((posterior - head.grad_bias).argmax())] = 1
             return Counted(counts, "high", start.residual, "one image")
-        if untrained(head, self.features):
-            assert self.features is not None
+        if self.features is not None and (self.fresh or untrained(head, self.features)):
             if head.classes > _MANY or _wobble(head, self.features) < _SETTLED:
                 sure = _wobble(head, self.features) < _SETTLED
                 return Counted(start.counts, "high" if sure else "low", start.residual, "identity")

@@ -97,6 +97,24 @@ def coupled(seen: Observation) -> bool:
     return seen.mode == "train" and any(True for _ in norms)
 
 
+def fresh(seen: Observation) -> bool:
+    """Whether the network looks as before the first step of training.
+
+    Every normalisation layer's weight is 1 and bias 0, and no weight of the classifier is beyond what is drawn at the
+    start (five standard deviations of He's normal, the widest usual one). False where no layer normalises.
+    """
+    layer = classifier_layer(seen.model, seen.classes)
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+    norms = [m for m in seen.model.modules() if isinstance(m, kinds) and m.weight is not None and m.bias is not None]
+    if layer is None or not norms:
+        return False
+    weight = seen.model.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    if float(weight.detach().abs().max()) > 5 * (2 / weight.shape[1]) ** 0.5:
+        return False
+    return all(bool((m.weight == 1).all()) and not bool(m.bias.any()) for m in norms)
+
+
 def features_of(seen: Observation, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "m d"] | None:
     """Inputs of the classifier on `images`, in the client's mode and in batches of the client's size.
 

@@ -20,6 +20,7 @@ from frostglass.attacks.inversion.head import (
     examples_of,
     feature_groups,
     features_of,
+    fresh,
     head_of,
 )
 from frostglass.core.errors import BadInput
@@ -134,7 +135,7 @@ def by_least_squares(posterior: Posterior = "observed", ridge: float = 1e-2) -> 
             return counting.least_squares_counts(h.grad_bias, m, h.examples, ridge=ridge)
 
         found = solve(head)
-        if not untrained(head, features) and not _beats_guess(head, pool, solve, coupled(seen)):
+        if not fresh(seen) and not untrained(head, features) and not _beats_guess(head, pool, solve, coupled(seen)):
             return _guessed(seen, head, found.residual, "least_squares")
         return _restored(seen, found.counts, "low", found.residual, "least_squares")
 
@@ -162,6 +163,7 @@ def by_counts() -> Restore:
             distinct=seen.labels_distinct is True,
             with_bias=classifier_of(seen)[2] is not None,
             coupled=coupled(seen),
+            fresh=fresh(seen),
         )
         found = rule.count(head)
         return _restored(seen, found.counts, found.confidence, found.residual, f"counts: {found.rule}")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from frostglass.attacks.inversion.choice import AgreeingMean
-from frostglass.attacks.inversion.elimination import Elimination
 from frostglass.attacks.inversion.machine import Inversion
 from frostglass.attacks.inversion.rules import adam, chain, scale
 from frostglass.attacks.inversion.schedules import cosine, falling
 from frostglass.attacks.inversion.terms import Term, available_bn, bn_statistics, match_cosine, total_variation
 from frostglass.attacks.registry import ATTACKS
-from frostglass.core.errors import BadInput
 from frostglass.core.threat import Knows, Observation
 
 
@@ -23,7 +21,6 @@ def thaw(
     bn_batch: float = 0.1,
     bn_running: float = 0.03,
     seeds: int = 1,
-    tries: int = 0,
     mean: bool = True,
     every: int = 50,
 ) -> Inversion:
@@ -40,14 +37,9 @@ def thaw(
         bn_batch: weight of the BatchNorm term with the statistics of the target batch.
         bn_running: the same with running statistics.
         seeds: independent starts. Four of them gain about 1 dB.
-        tries: starts of which the `seeds` with the lowest objectives go on after 15 % of the steps; 0 for no more
-            starts than `seeds`.
         mean: return the mean of the seeds that agree, not the one with the lowest objective alone.
         every: iterations between two reports.
     """
-
-    if tries and tries <= seeds:
-        raise BadInput(f"attack.tries: {tries} must be more than the {seeds} seeds that go on, or 0.")
 
     def terms(seen: Observation) -> tuple[Term, ...]:
         source = available_bn(seen)
@@ -64,8 +56,7 @@ def thaw(
         terms=terms,
         update=chain(adam(), scale(cosine(lr, warmup=20))),
         steps=steps,
-        seeds=max(seeds, tries),
-        eliminate=Elimination((0.15,), seeds / tries) if tries else None,
+        seeds=seeds,
         combine=AgreeingMean() if mean and seeds > 1 else None,
         every=every,
         needs=frozenset({Knows.EXAMPLES}),
