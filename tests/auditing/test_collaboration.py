@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from frostglass.app.cli import main
+from frostglass.auditing import collaboration
 from frostglass.auditing.collaboration_plan import BUNDLED_POOL, digits, load_collaboration, parse_collaboration
 from frostglass.core.errors import BadInput
 
@@ -118,3 +119,34 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
     code, _, err = call(capsys, "collaborate", as_toml(tmp_path, values()), "--out", tmp_path / "new", "--resume")
     assert code == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_a_plan_that_is_refused_late_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool of the bundled photographs is cut before the last method is built."""
+    pytest.importorskip("flwr")
+    methods = [values()["method"][2], {"name": "other", "change": {"model.name": "no_such_network"}}]
+    plan, out = as_toml(tmp_path, values(method=methods)), tmp_path / "out"
+    cut: list[Path] = []
+    real = collaboration.make_pool
+
+    def watched(source: str, folder: Path, *rest: Any) -> Any:
+        cut.append(folder)
+        return real(source, folder, *rest)
+
+    monkeypatch.setattr(collaboration, "make_pool", watched)
+    code, _, err = call(capsys, "collaborate", plan, "--out", out)
+    assert code == 2
+    assert "no_such_network" in err
+    assert cut
+    assert not out.exists()
+
+
+def test_a_pool_left_by_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
+    plan = parse_collaboration(values())
+    (tmp_path / "out" / collaboration.POOL).mkdir(parents=True)
+    collaboration._claim(plan, tmp_path / "out", resume=False)
+    (tmp_path / "out" / "else").touch()
+    with pytest.raises(BadInput, match="not empty"):
+        collaboration._claim(plan, tmp_path / "out", resume=False)

@@ -50,9 +50,7 @@ def run_collaboration(plan: CollaborationPlan, out: Path, *, tell: Tell, resume:
     import frostglass.federated.flower  # noqa: F401 - says in one sentence what is missing
 
     _claim(plan, out, resume)
-    texts = {(m.name, s): _text(plan, m, s, out) for m in plan.method for s in plan.seeds}
-    for text in texts.values():
-        federation_of(text)  # all of them are built once before anything is trained
+    texts = _texts(plan, out)
     write_text(out / PLAN, plan.to_toml())
     methods = []
     for method in plan.method:
@@ -74,8 +72,27 @@ def _claim(plan: CollaborationPlan, out: Path, resume: bool) -> None:
     if resume:
         if not held.is_file() or hashlib.sha256(held.read_bytes()).hexdigest() != plan.digest():
             raise BadInput(f"--resume: {out} holds no comparison of this plan; leave --resume out, or use its plan.")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(held.name != POOL for held in out.iterdir())):
         raise BadInput(f"--out: {out} is not empty; choose another folder, or go on with --resume.")
+
+
+def _texts(plan: CollaborationPlan, out: Path) -> dict[tuple[str, int], str]:
+    """The plan of each method and seed; all of them are built once before anything is trained.
+
+    What a refused plan needed is taken away again.
+    """
+    new, cut = not out.exists(), not (out / POOL).exists()
+    try:
+        texts = {(m.name, s): _text(plan, m, s, out) for m in plan.method for s in plan.seeds}
+        for text in texts.values():
+            federation_of(text)
+    except BadInput:
+        if cut:
+            shutil.rmtree(out / POOL, ignore_errors=True)
+        if new and out.exists() and not any(out.iterdir()):
+            out.rmdir()
+        raise
+    return texts
 
 
 def _folder(out: Path, method: MethodPlan, seed: int) -> Path:
