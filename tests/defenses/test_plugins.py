@@ -62,12 +62,12 @@ def rows_of(loader: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_plain_loop_learns() -> None:
-    assert example("plain_loop").main(epochs=4) > 0.8
+    assert example("plain_loop").main(epochs=4) > 0.6  # of 12 runs with other keys the least was 0.81, the median 0.87
 
 
 def test_dataloader_example_learns() -> None:
-    losses = example("dataloader").main(epochs=2, limit=600, workers=1)
-    assert losses[1] < losses[0]
+    losses = example("dataloader").main(epochs=2, workers=1)
+    assert losses[-1] < losses[0] - 0.1  # keys differ from run to run: the drop is 0.36, give or take 0.02
 
 
 @pytest.mark.parametrize("workers", [0, 2])
