@@ -172,8 +172,8 @@ def rules(
         "least squares, uniform": squares(lambda h: posterior_uniform(CLASSES)),
         "least squares, observed": squares(posterior_observed),
         "least squares, labelled auxiliary": squares(confusion),
+        "counts, auxiliary": default_of(granted),
     }
-    made["counts, auxiliary"] = default_of(granted)
     if examples <= CLASSES:
         made["row minimum"] = lambda h: (named(row_minimum(h.grad_weight, h.examples)), "")
         made["sum"] = lambda h: (named(sum_rule(h.grad_weight, h.examples)), "")

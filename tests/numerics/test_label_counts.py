@@ -138,7 +138,7 @@ def test_a_simulated_rule_knows_distinct_labels_and_is_the_same_twice() -> None:
     labels = torch.tensor([7, 1, 4, 0, 2, 6])
     head = gradient(weight, torch.zeros(8).double(), features[:6], labels)
     first, second = (label_sums.learn_sums(head, [features[6:]], distinct=True, batches=300) for _ in range(2))
-    assert torch.equal(first.dual, second.dual)
+    assert torch.equal(first.slope, second.slope)
     found = label_sums.apply_sums(first, head)
     assert torch.equal(found.counts, torch.bincount(labels, minlength=8).double())
 
@@ -146,7 +146,7 @@ def test_a_simulated_rule_knows_distinct_labels_and_is_the_same_twice() -> None:
 @given(st.integers(0, 30), st.integers(1, 6), st.booleans())
 @settings(deadline=None)
 def test_whole_counts_are_the_nearest_ones_in_the_metric(seed: int, total: int, distinct: bool) -> None:
-    """Against all counts of that sum: single exchanges from a start nearby end at most one exchange away from best."""
+    """Against all counts of that sum: single exchanges from a start nearby end among the three best."""
     made = torch.Generator().manual_seed(seed)
     root = torch.eye(4).double() + 0.2 * torch.randn(4, 4, generator=made, dtype=torch.float64)
     metric, estimate = root @ root.T, torch.rand(4, generator=made, dtype=torch.float64)

@@ -32,8 +32,7 @@ class SumRule:
 
     Args:
         mean, std: [f] of the descriptors.
-        rows: [n, f] standardised descriptors of the simulation, and
-        dual: [n, k] their coefficients: the regression in its dual form.
+        slope: [f, k] of the regression on standardised descriptors.
         centre: [k] mean of what is predicted.
         precision: [k, k] inverse covariance of the counts' errors on batches held out.
         spread: standard deviation of the least certain count there.
@@ -43,8 +42,7 @@ class SumRule:
 
     mean: Float[Tensor, " f"]
     std: Float[Tensor, " f"]
-    rows: Float[Tensor, "n f"]
-    dual: Float[Tensor, "n k"]
+    slope: Float[Tensor, "f k"]
     centre: Float[Tensor, " k"]
     precision: Float[Tensor, "k k"]
     spread: float
@@ -87,8 +85,8 @@ def learn_sums(
     z = (x - mean) / std
     gram = z[held:] @ z[held:].T
     gram.diagonal().add_(_RIDGE * len(gram))
-    dual = torch.linalg.solve(gram, y[held:] - centre)
-    estimate = head.examples * (z[:held] @ (z[held:].T @ dual) + centre + first[:held] - slopes[:held])
+    slope = z[held:].T @ torch.linalg.solve(gram, y[held:] - centre)  # dual form: descriptors may outnumber batches
+    estimate = head.examples * (z[:held] @ slope + centre + first[:held] - slopes[:held])
     wrong = estimate - truth[:held]
     covariance = wrong.T @ wrong / held
     covariance.diagonal().add_(_FLOOR**2)
@@ -98,7 +96,7 @@ def learn_sums(
     found = torch.stack([nearest_counts(estimate[i], precision, head.examples, most) for i in some])
     right = 1 - float((found - truth[: len(some)]).abs().sum(1).mean()) / (2 * head.examples)
     spread = float(covariance.diagonal().max().sqrt())
-    return SumRule(mean, std, z[held:], dual, centre, precision, spread, right, most)
+    return SumRule(mean, std, slope, centre, precision, spread, right, most)
 
 
 def apply_sums(rule: SumRule, head: Head) -> Counts:
@@ -106,7 +104,7 @@ def apply_sums(rule: SumRule, head: Head) -> Counts:
     product = (head.grad_weight @ head.weight.T)[None]
     first, x = _described(head, product, head.grad_bias[None])
     z = (x - rule.mean) / rule.std
-    estimate = head.examples * (z @ (rule.rows.T @ rule.dual) + rule.centre + first - head.grad_bias)[0]
+    estimate = head.examples * (z @ rule.slope + rule.centre + first - head.grad_bias)[0]
     counts = nearest_counts(estimate, rule.precision, head.examples, rule.most)
     residual = float((estimate - counts).abs().sum()) / (2 * head.examples)
     return Counts(counts, estimate, residual, rule.spread)
