@@ -3,7 +3,7 @@
 The peer lives in an environment of its own, which this bench never installs:
 
     python3 -m venv peer && peer/bin/pip install breaching==0.1.2 kornia torch==2.13.0 torchvision==0.28.0
-    python bench/vs_breaching.py --peer peer/bin/python  # five minutes on one thread
+    python bench/vs_breaching.py --peer peer/bin/python  # eight minutes on one thread
 
 Both sides run in processes of their own, taking turns, on the same saved problem (a ResNet-18 with CIFAR stem, its
 gradient of bundled photographs). The peer is only ever run: parts of it carry a non-commercial licence.
@@ -28,11 +28,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 NOTE = (
     "Eval-mode gradient, labels granted, the attacks' own settings at one number of iterations. PSNR is after these "
-    "few iterations, not what either attack reaches. Both sides take second derivatives, seven times a forward pass in "
-    "convolutions, by the same oneDNN kernels: 84 % of our time goes into them (torch.profiler), so that no rewrite of "
-    "the rest can be much faster than the peer on a CPU. Ours saves the slow form of one of the seven "
-    "(numerics.second_order), the matching loss on one long vector (numerics.distance) and unread statistics."
+    "few iterations, not what either attack reaches. double_backward takes second derivatives as the peer does, seven "
+    "times a forward pass in convolutions, by the same oneDNN kernels, so that no rewrite of the rest can be much "
+    "faster on a CPU; ours saves the slow forms of convolution and batch normalisation (numerics.second_order), the "
+    "matching loss on one long vector (numerics.distance) and unread statistics. frozen_fd needs five passes."
 )
+ENGINES = ("double_backward", "frozen_fd")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -117,7 +118,7 @@ def psnr(found: Any, truth: Any) -> float:
     return float((-10 * cost[torch.as_tensor(r), torch.as_tensor(c)].log10()).mean())
 
 
-def run_ours(path: Path, attack: str, steps: int) -> dict[str, Any]:
+def run_ours(path: Path, attack: str, steps: int, seed: int, engine: str) -> dict[str, Any]:
     import torch
 
     from frostglass.attacks.registry import ATTACKS
@@ -144,7 +145,7 @@ def run_ours(path: Path, attack: str, steps: int) -> dict[str, Any]:
         bn_running=running_statistics(model),
     )
     name = {"invertinggradients": "inverting_gradients", "seethroughgradients": "grad_inversion"}[attack]
-    settings: dict[str, Any] = {"steps": steps, "every": steps}
+    settings: dict[str, Any] = {"steps": steps, "every": steps, "engine": engine}
     if name == "grad_inversion":
         settings |= {"seeds": 1, "consensus": "none"}  # the peer has no group term and runs one seed
     made = ATTACKS[name].make(**settings)
@@ -156,19 +157,19 @@ def run_ours(path: Path, attack: str, steps: int) -> dict[str, Any]:
         return step(self, *args, **kwargs)
 
     type(made).step = timed  # type: ignore[method-assign]
-    found = drive(made, seen, Runtime(Rng.from_seed(0, "bench")))
+    found = drive(made, seen, Runtime(Rng.from_seed(seed, "bench")))
     clock.tick()
     constants = [torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD)]
     return {**clock.row(), "psnr": round(psnr((found.images - constants[0]) / constants[1], held["x"]), 2)}
 
 
-def run_peer(path: Path, attack: str, steps: int) -> dict[str, Any]:
+def run_peer(path: Path, attack: str, steps: int, seed: int) -> dict[str, Any]:
     import torch
 
     model, held = load_problem(path)
     import breaching
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = breaching.get_attack_config(attack)
     config.optim.max_iterations, config.optim.callback = steps, 100_000
     loss = torch.nn.CrossEntropyLoss()
@@ -198,15 +199,16 @@ def child(options: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    run = run_ours if options.side == "frostglass" else run_peer
-    row = run(Path(options.problem), options.attack, options.steps)
+    given = Path(options.problem), options.attack, options.steps, options.seed
+    row = run_peer(*given) if options.side == "breaching" else run_ours(*given, options.side)
     row |= {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "torch": torch.__version__}
     print("ROW " + json.dumps(row))
 
 
-def ask(python: str, problem: str, side: str, attack: str, steps: int, threads: int) -> dict[str, Any]:
-    command = [python, __file__, "--side", side, "--problem", problem, "--attack", attack, "--steps", str(steps)]
-    done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=False)
+def ask(python: str, problem: str, side: str, attack: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    command = [python, __file__, "--side", side, "--problem", problem, "--attack", attack, "--seed", str(seed)]
+    command += ["--steps", str(options.steps), "--threads", str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     line = next((x for x in done.stdout.splitlines() if x.startswith("ROW ")), None)
     if line is None:
         sys.exit(f"{side} failed on {attack}:\n{done.stderr[-2000:]}")
@@ -220,25 +222,28 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             problem = str(Path(folder) / "problem.pt")
             make_problem(Path(problem), batch)
             for attack in ("invertinggradients", "seethroughgradients"):
-                sides: dict[str, list[dict[str, Any]]] = {"frostglass": [], "breaching": []}
-                for _ in range(options.repeats):  # taking turns, so that a busy machine hurts both alike
-                    for side, python in (("frostglass", sys.executable), ("breaching", options.peer)):
-                        sides[side].append(ask(python, problem, side, attack, options.steps, options.threads))
+                sides: dict[str, list[dict[str, Any]]] = {side: [] for side in (*ENGINES, "breaching")}
+                for seed in range(options.repeats):  # taking turns, so that a busy machine hurts all alike
+                    for side, held in sides.items():
+                        python = options.peer if side == "breaching" else sys.executable
+                        held.append(ask(python, problem, side, attack, seed, options))
                 rows.append(summary(attack, batch, options.steps, sides))
                 print(json.dumps(rows[-1], indent=1), file=sys.stderr)
     return rows
 
 
 def summary(attack: str, batch: int, steps: int, sides: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    from harness import spread
+
     def middle(side: str, key: str) -> float:
         return statistics.median(r[key] for r in sides[side])
 
     keys = ("cpu_s_per_iteration", "wall_s_per_iteration", "peak_mib")
-    ratio = {k: round(middle("breaching", k) / middle("frostglass", k), 3) for k in keys}
-    gain = middle("frostglass", "psnr") - middle("breaching", "psnr")
+    ratios = {e: {k: round(middle("breaching", k) / middle(e, k), 3) for k in keys} for e in ENGINES}
+    psnr = {side: spread([r["psnr"] for r in held]) for side, held in sides.items()}
     return {
         "attack": attack, "network": "ResNet-18, CIFAR stem, random, eval mode", "batch": batch, "steps": steps,
-        "breaching_over_frostglass": ratio, "psnr_gain_db": round(gain, 2), **sides,
+        "breaching_over_frostglass": ratios, "psnr": psnr, **sides,
     }  # fmt: skip
 
 
@@ -247,12 +252,13 @@ def main() -> None:
     made.add_argument("--peer", help="python of the environment that holds breaching")
     made.add_argument("--batches", type=int, nargs="+", default=[8])
     made.add_argument("--steps", type=int, default=30)
-    made.add_argument("--repeats", type=int, default=2)
+    made.add_argument("--repeats", type=int, default=3, help="seeds, one process of each side for each")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--out", type=Path, default=None)
     made.add_argument("--quick", action="store_true")
-    made.add_argument("--side", choices=["frostglass", "breaching"], help=argparse.SUPPRESS)
+    made.add_argument("--side", choices=[*ENGINES, "breaching"], help=argparse.SUPPRESS)
     made.add_argument("--problem", help=argparse.SUPPRESS)
+    made.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     made.add_argument("--attack", help=argparse.SUPPRESS)
     options = made.parse_args()
     if options.side:

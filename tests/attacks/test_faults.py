@@ -340,7 +340,8 @@ def test_frozen_differences_agree_with_double_backward(name: str, dtype: torch.d
     alike = torch.cosine_similarity(exact.gradient.flatten(), close.gradient.flatten(), 0)
     assert float(alike) > 0.999
     assert float(error) < (1e-5 if dtype == torch.float64 else 2e-2)
-    torch.testing.assert_close(exact.total, close.total)
+    # BatchNorm statistics are read at the moved weights
+    torch.testing.assert_close(exact.total, close.total, rtol=1e-7 if dtype == torch.float64 else 1e-4, atol=0)
     assert set(exact.values) == set(close.values)
 
 

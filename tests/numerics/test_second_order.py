@@ -10,7 +10,8 @@ from torch import Tensor
 
 from frostglass.core.randomness import Rng
 from frostglass.numerics import distance
-from frostglass.numerics.second_order import second_order_convolutions
+from frostglass.numerics.second_order import second_order_layers
+from frostglass.numerics.second_order_norm import channel_statistics, two_pass_norms
 from frostglass.vision import networks
 
 F = torch.nn.functional
@@ -99,14 +100,94 @@ def test_a_convolution_is_differentiated_twice_to_inputs_and_to_weights_that_are
 
     x.requires_grad_()
     (wanted,) = torch.autograd.grad(slope_of(x, seed), x)
-    with second_order_convolutions():
+    with second_order_layers():
         value = slope_of(x, seed)
     (found,) = torch.autograd.grad(value, x)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_a_whole_network_gives_the_same_second_derivative_and_leaves_no_mode_behind() -> None:
-    model = networks.build("resnet20", classes=10, channels=3, size=16, rng=Rng.from_seed(0)).double().eval()
+def statistics_of(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return drawn(shape[1:2])[0], drawn(shape[1:2])[0].abs() + 0.5
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 6), (7, 3), (5, 3, 4)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("results", [True, False])
+def test_a_batch_norm_is_differentiated_twice_to_inputs_and_to_weights_that_are_results(
+    shape: tuple[int, ...], training: bool, results: bool
+) -> None:
+    x, along, w0, b0 = drawn(shape, shape, shape[1:2], shape[1:2])
+    x.requires_grad_()
+
+    def slope_of() -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = statistics_of(shape)
+        w, b = w0.clone().requires_grad_(), b0.clone().requires_grad_()
+        weight, bias = (w + x.mean(), b + x.square().mean()) if results else (w, b)
+        y = F.batch_norm(x, mean, var, weight, bias, training, 0.3, 1e-3)
+        loss = (y.tanh() * along).square().sum()
+        of_x, of_w, of_b = torch.autograd.grad(loss, [x, weight, bias], create_graph=True)
+        value = (of_x * along).square().sum() + of_w.square().sum() + (of_b * w0).sin().sum()
+        return torch.autograd.grad(value, x)[0], mean, var
+
+    wanted = slope_of()
+    with second_order_layers():
+        found = slope_of()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_norm_differentiated_once_is_pytorchs(training: bool) -> None:
+    shape = (4, 3, 5, 6)
+    leaves = [t.requires_grad_() for t in drawn(shape, (3,), (3,))]
+
+    def run() -> list[Tensor]:
+        x, w, b = leaves
+        mean, var = statistics_of(shape)
+        y = F.batch_norm(x, mean, var, w, b, training)
+        return [y.detach(), mean, var, *torch.autograd.grad(y.tanh().sum(), leaves)]
+
+    wanted = run()
+    with two_pass_norms():
+        assert "_Norm" in type(F.batch_norm(leaves[0], *statistics_of(shape), *leaves[1:], training).grad_fn).__name__
+        found = run()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("lacks", ["weights", "running", "values", "bits"])
+def test_what_the_batch_norm_does_not_cover_is_left_to_pytorch(lacks: str) -> None:
+    x = drawn((1, 3) if lacks == "values" else (4, 3))[0]
+    mean, var = (None, None) if lacks == "running" else statistics_of((1, 3))
+    w, b = (None, None) if lacks == "weights" else drawn((3,), (3,))
+    if lacks == "bits":
+        x, mean, var, w, b = (t.bfloat16() for t in (x, *statistics_of((1, 3)), *drawn((3,), (3,))))
+    with second_order_layers():
+        if lacks == "values":
+            with pytest.raises(ValueError, match="more than 1 value"):
+                F.batch_norm(x, mean, var, w, b, True)
+            return
+        found = F.batch_norm(x, mean, var, w, b, True)
+    assert torch.equal(found, F.batch_norm(x, mean, var, w, b, True))
+
+
+def test_statistics_are_those_of_the_formula_with_both_derivatives() -> None:
+    x = (3 + drawn((4, 2, 3, 3))[0]).requires_grad_()
+    for ours, theirs in zip(channel_statistics(x), (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(channel_statistics, (x,))
+    assert torch.autograd.gradgradcheck(channel_statistics, (x,))
+
+
+def test_statistics_far_from_zero_keep_their_variance_in_single_precision() -> None:
+    x = drawn((8, 2, 16, 16), dtype=torch.float32)[0] + 1000
+    torch.testing.assert_close(channel_statistics(x)[1], x.double().var((0, 2, 3)).float(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_whole_network_gives_the_same_second_derivative_and_leaves_no_mode_behind(mode: str) -> None:
+    model = networks.build("resnet20", classes=10, channels=3, size=16, rng=Rng.from_seed(0)).double()
+    model.train(mode == "train")
     x = drawn((2, 3, 16, 16))[0].sigmoid().requires_grad_()
     weights = list(model.parameters())
 
@@ -115,14 +196,14 @@ def test_a_whole_network_gives_the_same_second_derivative_and_leaves_no_mode_beh
         return sum(g.square().sum() for g in torch.autograd.grad(loss, weights, create_graph=True))  # type: ignore[return-value]
 
     (wanted,) = torch.autograd.grad(squared(), x)
-    with second_order_convolutions():
+    with second_order_layers():
         value = squared()
     (found,) = torch.autograd.grad(value, x)
-    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-11 * float(wanted.abs().max()))
     assert "_Convolution" not in type(F.conv2d(x, weights[0], padding=1).grad_fn).__name__
 
 
 def test_without_a_graph_convolutions_are_pytorchs_own() -> None:
     x, w = drawn((1, 2, 5, 5), (3, 2, 3, 3))
-    with torch.no_grad(), second_order_convolutions():
+    with torch.no_grad(), second_order_layers():
         assert torch.equal(F.conv2d(x, w), torch.conv2d(x, w))

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from frostglass.core.update import BNStatistics
+from frostglass.numerics.second_order_norm import channel_statistics
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -22,8 +23,7 @@ def bn_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def batch_statistics(x: Tensor) -> BNStatistics:
     """Mean and biased variance per channel (dimension 1) of a layer's input, on the graph of `x`."""
-    dims = [d for d in range(x.ndim) if d != 1]
-    var, mean = torch.var_mean(x, dim=dims, correction=0)
+    mean, var = channel_statistics(x)
     return BNStatistics(mean=mean, var=var, count=x.numel() // x.shape[1])
 
 

@@ -1,4 +1,6 @@
-"""Convolutions whose gradients are cheap to differentiate: for simulations of a client step that keep the graph.
+"""Layers whose gradients are cheap to differentiate: for simulations of a client step that keep the graph.
+
+Batch normalisation is in `second_order_norm`; convolutions are here.
 
 PyTorch's double backward of a convolution takes the second gradient of the weight for a batch of images and the
 gradient of the output for kernels of an image's size, which is slow on CPU. The same sum is an ordinary input gradient.
@@ -16,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from frostglass.numerics.second_order_norm import batch_norm
 
-class second_order_convolutions(TorchFunctionMode):
-    """In the block, `conv2d` has a gradient that is cheap to differentiate once more, to its input and to weights that
-    are themselves results.
+
+class second_order_layers(TorchFunctionMode):
+    """In the block, `conv2d` and `batch_norm` have gradients that are cheap to differentiate once more, to their input
+    and to weights that are themselves results.
 
     Weights that are leaves get a gradient where a graph is kept (`create_graph=True`) and none in the pass after it: an
     attack's derivative goes to the images. Third derivatives are refused.
@@ -28,9 +32,9 @@ class second_order_convolutions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Replaces convolutions of explicit padding; everything else passes."""
-        if func is torch.conv2d and torch.is_grad_enabled():
-            return _conv2d(*args, **(kwargs or {}))
+        """Replaces batch normalisation and convolutions of explicit padding; everything else passes."""
+        if func in _REPLACED and torch.is_grad_enabled():
+            return _REPLACED[func](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -55,6 +59,12 @@ def _conv2d(
     form = _Form(_pair(stride), _pair(padding), _pair(dilation), groups)
     y: Tensor = _Convolution.apply(input, weight, form)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+_REPLACED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    torch.conv2d: _conv2d,
+    torch.nn.functional.batch_norm: batch_norm,
+}
 
 
 def _pair(value: Any) -> tuple[int, int]:

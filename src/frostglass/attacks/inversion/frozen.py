@@ -15,22 +15,24 @@ from torch.overrides import TorchFunctionMode
 _Replay: TypeAlias = Callable[[Tensor], Tensor]
 """Input of a layer -> its output under the choice that was recorded."""
 
-_BITS = 8
+
+class _Gate(torch.autograd.Function):
+    """The input where a recorded ReLU let something through, 0 elsewhere; one kernel each way."""
+
+    @staticmethod
+    def forward(ctx: Any, now: Tensor, recorded: Tensor) -> Tensor:
+        ctx.save_for_backward(recorded)
+        return _gated(now, recorded)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        return _gated(slopes[0], ctx.saved_tensors[0]), None
 
 
-def packed(mask: Tensor) -> Tensor:
-    """A boolean tensor at one bit an element, flattened and padded with zeros."""
-    flat = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % _BITS)).view(-1, _BITS)
-    return (flat * _places(mask)).sum(1, dtype=torch.uint8)
-
-
-def unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `packed`."""
-    return (bits[:, None].bitwise_and(_places(bits)) != 0).flatten()[: shape.numel()].view(shape)
-
-
-def _places(like: Tensor) -> Tensor:
-    return 2 ** torch.arange(_BITS, dtype=torch.uint8, device=like.device)
+def _gated(x: Tensor, recorded: Tensor) -> Tensor:
+    found: Tensor = torch.ops.aten.threshold_backward(x, recorded, 0)
+    return found
 
 
 @dataclass
@@ -78,21 +80,21 @@ class Choices:
 
 
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> tuple[Tensor, _Replay]:
-    bits, shape = packed(x > 0), x.shape
-    return F.leaky_relu(x, negative_slope), lambda now: torch.where(unpacked(bits, shape), now, negative_slope * now)
+    positive = x > 0
+    return F.leaky_relu(x, negative_slope), lambda now: torch.where(positive, now, negative_slope * now)
 
 
 def _relu(x: Tensor) -> tuple[Tensor, _Replay]:
-    bits, shape = packed(x > 0), x.shape
-    return F.relu(x), lambda now: now * unpacked(bits, shape)
+    result = F.relu(x)
+    recorded = result.detach()  # kept by autograd too, so that it costs no memory
+    return result, lambda now: _Gate.apply(now, recorded)  # type: ignore[no-untyped-call]
 
 
 def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> tuple[Tensor, _Replay]:
-    inside, above, shape = packed((x > min_val) & (x < max_val)), packed(x >= max_val), x.shape
+    inside, flat = (x > min_val) & (x < max_val), x.detach().clamp(min_val, max_val)
 
     def replay(now: Tensor) -> Tensor:
-        flat = torch.full_like(now, min_val).masked_fill(unpacked(above, shape), max_val)
-        return torch.where(unpacked(inside, shape), now, flat)
+        return torch.where(inside, now, flat)
 
     return F.hardtanh(x, min_val, max_val), replay
 

@@ -83,7 +83,8 @@ def grad_inversion(
         register: method of the registered mean. On small images it gained no more than a random shift by a fraction of
             a pixel, which smooths as a warp does (bench/registration.py); agreement itself gains.
         box: limit pixels to their range after every step (the paper does not say).
-        engine: "double_backward", or "frozen_fd" for networks that cannot be differentiated twice.
+        engine: "double_backward", or "frozen_fd", which is faster on networks of ReLU and max-pooling, and serves
+            those that cannot be differentiated twice.
         seeds: |G|; the lowest objective is returned.
         every: iterations between two reports.
     """

@@ -31,7 +31,8 @@ def inverting_gradients(
         lr: start of the learning rate.
         tv: weight of the total variation (1e-1 to 1e-6 in the paper, by model).
         seeds: restarts.
-        engine: "double_backward", or "frozen_fd" for networks that cannot be differentiated twice.
+        engine: "double_backward", or "frozen_fd", which is faster on networks of ReLU and max-pooling, and serves
+            those that cannot be differentiated twice.
         every: iterations between two reports.
     """
     return Inversion(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from frostglass.attacks.inversion.choice import AgreeingMean
+from frostglass.attacks.inversion.engine import Engine
 from frostglass.attacks.inversion.machine import Inversion
 from frostglass.attacks.inversion.rules import adam, chain, scale
 from frostglass.attacks.inversion.schedules import cosine, falling
@@ -22,6 +23,7 @@ def thaw(
     bn_running: float = 0.03,
     seeds: int = 1,
     mean: bool = True,
+    engine: Engine = "double_backward",
     every: int = 50,
 ) -> Inversion:
     """Cosine matching, falling total variation and whatever BatchNorm statistics are granted; plain Adam, cosine decay.
@@ -38,6 +40,7 @@ def thaw(
         bn_running: the same with running statistics.
         seeds: independent starts. Four of them gain about 1 dB.
         mean: return the mean of the seeds that agree, not the one with the lowest objective alone.
+        engine: "double_backward", or "frozen_fd", which is faster on networks of ReLU and max-pooling.
         every: iterations between two reports.
     """
 
@@ -58,6 +61,7 @@ def thaw(
         steps=steps,
         seeds=seeds,
         combine=AgreeingMean() if mean and seeds > 1 else None,
+        engine=engine,
         every=every,
         needs=frozenset({Knows.EXAMPLES}),
     )

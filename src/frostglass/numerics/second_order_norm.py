@@ -1,0 +1,201 @@
+"""Batch normalisation whose gradient is cheap to differentiate, and statistics in two passes.
+
+PyTorch takes the second derivative of a batch normalisation in some fifty operations, and its statistics with a
+running algorithm that takes longer than the convolution before it (CPU). With xh = (x - m) r, r = (v + eps)^-1/2,
+y = w xh + b, and <.> the mean over a channel, the gradients of y times g are
+
+    of x: w r P(g),  P(u) = u - <u> - xh <u xh>    of w: sum g xh    of b: sum g,
+
+and what these are multiplied with, a, c and e, adds up to
+
+    of g: w r P(a) + c xh + e
+    of x: r (-w r <g xh> P(a) + (c - w r <a xh>) P(g)) - w r^2 (<a g> - <a> <g> - <a xh> <g xh>) xh
+    of w: n r (<a g> - <a> <g> - <a xh> <g xh>).
+
+In eval mode m and v are constants: P(u) = u, and of x only r c g is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class two_pass_norms(TorchFunctionMode):
+    """In the block, batch normalisation is the one of this module, also where it is differentiated once only."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replaces batch normalisation; everything else passes."""
+        return (batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
+
+
+def channel_statistics(x: Float[Tensor, "b c *rest"]) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """Mean and biased variance of each channel (dimension 1), on the graph of `x`, to any order."""
+    mean, var = _Statistics.apply(x)  # type: ignore[no-untyped-call]
+    return mean, var
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` with the derivatives of this module, where it has weights of 32 or 64 bits."""
+    fits = weight is not None and bias is not None and input.dtype in (torch.float32, torch.float64)
+    known = input.numel() > input.shape[1] if training else running_mean is not None and running_var is not None
+    if not fits or not known:  # PyTorch's own, or its complaint
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training:
+        with torch.no_grad():
+            mean, var = _two_pass(input.detach())
+            _move(running_mean, running_var, mean, var, input.numel() // input.shape[1], momentum)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, var = running_mean.detach().clone(), running_var.detach().clone()  # a later step may move them
+    y: Tensor = _Norm.apply(input, weight, bias, _Form(mean, var, (var + eps).rsqrt(), training, eps))  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Form(NamedTuple):
+    mean: Tensor
+    var: Tensor
+    rate: Tensor
+    training: bool
+    eps: float
+
+
+def _two_pass(x: Tensor) -> tuple[Tensor, Tensor]:
+    dims = _others(x)
+    mean = x.mean(dims)
+    return mean, (x - _wide(mean, x)).square_().mean(dims)
+
+
+def _others(x: Tensor) -> list[int]:
+    return [d for d in range(x.ndim) if d != 1]
+
+
+def _wide(per_channel: Tensor, like: Tensor) -> Tensor:
+    return per_channel.view(1, -1, *[1] * (like.ndim - 2))
+
+
+def _move(mean: Tensor | None, var: Tensor | None, m: Tensor, v: Tensor, count: int, momentum: float) -> None:
+    """Running statistics, as PyTorch moves them: the variance unbiased."""
+    if mean is not None and var is not None:
+        mean.lerp_(m, momentum)
+        var.lerp_(v * (count / max(count - 1, 1)), momentum)
+
+
+class _Statistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var = _two_pass(x)
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        steep = slopes[1] * (2 / count)
+        return torch.addcmul(_wide(slopes[0] / count - steep * mean, x), x, _wide(steep, x))
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, form: _Form) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.form = form
+        y: Tensor = torch.native_batch_norm(x, w, b, form.mean, form.var, False, 0.0, form.eps)[0]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        taken = _Slopes.apply if torch.is_grad_enabled() else _slopes
+        return *taken(slopes[0], x, w, ctx.form), None
+
+
+def _slopes(g: Tensor, x: Tensor, w: Tensor, form: _Form) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the normalisation times g: (of x, of w, of b)."""
+    saved = (form.mean, form.rate) if form.training else (None, None)
+    known = (None, None) if form.training else (form.mean, form.var)
+    of_x, of_w, of_b = torch.ops.aten.native_batch_norm_backward(
+        g, x, w, *known, *saved, form.training, form.eps, (True, True, True)
+    )
+    return of_x, of_w, of_b
+
+
+class _Slopes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, form: _Form) -> tuple[Tensor, Tensor, Tensor]:
+        of_x, of_w, of_b = _slopes(g, x, w, form)
+        ctx.save_for_backward(g, x, w, of_w, of_b)
+        ctx.form = form
+        ctx.set_materialize_grads(False)
+        return of_x, of_w, of_b
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, a: Tensor | None, c: Tensor | None, e: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As the module says; every result is a sum of a, g and x with a factor for each channel."""
+        g, x, w, of_w, of_b = ctx.saved_tensors
+        mean, _, rate, training, _ = ctx.form
+        zero = torch.zeros_like(mean)
+        c, e = zero if c is None else c, zero if e is None else e
+        count, steep = x.numel() // x.shape[1], w * rate
+        a_of, ax_of, ag_of = (zero, zero, zero) if a is None else _means(a, x, g, mean, rate)
+        g_of, gx_of = of_b / count, of_w / count
+        by_g, both = rate * c, zero
+        if training:
+            by_g = by_g - rate * steep * ax_of
+            both = ag_of - a_of * g_of - ax_of * gx_of
+            along, level = c - steep * ax_of, e - steep * a_of
+            bent = steep * rate * gx_of
+            x_of = bent * ax_of - by_g * gx_of - steep * rate * both
+            of_x = _sum((None if a is None else -bent, a), (by_g, g), (x_of, x), bent * a_of - by_g * g_of, mean, rate)
+        else:
+            along, level = c, e
+            both = ag_of
+            of_x = g * _wide(by_g, g)
+        of_g = _sum((None if a is None else steep, a), (None, None), (along, x), level, mean, rate)
+        of_weight = count * rate * both if w.requires_grad and not w.is_leaf else None
+        return of_g, of_x, of_weight, None
+
+
+def _means(a: Tensor, x: Tensor, g: Tensor, mean: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(<a>, <a xh>, <a g>) of each channel."""
+    dims = _others(x)
+    level = a.mean(dims)
+    return level, (a * (x - _wide(mean, x))).mean(dims) * rate, (a * g).mean(dims)
+
+
+def _sum(
+    first: tuple[Tensor | None, Tensor | None],
+    second: tuple[Tensor | None, Tensor | None],
+    normalised: tuple[Tensor, Tensor],
+    level: Tensor,
+    mean: Tensor,
+    rate: Tensor,
+) -> Tensor:
+    """first + second + factor * xh + level, each a factor for every channel times a tensor."""
+    factor, x = normalised
+    slope = factor * rate
+    total = torch.addcmul(_wide(level - slope * mean, x), x, _wide(slope, x))
+    for by, what in (first, second):
+        if by is not None and what is not None:
+            total.addcmul_(what, _wide(by, x))
+    return total
