@@ -15,6 +15,8 @@ CLIENTS: dict[str, dict[str, Any]] = {
     "4 steps": {"update": "delta", "local_steps": 4},
     "4 steps, momentum 0.9": {"update": "delta", "local_steps": 4, "momentum": 0.9, "lr": 0.01},
     "4 steps of Adam": {"update": "delta", "local_steps": 4, "optimizer": "adam", "lr": 1e-3},
+    "1 epoch of 2 minibatches, small lr": {"update": "delta", "minibatch": 2, "lr": 0.001},
+    "2 epochs of 2 minibatches, small lr": {"update": "delta", "minibatch": 2, "epochs": 2, "lr": 0.001},
     "1 epoch of 2 minibatches": {"update": "delta", "minibatch": 2},
     "2 epochs of 2 minibatches": {"update": "delta", "minibatch": 2, "epochs": 2},
 }

@@ -27,8 +27,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 NOTE = (
-    "Eval-mode gradient, labels granted, the attacks' own settings at one number of iterations. PSNR is after these "
-    "few iterations, not what either attack reaches. double_backward takes second derivatives as the peer does, seven "
+    "Eval-mode gradient, labels granted, the attacks' own settings at one number of iterations, TV alike. PSNR is after "
+    "these few iterations, not what either attack reaches. double_backward takes second derivatives as the peer does, seven "
     "times a forward pass in convolutions, by the same oneDNN kernels, so that no rewrite of the rest can be much "
     "faster on a CPU; ours saves the slow forms of convolution and batch normalisation (numerics.second_order), the "
     "matching loss on one long vector (numerics.distance) and unread statistics. frozen_fd needs five passes."
@@ -146,6 +146,8 @@ def run_ours(path: Path, attack: str, steps: int, seed: int, engine: str) -> dic
     )
     name = {"invertinggradients": "inverting_gradients", "seethroughgradients": "grad_inversion"}[attack]
     settings: dict[str, Any] = {"steps": steps, "every": steps, "engine": engine}
+    if name == "inverting_gradients":
+        settings |= {"tv": 0.2}  # the peer's
     if name == "grad_inversion":
         settings |= {"seeds": 1, "consensus": "none"}  # the peer has no group term and runs one seed
     made = ATTACKS[name].make(**settings)

@@ -57,11 +57,11 @@ def test_counts_are_exact_on_random_networks_distinct_and_repeated(name: str, mo
     assert torch.equal(found.targets.sum(0), truth)
 
 
-def test_a_large_batch_on_a_network_of_varied_posteriors_is_counted_by_simulation() -> None:
+def test_a_large_batch_on_a_network_of_varied_posteriors_is_counted_by_likelihood() -> None:
     counts = [9, 0, 6, 1, 0, 4, 2, 0, 7, 3]
     seen, truth = relabelled("small_bn_cnn", counts, "train")
     found = restore.restored_of(seen, restore.by_counts())
-    assert found.rule == "counts: simulated"
+    assert found.rule == "counts: likelihood"
     assert float((found.counts - truth).abs().sum()) <= 2  # one label off at most
     granted = replace(seen, auxiliary=varied_images(seen, 240, seed=99))
     again = restore.restored_of(granted, restore.by_counts())

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frostglass.numerics import label_counts as basics
-from frostglass.numerics import label_learn, label_pool, label_sums
+from frostglass.numerics import label_learn, label_likelihood, label_pool
 from frostglass.numerics.label_counts import Head
 
 Confidence: TypeAlias = Literal["high", "low", "none", "granted"]
@@ -22,7 +22,7 @@ _UNSURE = 0.35  # mean largest posterior below which every image speaks, trained
 _UNTRAINED = 0.45  # share of the loss slope that labels independent of the images would give
 _DIVERSE = 2.0  # variance of the logits over images, relative to that of their means over classes
 _SETTLED = 0.15  # spread of the sum of posteriors below which the identity needs no fit
-_MANY = 100  # classes above which the regression would be too large; there the identity alone is used
+_MANY = 100  # classes above which the covariance would be too large; there the identity alone is used
 _NEARLY_ALL = 0.95  # expected share of labels right that counts as high confidence
 
 
@@ -33,8 +33,8 @@ class Counted:
     Args:
         counts: [k] whole, of sum K; the guess K/C if `confidence` is "none".
         confidence: "high": settled by the equations, or nearly all labels expected right; "low": better than guessing.
-        residual: misfit of the bias identity, relative to what it explains; where the sum of the posteriors was
-            estimated, the share of the labels that rounding moved.
+        residual: misfit of the bias identity, relative to what it explains; where the most likely counts were found,
+            the share of the labels that rounding moved.
         rule: which estimator spoke.
     """
 
@@ -50,7 +50,7 @@ class CountRule:
 
     Args:
         features: [n, d] of other images on the network in the client's mode, None if there are none.
-        groups: features to simulate batches from, asked for once and only if needed (`head.feature_groups`).
+        groups: features to measure moments on, asked for once and only if needed (`head.feature_groups`).
         granted: those images are of the same kind as the private ones (else dummy images).
         distinct: the labels are known to be distinct.
         with_bias: the updates hold a bias gradient.
@@ -65,7 +65,7 @@ class CountRule:
     with_bias: bool = True
     coupled: bool = False
     fresh: bool = False
-    _sums: list[label_sums.SumRule] = field(default_factory=list, repr=False, compare=False)
+    _likelihood: list[label_likelihood.CountLikelihood] = field(default_factory=list, repr=False, compare=False)
     _learned: list[label_learn.LearnedRule | None] = field(default_factory=list, repr=False, compare=False)
 
     def count(self, head: Head) -> Counted:
@@ -83,20 +83,20 @@ class CountRule:
             if head.classes > _MANY or _wobble(head, self.features) < _SETTLED:
                 sure = _wobble(head, self.features) < _SETTLED
                 return Counted(start.counts, "high" if sure else "low", start.residual, "identity")
-            rule = self._sum_rule(head)
-            found = label_sums.apply_sums(rule, head)
-            return Counted(found.counts, "high" if rule.right >= _NEARLY_ALL else "low", found.residual, "simulated")
+            rule = self._likelihood_rule(head)
+            found = label_likelihood.apply_likelihood(rule, head)
+            return Counted(found.counts, "high" if rule.right >= _NEARLY_ALL else "low", found.residual, "likelihood")
         learned = self._rule(head)
         if learned is None or learned.gain_low <= 0:
             return self._guess(head, start.residual, "learned")
         counts, expected, familiar = label_learn.apply(learned, head)
         return Counted(counts, "high" if familiar and expected >= _NEARLY_ALL else "low", start.residual, "learned")
 
-    def _sum_rule(self, head: Head) -> label_sums.SumRule:
-        if not self._sums:
-            distinct = self.distinct and head.examples <= head.classes
-            self._sums.append(label_sums.learn_sums(head, self.groups(), distinct=distinct, with_bias=self.with_bias))
-        return self._sums[0]
+    def _likelihood_rule(self, head: Head) -> label_likelihood.CountLikelihood:
+        if not self._likelihood:
+            known = {"distinct": self.distinct and head.examples <= head.classes, "with_bias": self.with_bias}
+            self._likelihood.append(label_likelihood.learn_likelihood(head, self.groups(), **known))
+        return self._likelihood[0]
 
     def _rule(self, head: Head) -> label_learn.LearnedRule | None:
         if not self._learned:

@@ -147,10 +147,10 @@ def by_counts() -> Restore:
     """The default: counts per class, repeated or not, by what suits the network; never worse than guessing.
 
     One image: exact, from the ratio of weight and bias gradient. An untrained or unsure network: the bias identity,
-    by least squares where posteriors hardly vary, else with their sum regressed on simulated batches (`label_sums`). A
-    trained, confident one, where the identity has almost no signal: a rule learned on simulated batches
-    (`label_learn`), on auxiliary images where granted, else on features made from the layer's weights; if it does not
-    beat the guess there, the guess with confidence "none".
+    by least squares where posteriors hardly vary, else the most likely counts (`label_likelihood`). A trained,
+    confident one, where the identity has almost no signal: a rule learned on simulated batches (`label_learn`), on
+    auxiliary images where granted, else on features made from the layer's weights; if it does not beat the guess
+    there, the guess with confidence "none".
     """
 
     def restore(seen: Observation) -> Restored:
