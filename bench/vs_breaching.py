@@ -27,11 +27,12 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 NOTE = (
-    "Eval-mode gradient, labels granted, the attacks' own settings at one number of iterations, TV alike. PSNR is after "
-    "these few iterations, not what either attack reaches. double_backward takes second derivatives as the peer does, seven "
-    "times a forward pass in convolutions, by the same oneDNN kernels, so that no rewrite of the rest can be much "
-    "faster on a CPU; ours saves the slow forms of convolution and batch normalisation (numerics.second_order), the "
-    "matching loss on one long vector (numerics.distance) and unread statistics. frozen_fd needs five passes."
+    "Eval-mode gradient, labels granted, the attacks' own settings at one number of iterations, TV alike. PSNR is "
+    "after these few iterations, not what either attack reaches. double_backward takes second derivatives as the "
+    "peer does, seven times a forward pass in convolutions, by the same oneDNN kernels, so that no rewrite of the "
+    "rest can be much faster on a CPU; ours saves the slow forms of convolution and batch normalisation "
+    "(numerics.second_order), the matching loss on one long vector (numerics.distance) and unread statistics. "
+    "frozen_fd needs five passes."
 )
 ENGINES = ("double_backward", "frozen_fd")
 

@@ -370,6 +370,14 @@ def test_a_network_that_changes_its_activations_is_not_replayed() -> None:
         assert torch.equal(torch.relu(-x), -x * (x > 0))
 
 
+@pytest.mark.parametrize("kink", [torch.abs, nn.PReLU(), nn.AdaptiveMaxPool2d(4), lambda x: x.clamp(min=0)])
+def test_a_network_with_a_kink_that_is_not_frozen_is_refused(kink: Callable[[Tensor], Tensor]) -> None:
+    from frostglass.attacks.inversion.frozen import Choices
+
+    with pytest.raises(AttackFailed, match="use double_backward"), Choices().recorded():
+        kink(torch.randn(1, 2, 8, 8))
+
+
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 

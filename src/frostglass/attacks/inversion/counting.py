@@ -21,7 +21,7 @@ ENOUGH = 200
 _UNSURE = 0.35  # mean largest posterior below which every image speaks, trained or not
 _UNTRAINED = 0.45  # share of the loss slope that labels independent of the images would give
 _DIVERSE = 2.0  # variance of the logits over images, relative to that of their means over classes
-_SETTLED = 0.15  # spread of the sum of posteriors below which the identity needs no fit
+_SETTLED = 0.05  # spread of the sum of posteriors below which the identity is right by itself
 _MANY = 100  # classes above which the covariance would be too large; there the identity alone is used
 _NEARLY_ALL = 0.95  # expected share of labels right that counts as high confidence
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from frostglass.core.errors import AttackFailed
+
 _Replay: TypeAlias = Callable[[Tensor], Tensor]
 """Input of a layer -> its output under the choice that was recorded."""
 
@@ -40,7 +42,7 @@ class Choices:
     """What every ReLU and max-pooling chose, in the order of their calls.
 
     Known: relu, relu6, leaky_relu, hardtanh, max_pool1d and max_pool2d, as functions or modules. Smooth activations
-    need no record. Other functions with kinks (abs, clamp, max) are not frozen.
+    need no record. A network with other kinks (`UNKNOWN`) is refused.
     """
 
     kept: list[_Replay] = field(default_factory=list)
@@ -128,8 +130,23 @@ _RECORD: dict[str, Callable[..., tuple[Tensor, _Replay]]] = {
 }
 
 
+# fmt: off
+UNKNOWN = frozenset({
+    "abs", "absolute", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "amax", "amin",
+    "clamp", "clamp_max", "clamp_min", "clip", "fmax", "fmin", "fractional_max_pool2d", "fractional_max_pool3d",
+    "hardshrink", "hardsigmoid", "hardswish", "kthvalue", "max", "max_pool3d", "maximum", "median", "min",
+    "minimum", "prelu", "rrelu", "softshrink", "sort", "threshold", "topk",
+})
+# fmt: on
+"""Functions with kinks, or that choose, which are not recorded."""
+
+
 class _Intercept(TorchFunctionMode):
-    """Hands calls of the known functions to `handle`; never in place, as the record must not be overwritten."""
+    """Hands calls of the known functions to `handle`; never in place, as the record must not be overwritten.
+
+    Raises:
+        AttackFailed: a function of `UNKNOWN` was called.
+    """
 
     def __init__(self, handle: Callable[[str, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> None:
         super().__init__()
@@ -140,6 +157,8 @@ class _Intercept(TorchFunctionMode):
     ) -> Any:
         kw = dict(kwargs or {})
         kind = getattr(func, "__name__", "").rstrip("_")
+        if kind in UNKNOWN:
+            raise AttackFailed(f"engine: 'frozen_fd' does not hold the choices of {kind!r} fixed; use double_backward.")
         if kind not in _RECORD or not (args or "input" in kw):
             return func(*args, **kw)
         x, rest = (args[0], args[1:]) if args else (kw.pop("input"), ())
