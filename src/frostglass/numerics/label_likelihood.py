@@ -12,7 +12,7 @@ by their logits only: what they hold beyond that adds next to nothing. Ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -84,7 +84,7 @@ def learn_likelihood(
     for i in range(_CHECKS):
         batch, counts = _simulated(head, pool[i % len(pool)], level, distinct, made)
         wrong += float((apply_likelihood(trial, batch).counts - counts).abs().sum()) / (2 * head.examples)
-    return CountLikelihood(**{**found.__dict__, "right": 1 - wrong / _CHECKS})
+    return replace(found, right=1 - wrong / _CHECKS)
 
 
 def apply_likelihood(rule: CountLikelihood, head: Head) -> Counts:
