@@ -59,7 +59,9 @@ def here(tmp_path, monkeypatch):
 
 class TestEveryBuiltInNetwork:
     def test_the_list(self):
-        assert MODELS.names() == ["imprinted", "lenet", "mlp", "resnet20", "resnet32", "resnet56", "small_bn_cnn"]
+        assert MODELS.names() == [
+            "imprinted", "lenet", "mlp", "resnet18", "resnet20", "resnet32", "resnet56", "small_bn_cnn"
+        ]  # fmt: skip
         assert all(entry.summary for entry in MODELS)
 
     @pytest.mark.parametrize("name", MODELS.names())
@@ -149,6 +151,7 @@ class TestOptions:
         [
             ("small_bn_cnn", {"size": 30}, "multiple of 4"),
             ("resnet20", {"size": 2}, "at least 4"),
+            ("resnet18", {"size": 4}, "at least 8"),
             ("mlp", {"classes": 1}, "model.classes"),
             ("mlp", {"channels": 0}, "model.channels"),
             ("mlp", {"size": 8.0}, "model.size"),
@@ -159,6 +162,7 @@ class TestOptions:
 
     def test_resnet_has_the_published_number_of_parameters(self):
         published = {"resnet20": 269_722, "resnet32": 464_154, "resnet56": 853_018}  # 0.27, 0.46, 0.85 million
+        published["resnet18"] = 11_173_962  # 11.69 million less ImageNet's classes and its wider first kernel
         assert {name: sum(p.numel() for p in make(name).parameters()) for name in published} == published
 
 

@@ -82,7 +82,11 @@ class ConvLayer:
         return (y - column(self.beta)) / column(torch.where(small, torch.full_like(self.gamma, 1e-12), self.gamma))
 
     def backward(
-        self, dy: Float[Tensor, "b o i j"], xhat: Float[Tensor, "b o i j"], deviation: Tensor | None = None
+        self,
+        dy: Float[Tensor, "b o i j"],
+        xhat: Float[Tensor, "b o i j"],
+        deviation: Tensor | None = None,
+        moment: Float[Tensor, " o"] | None = None,
     ) -> Float[Tensor, "b o i j"]:
         """Gradient at y -> gradient at conv(x).
 
@@ -90,6 +94,8 @@ class ConvLayer:
             dy: at y.
             xhat: there; its values where the ReLU is off matter too under "batch", "own" and "group".
             deviation: second of `statistics`, for "group" and "own".
+            moment: for "batch" and "own", the sum of dy xhat over images and places where it is known better than from
+                `xhat`: it is the gradient of gamma.
         """
         if self.norm == "none":
             return dy
@@ -107,7 +113,11 @@ class ConvLayer:
         if self.norm == "fixed":
             return d
         over = (0, 2, 3)
-        return d - d.mean(over, keepdim=True) - xhat * (d * xhat).mean(over, keepdim=True)
+        if moment is None:
+            share = (d * xhat).mean(over, keepdim=True)
+        else:
+            share = column(self.gamma * deviation * moment) / dy[:, 0].numel()
+        return d - d.mean(over, keepdim=True) - xhat * share
 
     def gradient_of_input(self, dz: Float[Tensor, "b o i j"], like: Tensor) -> Float[Tensor, "b c h w"]:
         """Gradient at conv(x) -> gradient at x, shaped as `like`."""

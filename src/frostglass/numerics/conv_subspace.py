@@ -1,20 +1,22 @@
-"""The input of a convolution from its weight gradient alone, up to one factor.
+"""The inputs of a convolution from its weight gradient alone, up to one factor an image.
 
-For one image dL/dW = D P: rows of P are the patches that the convolution reads, one a place, and D [outputs, places] is
-the gradient at its output, which nobody knows. If there are at least as many outputs as places, D has full column rank
-as a rule, so the row space of dL/dW is that of P. Patches overlap, so P is a linear function of the input a, and every
-filter n orthogonal to the row space gives a convolution that vanishes on a:
+For b images dL/dW = D P: rows of P are the patches that the convolution reads, one a place of an image, and D [outputs,
+b places] is the gradient at its output, which nobody knows. If there are at least as many outputs as places of all
+images, D has full column rank as a rule, so the row space of dL/dW is that of P. Patches overlap, so those of one image
+are a linear function of its input a, and every filter n orthogonal to the row space gives a convolution that vanishes:
 
     conv(a, n) = 0   for all n with dL/dW n = 0.
 
-These are linear, homogeneous equations in a, many more than unknowns; their solution is a, up to a factor. Neither
-labels nor anything behind the convolution is needed. BatchNorm in train mode takes the mean over places out of each row
-of D, so one direction is lost; the filtered map is then constant over places instead of zero. Frostglass's own method;
-the use of shifts is that of ESPRIT (Roy & Kailath 1989), the row space that of SPEAR (Dimitrov et al. 2024).
+These are linear, homogeneous equations in a, many more than unknowns; their solutions are the inputs of the b images
+and all mixtures of them, among which the inputs are the sparse non-negative ones (`nonnegative_rays`). Neither labels
+nor anything behind the convolution is needed. BatchNorm in train mode takes the mean over places and images out of each
+row of D, so one direction is lost; the filtered map is then constant over places instead of zero. Frostglass's own
+method; the use of shifts is that of ESPRIT (Roy & Kailath 1989), the row space that of SPEAR (Dimitrov et al. 2024).
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,34 +26,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from frostglass.core.randomness import Rng
 from frostglass.numerics.conv_layer import ConvLayer
+from frostglass.numerics.nonnegative_rays import rays
 
 NOISE = 1e-6
 """Singular values of the row-normalised gradient below this share of the largest are rounding (float32 leaves 1e-7)."""
 
 UNIQUE = 1e-3
-"""Largest ratio of the two smallest eigenvalues for which the solution counts as unique."""
+"""Largest ratio of what the worst solution misses and what the next vector misses, for which b solutions are all."""
+
+ITERATIONS = 400
+"""Of the eigenvalue solver, at the most."""
 
 
 @dataclass(frozen=True, eq=False)
-class Shape:
+class Shapes:
     """What was found.
 
     Args:
-        inputs: [1, c, h, w] of norm 1; the sign makes the sum positive, as the values of a ReLU are.
-        least, next_least: eigenvalues of the equations; the first is 0 up to noise, the second is not.
+        inputs: [b, c, h, w], in no particular order, each of norm 1 and with a positive sum, as a ReLU's values have.
+        least, next_least: squared distance from fulfilling the equations, as a share, of the worst solution and of the
+            next vector; the first is 0 up to noise, the second is not.
         rank: of the weight gradient.
     """
 
-    inputs: Float[Tensor, "1 c h w"]
+    inputs: Float[Tensor, "b c h w"]
     least: float
     next_least: float
     rank: int
-
-    @property
-    def unique(self) -> bool:
-        """The equations have one solution."""
-        return self.least < UNIQUE * self.next_least
 
 
 def places(layer: ConvLayer, size: tuple[int, int]) -> int:
@@ -63,58 +66,91 @@ def places(layer: ConvLayer, size: tuple[int, int]) -> int:
     return rows * columns
 
 
-def shape_of_input(
-    layer: ConvLayer, grad_weight: Float[Tensor, "o c kh kw"], size: tuple[int, int], *, centred: bool, start: Tensor
-) -> Shape | None:
+def shapes_of_inputs(
+    layer: ConvLayer,
+    grad_weight: Float[Tensor, "o c kh kw"],
+    size: tuple[int, int],
+    examples: int,
+    *,
+    centred: bool,
+    rng: Rng,
+) -> Shapes | None:
     """Solves conv(a, n) = 0 for all filters n that the gradient does not contain.
 
     Args:
         layer: the convolution, in float64.
-        grad_weight: observed, for one image.
+        grad_weight: observed, for `examples` images.
         size: (h, w) of the input.
-        centred: True if the mean over places is missing from D (BatchNorm in train mode).
-        start: [c h w] of the iteration.
+        examples: images.
+        centred: True if the mean over places and images is missing from D (BatchNorm in train mode).
+        rng: of starting points.
 
     Returns:
-        None if the gradient has not the rank that the number of places gives it, or the iteration does not end.
+        None if the gradient has not the rank that the number of places gives it, the equations have more solutions than
+        images, or these were not told apart.
     """
     rows = grad_weight.flatten(1)
     norms = rows.norm(dim=1, keepdim=True)
     used = rows[norms[:, 0] > 1e-12 * norms.max()]
     _, values, right = torch.linalg.svd(used / used.norm(dim=1, keepdim=True), full_matrices=False)
     rank = int((values > NOISE * values[0]).sum())
-    wanted = places(layer, size) - int(centred)
+    wanted = examples * places(layer, size) - int(centred)
     if rank < wanted:
         return None
-    return _least(layer, right[:wanted], size, centred, start, rank)
+    missed, basis = _solutions(layer, right[:wanted], size, examples, centred, rng)
+    least, next_least = float(missed[examples - 1]), float(missed[examples])
+    if not least < UNIQUE * next_least:
+        return None
+    apart = rays(basis, rng.at("rays").generator())
+    if apart is None:
+        return None
+    return Shapes(apart.T.reshape(examples, -1, *size), least, next_least, rank)
 
 
-def _least(
-    layer: ConvLayer, contained: Tensor, size: tuple[int, int], centred: bool, start: Tensor, rank: int
-) -> Shape | None:
-    """The two smallest eigenvalues of |P a|^2 - |P a contained^T|^2, both after centring if asked for."""
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+def _solutions(
+    layer: ConvLayer, contained: Tensor, size: tuple[int, int], examples: int, centred: bool, rng: Rng
+) -> tuple[Tensor, Tensor]:
+    """(what each of the first `examples` + 1 vectors misses, the first `examples` of them as columns [c h w, b]).
+
+    Patches that fit together are one subspace, those whose rows the gradient contains another; solutions lie in both.
+    They are the eigenvectors, at 1, of the projection on the one, the other and the one again.
+    """
+    from scipy.sparse.linalg import LinearOperator, lobpcg
 
     c, kh, kw = layer.weight.shape[1:]
-    filters = contained.view(-1, c, kh, kw)
-    every = torch.eye(c * kh * kw, dtype=filters.dtype).view(-1, c, kh, kw)
-    shape = (1, c, *size)
+    bank, shape, kernel = contained.view(-1, c, kh, kw), (-1, c, *size), (kh, kw)
+    geometry = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
 
-    def square(a: Tensor, bank: Tensor) -> Tensor:
+    def unfolded(a: Tensor) -> Tensor:
+        return functional.unfold(a, kernel, **geometry)
+
+    def folded(patches: Tensor) -> Tensor:
+        return functional.fold(patches, size, kernel, **geometry)
+
+    # An entry that k patches read counts k times; entries that none reads are 0 and stay so.
+    weight = folded(unfolded(torch.ones(1, c, *size, dtype=bank.dtype))).sqrt().clamp_min(1e-300)
+
+    def project(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+        a = torch.from_numpy(np.ascontiguousarray(vectors.T)).view(shape) / weight
         seen = functional.conv2d(a, bank, None, layer.stride, layer.padding, layer.dilation)
-        seen = seen - seen.mean((2, 3), keepdim=True) if centred else seen
-        return torch.nn.grad.conv2d_input(shape, bank, seen, layer.stride, layer.padding, layer.dilation)
-
-    def apply(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        a = torch.from_numpy(np.ascontiguousarray(vector)).view(shape)
-        return (square(a, every) - square(a, filters)).flatten().numpy()
+        out = torch.zeros_like(a)
+        if centred:
+            seen = seen - seen.mean((2, 3), keepdim=True)
+            patches = unfolded(a)
+            out = folded(patches.mean(2, keepdim=True).expand_as(patches))
+        out = out + torch.nn.grad.conv2d_input(a.shape, bank, seen, layer.stride, layer.padding, layer.dilation)
+        made: NDArray[np.float64] = (out / weight).flatten(1).numpy().T
+        return made
 
     count = c * size[0] * size[1]
-    operator = LinearOperator((count, count), matvec=apply, dtype=np.float64)
-    try:
-        values, vectors = eigsh(operator, k=2, which="SA", v0=start.numpy(), ncv=min(count - 1, 60), maxiter=200)
-    except ArpackNoConvergence:
-        return None
-    found = torch.from_numpy(vectors[:, int(values.argmin())].copy()).view(shape)
-    total = float(found.sum())
-    return Shape(found if total >= 0 else -found, float(values.min()), float(values.max()), rank)
+    operator = LinearOperator(
+        (count, count), matvec=lambda v: project(v.reshape(-1, 1))[:, 0], matmat=project, dtype=np.float64
+    )
+    start = rng.at("start").numpy().standard_normal((count, examples + 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # not all converged: what a vector misses tells by itself
+        values, vectors = lobpcg(operator, start, largest=True, maxiter=ITERATIONS, tol=1e-9)
+    order = np.argsort(-values)
+    missed = torch.from_numpy(1 - values[order][: examples + 1].copy()).clamp_min(0)
+    found = torch.from_numpy(np.ascontiguousarray(vectors[:, order[:examples]].T)).view(shape) / weight
+    return missed, found.flatten(1).T

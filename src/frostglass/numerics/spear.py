@@ -21,7 +21,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from frostglass.numerics.spear_cells import fit_cells, outer_rows, smallest_directions, sparse_directions, unit_rows
+from frostglass.numerics.spear_cells import (
+    distinct,
+    first_of_kind,
+    fit_cells,
+    isotropic_frame,
+    outer_rows,
+    smallest_directions,
+    sparse_directions,
+    unit_rows,
+)
 from frostglass.numerics.spear_problem import SpearProblem, mean_coordinates, prepare, zero_level
 from frostglass.numerics.spear_proof import SpearResult, SpearState, assemble, empty_state, independent, polish, solve
 
@@ -44,14 +53,14 @@ def search(problem: SpearProblem, state: SpearState | None, generator: torch.Gen
         return state
     if problem.size == 1:
         return _merge(problem, state, torch.ones(1, 1, dtype=torch.float64))
-    frame = _isotropic_frame(problem.left[problem.live])
+    frame = isotropic_frame(problem.left[problem.live])
     rows = unit_rows(problem.left[problem.live] @ frame)
     starts = unit_rows(torch.randn(samples, problem.size, generator=generator, dtype=torch.float64))
     power = 0.5 * (torch.rand(samples, generator=generator) < 0.5).double()
     avoid = _avoid(state, frame, samples, generator)
     rough = sparse_directions(rows, starts, power, avoid, first=0.3, last=0.02, steps=18)
     known = torch.linalg.solve(frame, state.directions[state.agreement > TRUSTED].T).T
-    rough = _distinct(rough, unit_rows(known), 0.98)[: 4 * problem.size]
+    rough = distinct(rough, unit_rows(known), 0.98)[: 4 * problem.size]
     fine = torch.cat([rough, _follow_cells(problem, rows, rough)])
     floor = (
         float(problem.tolerance * zero_level(problem, unit_rows(fine @ frame.T))[:, problem.live].median())
@@ -67,20 +76,6 @@ def search(problem: SpearProblem, state: SpearState | None, generator: torch.Gen
         return state
     # all images of a complete set at once are sharper than cells: where units are few, the set heals over the calls
     return _merge(problem, state, polish(problem, solve(problem, state.directions[chosen].T)).T)
-
-
-def _isotropic_frame(rows: Float[Tensor, "l r"]) -> Float[Tensor, "r r"]:
-    """T such that the rows of A T, scaled to length 1, have no preferred direction (Tyler's scatter estimate).
-
-    Images share much of their gradient: without this most rows point one way, and every q across it looks sparse.
-    """
-    scatter, size = torch.eye(rows.shape[1], dtype=rows.dtype), rows.shape[1]
-    for _ in range(30):
-        weight = (rows @ torch.linalg.inv(scatter) * rows).sum(1).clamp_min(1e-300)
-        scatter = rows.T @ (rows / weight[:, None])
-        scatter = scatter * (size / scatter.trace()) + 1e-9 * torch.eye(size, dtype=rows.dtype)
-    values, vectors = torch.linalg.eigh(scatter)
-    return (vectors / values.sqrt()) @ vectors.T
 
 
 def _avoid(
@@ -102,23 +97,6 @@ def _avoid(
     )
     by_image = (kind > 0.5).double() * subset.clamp_min(0.3) @ outer_rows(unit_rows(state.coordinates[kept] @ frame))
     return (by_direction + by_image).view(-1, size, size)
-
-
-def _distinct(q: Float[Tensor, "n r"], known: Float[Tensor, "k r"], same: float) -> Float[Tensor, "m r"]:
-    """Rows of q that differ from `known` and from each other (|cosine| <= same), the earlier one kept."""
-    if len(known):
-        q = q[(q @ known.T).abs().amax(1) <= same]
-    return q[_first_of_kind(q, same)]
-
-
-def _first_of_kind(q: Float[Tensor, "n r"], same: float) -> Bool[Tensor, " n"]:
-    """Mask of the rows without an earlier kept row at |cosine| > same."""
-    close = torch.triu((q @ q.T).abs() > same, diagonal=1)
-    keep = torch.ones(len(q), dtype=torch.bool)
-    for i in range(len(q)):
-        if keep[i]:
-            keep &= ~close[i]
-    return keep
 
 
 def _signs(problem: SpearProblem, active: Bool[Tensor, "n l"]) -> Float[Tensor, "n h"]:
@@ -157,7 +135,7 @@ def _merge(problem: SpearProblem, state: SpearState, q: Float[Tensor, "n r"]) ->
         zero = (q @ rows.T).abs() <= problem.tolerance * zero_level(problem, q)[:, problem.live] + 1e-5
         zero = zero[zero.sum(1) >= size + 2]
         q = smallest_directions(zero.double(), outer_rows(rows), size)
-    first = _score(problem, rows, _distinct(q, state.directions, SAME))
+    first = _score(problem, rows, distinct(q, state.directions, SAME))
     inactive = (first[1] @ problem.forward.T + problem.bias)[:, problem.live] <= 0
     again = smallest_directions(inactive.double(), outer_rows(rows), size) if size > 1 else q[:0]
     second = _score(problem, rows, again[(inactive.sum(1) >= size + 2)[: len(again)]])
@@ -167,7 +145,7 @@ def _merge(problem: SpearProblem, state: SpearState, q: Float[Tensor, "n r"]) ->
     level = problem.tolerance * zero_level(problem, directions)[:, problem.live]
     zeros = ((directions @ rows.T).abs() <= level).double().mean(1)
     order = (agreement + 0.1 * zeros).argsort(descending=True, stable=True)
-    order = order[_first_of_kind(directions[order], SAME)][: 4 * size]
+    order = order[first_of_kind(directions[order], SAME)][: 4 * size]
     return replace(state, directions=directions[order], coordinates=coordinates[order], agreement=agreement[order])
 
 

@@ -6,7 +6,7 @@ All functions work on n candidates at once; h rows (units), r dimensions (images
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 PENALTY = 10.0  # weight of the avoided directions against a Gram matrix of trace 1
@@ -21,6 +21,37 @@ def unit_rows(x: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
 def outer_rows(x: Float[Tensor, "n r"]) -> Float[Tensor, "n rr"]:
     """The outer product of each row with itself, flattened: a weighted Gram matrix becomes one matrix product."""
     return (x[:, :, None] * x[:, None, :]).flatten(1)
+
+
+def isotropic_frame(rows: Float[Tensor, "l r"]) -> Float[Tensor, "r r"]:
+    """T such that the rows of A T, scaled to length 1, have no preferred direction (Tyler's scatter estimate).
+
+    Images share much of their gradient: without this most rows point one way, and every q across it looks sparse.
+    """
+    scatter, size = torch.eye(rows.shape[1], dtype=rows.dtype), rows.shape[1]
+    for _ in range(30):
+        weight = (rows @ torch.linalg.inv(scatter) * rows).sum(1).clamp_min(1e-300)
+        scatter = rows.T @ (rows / weight[:, None])
+        scatter = scatter * (size / scatter.trace()) + 1e-9 * torch.eye(size, dtype=rows.dtype)
+    values, vectors = torch.linalg.eigh(scatter)
+    return (vectors / values.sqrt()) @ vectors.T
+
+
+def distinct(q: Float[Tensor, "n r"], known: Float[Tensor, "k r"], same: float) -> Float[Tensor, "m r"]:
+    """Rows of q that differ from `known` and from each other (|cosine| <= same), the earlier one kept."""
+    if len(known):
+        q = q[(q @ known.T).abs().amax(1) <= same]
+    return q[first_of_kind(q, same)]
+
+
+def first_of_kind(q: Float[Tensor, "n r"], same: float) -> Bool[Tensor, " n"]:
+    """Mask of the rows without an earlier kept row at |cosine| > same."""
+    close = torch.triu((q @ q.T).abs() > same, diagonal=1)
+    keep = torch.ones(len(q), dtype=torch.bool)
+    for i in range(len(q)):
+        if keep[i]:
+            keep &= ~close[i]
+    return keep
 
 
 def smallest_directions(weights: Float[Tensor, "n h"], outer: Float[Tensor, "h rr"], size: int) -> Float[Tensor, "n r"]:

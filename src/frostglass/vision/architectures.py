@@ -196,3 +196,69 @@ def resnet32(*, classes: int, channels: int, size: int) -> nn.Module:
 def resnet56(*, classes: int, channels: int, size: int) -> nn.Module:
     """Residual network of 56 layers for small images; parameters are named as in the published CIFAR-10 weights."""
     return _cifar_resnet(56, classes, channels, size)
+
+
+class _Basic(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut, which is a 1 x 1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        changed = stride != 1 or inputs != outputs
+        projection = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut: nn.Module = projection if changed else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class _SmallStemResNet18(nn.Module):
+    """Four stages of two blocks behind a 3 x 3 convolution."""
+
+    def __init__(self, classes: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.normalise = Normalise(*usual_constants(channels))
+        self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        widths = [width << max(stage - 1, 0) for stage in range(5)]
+        self.stages = nn.ModuleList(
+            nn.Sequential(_Basic(inputs, outputs, 1 if stage == 0 else 2), _Basic(outputs, outputs, 1))
+            for stage, (inputs, outputs) in enumerate(pairwise(widths))
+        )
+        self.linear = nn.Linear(widths[-1], classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        x = torch.relu(self.bn1(self.conv1(self.normalise(images))))
+        for stage in self.stages:
+            x = stage(x)
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
+@MODELS.register(paper="He et al. 2016, CVPR")
+def resnet18(*, classes: int, channels: int, size: int, width: int = 64) -> nn.Module:
+    """ResNet-18 with a 3 x 3 first convolution and no pooling behind it, as usual for CIFAR and Tiny ImageNet.
+
+    ImageNet's, with its 7 x 7 convolution, is "torchvision:resnet18".
+
+    Args:
+        classes: outputs.
+        channels: of the images.
+        size: of the images, at least 8.
+        width: channels of the first stage; the last has eight times as many.
+
+    Raises:
+        BadInput: images too small, or no positive width.
+    """
+    if size < 8:
+        raise BadInput(f"model.size: {size} must be at least 8 for 'resnet18'; give the data a larger size.")
+    if width < 1:
+        raise BadInput(f"model.width: {width} must be at least 1; 64 is usual.")
+    return _SmallStemResNet18(classes, channels, width)

@@ -1,4 +1,4 @@
-"""Peeling a residual network for one image: exact activations from the top down, then pixels that fit them."""
+"""Peeling a residual network: exact activations of each image from the top down, then pixels that fit them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from frostglass.attacks.analytic.activation_fit import goals_of, mismatch
 from frostglass.attacks.analytic.fallback import alone, matching_objective
 from frostglass.attacks.analytic.proof import prove
-from frostglass.attacks.analytic.residual_graph import Graph
 from frostglass.attacks.analytic.residual_peel import Peeled, peel_down
 from frostglass.attacks.analytic.residual_problem import Prepared, prepare, problems_of
 from frostglass.attacks.inversion.machine import Inversion, InversionState
@@ -44,19 +43,21 @@ class ResidualState:
         stage: "algebra", "pixels", "matching" (where the algebra did not reach far enough) or "over".
         told: what the algebra found, for the report.
         goals: activations that pixels are fitted to, by node.
-        z: [1, c, h, w] pixels in the domain's normalised space; rule: state of Adam; iteration: of either fit.
-        best, best_loss: the pixels at their lowest loss.
+        targets: [b, k] in the order of the images that the algebra found.
+        z: [b, c, h, w] pixels in the domain's normalised space; rule: state of Adam; iteration: of either fit.
+        best, best_loss: [b, c, h, w] and [b], each image's pixels at their lowest loss.
         matching: state of the gradient matching.
     """
 
     stage: str
     told: dict[str, float | int | str | bool]
     goals: dict[int, Tensor]
-    z: Float[Tensor, "1 c h w"]
+    targets: Float[Tensor, "b k"]
+    z: Float[Tensor, "b c h w"]
     rule: Any
     iteration: int
-    best: Float[Tensor, "1 c h w"]
-    best_loss: Tensor
+    best: Float[Tensor, "b c h w"]
+    best_loss: Float[Tensor, " b"]
     matching: InversionState
 
 
@@ -89,15 +90,17 @@ class PeelResidual:
         """Nothing solved; grey pixels."""
         self._prepared(seen, run)
         like = torch.zeros((), dtype=run.dtype, device=run.device)
-        z = 0.01 * run.rng.at("pixels").normal((1, *seen.image_shape), like=like)
-        best_loss = torch.full_like(like, math.inf)
+        assert seen.examples
+        z = 0.01 * run.rng.at("pixels").normal((seen.examples, *seen.image_shape), like=like)
+        targets = torch.zeros(seen.examples, seen.classes)
+        best_loss = like.new_full((seen.examples,), math.inf)
         matching = self.fallback.init(seen, alone(run))
-        return ResidualState("algebra", {}, {}, z, self.update.init(z), 0, z.clone(), best_loss, matching)
+        return ResidualState("algebra", {}, {}, targets, z, self.update.init(z), 0, z.clone(), best_loss, matching)
 
     def step(self, seen: Observation, state: ResidualState, run: Runtime, t: int) -> tuple[ResidualState, Scalars]:
         """The whole algebra, or one iteration of a fit."""
         if state.stage == "algebra":
-            return self._algebra(self._prepared(seen, run), state, run)
+            return self._algebra(seen, self._prepared(seen, run), state)
         if state.stage == "pixels":
             return self._pixels(seen, self._prepared(seen, run), state, run)
         if state.stage == "matching":
@@ -112,21 +115,20 @@ class PeelResidual:
     def read(self, seen: Observation, state: ResidualState) -> Reconstruction:
         """The best pixels, and how far the algebra came; none of it uses the private image."""
         run = Runtime(device=state.z.device, dtype=state.z.dtype)
-        targets = _targets(seen, self._prepared(seen, run).graph)
         if not state.goals:
             found = self.fallback.read(seen, state.matching)
             return replace(found, info={**found.info, **state.told})
         images = seen.domain.clamp(seen.domain.denormalise(state.best))
-        told = {**state.told, "pixel_loss": float(state.best_loss)}
+        told = {**state.told, "pixel_loss": float(state.best_loss.mean())}
         proof = prove(seen, images) if told["certificate"] else None
         if proof is not None:
             told["recomputed_gradient_error"] = proof.error
         return Reconstruction(
             images=images.float().cpu(),
-            proved=torch.full((1,), proof is not None and proof.holds, dtype=torch.bool),
-            objective=self.objective_of(seen, images, targets, run),
-            targets=targets,
-            label_counts=None if seen.labels is not None else targets.sum(0),
+            proved=torch.full((len(images),), proof is not None and proof.holds, dtype=torch.bool),
+            objective=self.objective_of(seen, images, state.targets, run),
+            targets=state.targets,
+            label_counts=None if seen.labels is not None else state.targets.sum(0),
             info=told,
         )
 
@@ -142,7 +144,7 @@ class PeelResidual:
             self._held[seen] = held
         return held[2]
 
-    def _algebra(self, prepared: Prepared, state: ResidualState, run: Runtime) -> tuple[ResidualState, Scalars]:
+    def _algebra(self, seen: Observation, prepared: Prepared, state: ResidualState) -> tuple[ResidualState, Scalars]:
         found = peel_down(prepared.sent)
         told = _told(found)
         reached = told["certificate"] and _fine_enough(prepared, found, state.z.shape[2])
@@ -154,7 +156,8 @@ class PeelResidual:
             )
         stage = "pixels" if goals else "matching"
         scalars = {"features_error": found.features_error} if math.isfinite(found.features_error) else {}
-        return replace(state, stage=stage, goals=goals, told=told), scalars
+        targets = state.targets if found.errors is None else _targets(seen, found.errors)
+        return replace(state, stage=stage, goals=goals, told=told, targets=targets), scalars
 
     def _pixels(
         self, seen: Observation, prepared: Prepared, state: ResidualState, run: Runtime
@@ -166,7 +169,7 @@ class PeelResidual:
             reached = mismatch(prepared.graph, prepared.model, state.goals, domain.denormalise(z))
             prior = total_variation(z)
             weight = falling(self.tv_start, self.tv)(t, self.pixel_steps) if self.tv else 0.0
-            slope = torch.autograd.grad(reached + weight * prior, z)[0]
+            slope = torch.autograd.grad(reached.sum() + len(z) * weight * prior, z)[0]
         change, rule = self.update.apply(slope, state.rule, StepInfo(t, self.pixel_steps, run.rng.at("step", t)))
         low, high = (domain.normalise(torch.full_like(z[:1, :1], v)) for v in (domain.low, domain.high))
         better = reached.detach() < state.best_loss
@@ -174,22 +177,21 @@ class PeelResidual:
             state,
             z=torch.minimum(torch.maximum(z.detach() + change, low), high),
             rule=rule,
-            best=torch.where(better, z.detach(), state.best),
+            best=torch.where(better.view(-1, 1, 1, 1), z.detach(), state.best),
             best_loss=torch.where(better, reached.detach(), state.best_loss),
         )
-        return self._counted(new), {"pixel_loss": reached.detach(), "tv": prior.detach()}
+        return self._counted(new), {"pixel_loss": reached.detach().mean(), "tv": prior.detach()}
 
     def _counted(self, state: ResidualState) -> ResidualState:
         done = state.iteration + 1
         return replace(state, iteration=done, stage="over" if done == self.pixel_steps else state.stage)
 
 
-def _targets(seen: Observation, graph: Graph) -> Tensor:
-    """[1, k]: granted, or the class whose bias gradient is least (iDLG's rule, exact for one image)."""
-    if seen.labels is not None:
+def _targets(seen: Observation, errors: Tensor) -> Tensor:
+    """[b, k]: the class whose logit has the least gradient (iDLG's rule, exact for each image); a lone granted row."""
+    if seen.labels is not None and len(errors) == 1:
         return seen.labels.float().cpu()
-    least = seen.gradients[f"{graph.head_name}.bias"].argmin()
-    return torch.nn.functional.one_hot(least, seen.classes)[None].float().cpu()
+    return torch.nn.functional.one_hot(errors.argmin(1), seen.classes).float()
 
 
 def _told(found: Peeled) -> dict[str, float | int | str | bool]:
@@ -221,13 +223,15 @@ def _fine_enough(prepared: Prepared, found: Peeled, size: int) -> bool:
 def peel_residual(
     *, steps: int = 2000, lr: float = 0.4, tv: float = 1e-5, tv_start: float = 0.07, every: int = 50
 ) -> PeelResidual:
-    """One image out of a residual network's gradient: exact activations by linear algebra, then pixels that fit them.
+    """Images out of a residual network's gradient: exact activations by linear algebra, then pixels that fit them.
 
-    The row space of the last convolution's gradient gives what it read, overlapping patches settle it up to one factor,
-    and every layer below is a linear least-squares problem for as long as its gradient has as many equations as
-    unknowns. It works on trained networks and on images that the network is sure of, where gradient matching fails, and
-    in train mode if the batch's BatchNorm statistics are granted. Where it does not reach activations fine enough,
-    gradient matching (`thaw`) takes over and the report says so.
+    The row space of the last convolution's gradient gives what it read: overlapping patches leave one factor an image,
+    and the ReLU's zeros tell images apart. Every layer below is a linear least-squares problem for as long as its
+    gradient has as many equations as unknowns. The batch may have as many images as their places there fit into the
+    channels: 32 in a ResNet-18 for CIFAR (16 places, 512 channels), one in a ResNet-20. It works on trained networks
+    and on images that the network is sure of, where gradient matching fails, and in train mode if the batch's BatchNorm
+    statistics are granted. Where it does not reach activations fine enough, gradient matching (`thaw`) takes over and
+    the report says so.
 
     Args:
         steps: iterations on the pixels.

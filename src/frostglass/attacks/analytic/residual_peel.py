@@ -1,6 +1,6 @@
-"""The algebra of `peel_residual`: activations of a residual network, from its top down, out of one image's gradient.
+"""The algebra of `peel_residual`: activations of a residual network, from its top down, out of a batch's gradient.
 
-The last convolution's input comes from the row space of its gradient (`numerics.conv_subspace`), and with it the
+The last convolution's inputs come from the row space of its gradient (`numerics.conv_subspace`), and with them the
 gradient at that convolution's output. From there every weight gradient below is a linear system for what its
 convolution reads, as long as it has as many equations as unknowns, and the chain rule gives the gradient at the next
 output.
@@ -19,40 +19,48 @@ from frostglass.attacks.analytic.residual_graph import Node
 from frostglass.attacks.analytic.residual_solve import ACTIVE, EXACT, Sent, active_of, corrected, solve
 from frostglass.numerics import conv_peel
 from frostglass.numerics.conv_layer import ConvLayer
-from frostglass.numerics.conv_subspace import shape_of_input
+from frostglass.numerics.conv_subspace import shapes_of_inputs
 
-USABLE = 2e-2
+SURE = 1e-2
+"""Share of an image's largest value above which a unit was on whatever the noise."""
+
+USABLE = 1e-4
 """Relative residual of a layer beyond which it and all below are left to the fit of the pixels."""
 
 
 @dataclass
 class Peeled:
-    """What was recovered, by index of the node.
+    """What was recovered, by index of the node; b images in one order throughout.
 
     Args:
         values: activations after the ReLU, as solved: inactive ones are around 0, not at it.
         above: gradient of the loss at them, as far as it was needed.
         residuals: by name of the convolution that was solved.
+        dz: gradient at the output of the last convolution.
         problem: why nothing was recovered, "" if something was.
-        features_error: relative distance of the last node's mean to what the head read; not used in solving.
+        errors: [b, k] gradient of the loss at the logits, once the last node is known.
+        features_error: relative distance of the head's weight gradient to what `errors` and the last node's means give;
+            not used in solving.
     """
 
     values: dict[int, Tensor] = field(default_factory=dict)
     above: dict[int, Tensor] = field(default_factory=dict)
     residuals: dict[str, float] = field(default_factory=dict)
+    dz: Tensor = field(default_factory=lambda: torch.zeros(0))
     problem: str = ""
+    errors: Tensor | None = None
     features_error: float = math.nan
 
 
 def peel_down(sent: Sent) -> Peeled:
     """Recovers activations from the top down, until a gradient has fewer equations than unknowns."""
     nodes = sent.graph.nodes
-    top = len(nodes) - 1
+    first = nodes[-1].reads
     found = Peeled()
     if not _top(sent, found):
         return found
     deltas: dict[int, Tensor] = {}
-    for i in range(nodes[top].reads, -1, -1):
+    for i in range(first, -1, -1):
         if i not in found.values:
             continue
         _complete(sent, found, deltas, i)
@@ -61,6 +69,8 @@ def peel_down(sent: Sent) -> Peeled:
             break
         if not _descend(sent, found, deltas, i):
             break
+        if i == first and sent.layer(nodes[-1]).norm != "batch" and not _fix_scale(sent, found, i):
+            break
     return found
 
 
@@ -68,20 +78,17 @@ def _top(sent: Sent, found: Peeled) -> bool:
     """Input of the last convolution, the gradient at its output, and what follows for the input."""
     node = sent.graph.nodes[-1]
     assert node.unit is not None
-    _, d, i, j = (1, *node.shape)
-    head = (sent.error @ sent.graph.head.weight.detach().double().cpu())[0] / (i * j)
-    solved = _by_subspace(sent, node, head)
+    solved = _by_subspace(sent, node)
     if solved is None:
         found.problem = (
             f"the gradient of {node.unit.name!r} does not determine what it reads: fewer independent channels than "
-            "places, noise, or more than one image"
+            "places, noise, or another number of images than was granted"
         )
         return False
-    inputs, dz, residual = solved
+    inputs, found.dz, residual = solved
     found.residuals[node.unit.name] = residual
     found.values[node.reads] = inputs
-    found.above[node.reads] = sent.layer(node).gradient_of_input(dz, inputs)
-    found.above[len(sent.graph.nodes) - 1] = head.view(1, d, 1, 1).expand(1, d, i, j)
+    found.above[node.reads] = sent.layer(node).gradient_of_input(found.dz, inputs)
     return True
 
 
@@ -90,38 +97,82 @@ def _output(layer: ConvLayer, read: Tensor) -> Tensor:
     return layer.scaled(layer.standardise(layer.conv(read)))
 
 
-def _by_subspace(sent: Sent, node: Node, head: Tensor | None) -> tuple[Tensor, Tensor, float] | None:
-    """(input, gradient at the output, relative residual) without knowing anything above; None if undetermined."""
+def _by_subspace(sent: Sent, node: Node) -> tuple[Tensor, Tensor, float] | None:
+    """(inputs, gradient at the output, relative residual) without knowing anything above; None if undetermined.
+
+    Unless BatchNorm's statistics of the batch are known, inputs are right up to a factor an image, and gradients up to
+    its inverse.
+    """
     layer, gradient = sent.layer(node), sent.gradient(node)
     assert node.unit is not None
-    by_batch = layer.norm == "batch"
-    shape = shape_of_input(layer, gradient, node.unit.size, centred=by_batch, start=sent.start)
-    if shape is None or not shape.unique:
+    by_batch, b = layer.norm == "batch", sent.examples
+    shapes = shapes_of_inputs(layer, gradient, node.unit.size, b, centred=by_batch, rng=sent.rng.at(node.unit.name))
+    if shapes is None:
         return None
+    inputs = shapes.inputs
+    if by_batch:  # the factors are those under which the outputs have the batch's means
+        zero = layer.conv(torch.zeros_like(inputs[:1])).mean((0, 2, 3))
+        means = (layer.conv(inputs).mean((2, 3)) - zero).T / b
+        factors = torch.linalg.lstsq(means, (layer.mean - zero)[:, None], driver="gelsd").solution
+        inputs = inputs * factors.view(b, 1, 1, 1)
     kernel = tuple(layer.weight.shape[2:])
-    patches = functional.unfold(shape.inputs, kernel, layer.dilation, layer.padding, layer.stride)[0].T
+    patches = functional.unfold(inputs, kernel, layer.dilation, layer.padding, layer.stride)
+    patches = patches.transpose(1, 2).flatten(0, 1)
     patches = patches - patches.mean(0) if by_batch else patches
-    dz = gradient.flatten(1) @ torch.linalg.pinv(patches, rtol=1e-9)
-    factor = _factor(layer, shape.inputs, dz, head)
-    inputs, dz = shape.inputs * factor, (dz / factor).view(1, *node.shape)
+    dz = (gradient.flatten(1) @ torch.linalg.pinv(patches, rtol=1e-9)).view(-1, b, *node.shape[1:]).transpose(0, 1)
     residual = float((layer.gradient_of_weight(inputs, dz) - gradient).norm() / gradient.norm())
     return (inputs, dz, residual) if math.isfinite(residual) else None
 
 
-def _factor(layer: ConvLayer, inputs: Tensor, dz: Tensor, head: Tensor | None) -> float:
-    """Of the inputs: from the batch's variance, or from the gradient behind the ReLU that the head gives."""
-    if layer.norm == "batch":
-        spread = layer.conv(inputs).std((0, 2, 3), correction=0)
-        used = spread > 1e-3 * spread.max()
-        return float((layer.var.sqrt() / spread)[used].median())
-    assert head is not None
-    slope = layer.gamma * (layer.var + layer.eps).rsqrt() if layer.norm == "fixed" else torch.ones_like(head)
-    expected = (slope * head).abs()
-    size = dz.abs()
-    on = size > 0.5 * size.amax(1, keepdim=True)
-    level = (size * on).sum(1) / on.sum(1)
-    used = expected > 1e-3 * expected.max()
-    return float((level / expected)[used].median())
+def _fix_scale(sent: Sent, found: Peeled, i: int) -> bool:
+    """Finds the factor of each image: what node i reads must give node i, and a norm adds a constant to that.
+
+    Both are known up to the same factor f, so f value = linear(f read) + shift where the ReLU was surely on.
+    """
+    node = sent.graph.nodes[i]
+    assert node.unit is not None
+    if node.shortcut is not None:
+        found.problem = f"{node.unit.name!r} has a shortcut beside it, which hides how large its images' values are"
+        return False
+    layer, value, read = sent.layer(node), found.values[i], found.values[node.reads]
+    shift = _output(layer, torch.zeros_like(read))
+    rest = (value - (_output(layer, read) - shift)) * (value > SURE * value.amax((1, 2, 3), keepdim=True))
+    factor = (shift * rest).sum((1, 2, 3)) / rest.square().sum((1, 2, 3))
+    if not bool((factor.isfinite() & (factor > 0)).all()):
+        found.problem = f"{node.unit.name!r} does not tell how large its images' values are"
+        return False
+    factor = factor.view(-1, 1, 1, 1)
+    for j in (i, node.reads):
+        found.values[j] = found.values[j] * factor
+        found.above[j] = found.above[j] / factor
+    found.dz = found.dz / factor
+    return True
+
+
+def _errors(sent: Sent, found: Peeled, on: Tensor, xhat: Tensor) -> tuple[Tensor, float]:
+    """(gradient at the logits [b, k], `features_error`), given where the last ReLU was on.
+
+    The head averages over places, so the gradient above is one number e_k w / places for each image and channel, which
+    the gradient below the ReLU shows wherever a unit was on.
+    """
+    node = sent.graph.nodes[-1]
+    layer, weight = sent.layer(node), sent.graph.head.weight.detach().double().cpu() / on[0, 0].numel()
+    alone = torch.eye(sent.examples, dtype=xhat.dtype).view(sent.examples, sent.examples, 1, 1, 1)
+    parts = torch.stack([layer.backward(on * one, xhat) for one in alone])
+    systems = parts.permute(2, 1, 3, 4, 0).flatten(1, 3)
+    goals = found.dz.transpose(0, 1).flatten(1)[..., None]
+    head = torch.linalg.lstsq(systems, goals, driver="gelsd").solution[..., 0].T
+    seen = on.sum((2, 3)).double().sqrt()
+    errors = torch.stack(
+        [
+            torch.linalg.lstsq((weight * s).T, (h * s)[:, None], driver="gelsd").solution[:, 0]
+            for h, s in zip(head, seen, strict=True)
+        ]
+    )
+    rows = weight[:, (seen > 0).all(0)].T
+    goal = rows @ sent.gradients[f"{sent.graph.head_name}.weight"]
+    means = found.values[len(sent.graph.nodes) - 1].mean((2, 3))
+    return errors, float((rows @ errors.T @ means - goal).norm() / goal.norm())
 
 
 def _complete(sent: Sent, found: Peeled, deltas: dict[int, Tensor], i: int) -> None:
@@ -138,11 +189,12 @@ def _complete(sent: Sent, found: Peeled, deltas: dict[int, Tensor], i: int) -> N
         else:
             added = shortcut.apply(value)
         if j not in deltas:  # the last node, whose ReLU is known only now
-            y = _output(sent.layer(node), found.values[node.reads]) + added
+            xhat = sent.layer(node).standardise(sent.layer(node).conv(found.values[node.reads]))
+            y = sent.layer(node).scaled(xhat) + added
             found.values[j] = y.relu()
-            deltas[j] = found.above[j] * (y > 0)
-            goal = sent.features
-            found.features_error = float((found.values[j].mean((0, 2, 3)) - goal).norm() / goal.norm())
+            found.errors, found.features_error = _errors(sent, found, (y > 0).to(y), xhat)
+            head = found.errors @ sent.graph.head.weight.detach().double().cpu() / y[0, 0].numel()
+            deltas[j] = head[..., None, None] * (y > 0)
         if shortcut.unit is not None:
             dz = layer.backward(deltas[j], layer.standardise(raw))
             more = layer.gradient_of_input(dz, value)
@@ -157,12 +209,12 @@ def _descend(sent: Sent, found: Peeled, deltas: dict[int, Tensor], i: int) -> bo
     layer = sent.layer(node)
     assert node.unit is not None
     deltas[i] = found.above[i] * active_of(value, ACTIVE[0])
-    solvable = bool(found.above[i].isfinite().all()) and conv_peel.determined(layer, 1, node.unit.size)
+    solvable = bool(found.above[i].isfinite().all()) and conv_peel.determined(layer, sent.examples, node.unit.size)
     if node.reads in found.values or not solvable:
         return False
     best = None
     if layer.norm == "batch" and node.shortcut is not None:
-        best = _by_subspace(sent, node, None)
+        best = _in_order(_by_subspace(sent, node), layer.backward(deltas[i], torch.zeros_like(value)))
     if best is None:
         best, active = _over_thresholds(sent, found, i)
         deltas[i] = found.above[i] * active
@@ -172,6 +224,18 @@ def _descend(sent: Sent, found: Peeled, deltas: dict[int, Tensor], i: int) -> bo
     found.values[node.reads] = inputs
     found.above[node.reads] = layer.gradient_of_input(dz, inputs)
     return True
+
+
+def _in_order(solved: tuple[Tensor, Tensor, float] | None, delta: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """The images of `_by_subspace` in the order of those whose gradient `delta` behind the norm is known."""
+    from scipy.optimize import linear_sum_assignment
+
+    if solved is None or len(delta) == 1:
+        return solved
+    inputs, dz, residual = solved
+    known, found = (functional.normalize(t.flatten(1)) for t in (delta, dz))
+    order = torch.from_numpy(linear_sum_assignment((known @ found.T).numpy(), maximize=True)[1])
+    return inputs[order], dz[order], residual
 
 
 def _over_thresholds(sent: Sent, found: Peeled, i: int) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
@@ -206,7 +270,7 @@ def _measured(sent: Sent, found: Peeled, i: int) -> Tensor | None:
         out = found.values[j]
         nan = torch.full_like(out, math.nan)
         seen = torch.where(active_of(out, 10 * ACTIVE[0]), out - y, nan)
-        like = torch.full((1, *sent.graph.nodes[i].shape), math.nan, dtype=seen.dtype)
+        like = torch.full((len(out), *sent.graph.nodes[i].shape), math.nan, dtype=seen.dtype)
         like[:, :, :: shortcut.stride, :: shortcut.stride] = seen[:, shortcut.before : seen.shape[1] - shortcut.after]
         return like
     return None

@@ -36,10 +36,8 @@ def problems_of(seen: Observation) -> list[str]:
         return problems
     if any(not isinstance(m, GradientMessage) or m.kind != "gradient" for m in seen.messages):
         return ["update: a gradient is wanted, not a weight difference."]
-    if seen.examples != 1:
-        return [
-            f"client.batch: {seen.examples or 'an unknown number of'} images; this attack reads the gradient of one."
-        ]
+    if not seen.examples:
+        return ["client.batch: an unknown number of images; this attack has to know it: grant 'examples'."]
     graph, misfit = find_graph(seen)
     if graph is None:
         return [misfit]
@@ -51,10 +49,14 @@ def problems_of(seen: Observation) -> list[str]:
         return [f"update: the gradient of {n!r} was not sent; this attack needs it." for n in absent]
     layer = as_layer(node.unit, None, False)
     count, outputs = places(layer, node.unit.size), layer.weight.shape[0]
-    if count > outputs or max(layer.weight.shape[2:]) == 1:
+    if max(layer.weight.shape[2:]) == 1:
+        return [f"model: {node.unit.name!r} has a kernel of one place; this attack needs a wider one there."]
+    if count * seen.examples > outputs:
+        most = outputs // count
         return [
-            f"model: {node.unit.name!r} writes {count} places in {outputs} channels; this attack needs at most as many "
-            "places as channels, and a kernel wider than one."
+            f"client.batch: {seen.examples} images write {count * seen.examples} places in the {outputs} channels of "
+            f"{node.unit.name!r}; this attack needs at most as many places as channels"
+            + (f", here {most} images." if most else ", which one image exceeds: give it a wider network.")
         ]
     if seen.mode == "train" and _norms(graph) - set(seen.bn_batch or {}):
         return ["threat.grants: in train mode this attack needs the batch's BatchNorm statistics; grant 'bn_batch'."]
@@ -76,12 +78,9 @@ def prepare(seen: Observation, run: Runtime) -> Prepared:
         u.name: as_layer(u, statistics.get(u.norm_name), by_batch).to(cpu, torch.float64) for u in graph.units
     }
     gradients = {n: g.detach().double().cpu() for n, g in seen.gradients.items()}
-    last = graph.nodes[-1].unit
-    assert last is not None
-    count = last.conv.in_channels * last.size[0] * last.size[1]
-    start = run.rng.at("subspace").normal((count,), like=torch.zeros((), dtype=torch.float64))
+    assert seen.examples
     model = _with_statistics(seen.model, statistics).to(run.device, run.dtype)
-    return Prepared(graph, Sent(graph, layers, gradients, start), model)
+    return Prepared(graph, Sent(graph, layers, gradients, seen.examples, run.rng.at("subspace")), model)
 
 
 def _with_statistics(model: nn.Module, statistics: Mapping[str, BNStatistics]) -> nn.Module:

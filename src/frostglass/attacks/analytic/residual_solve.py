@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from frostglass.attacks.analytic.residual_graph import Graph, Node
+from frostglass.core.randomness import Rng
 from frostglass.numerics import conv_peel
-from frostglass.numerics.conv_layer import ConvLayer
+from frostglass.numerics.conv_layer import ConvLayer, column
 
 ACTIVE = (1.5, 1.0, 3.0, 0.6, 6.0)
 """Of an active unit, relative to the most negative value found, which shows the rounding: thresholds in the order in
@@ -23,6 +24,9 @@ EXACT = 3e-6
 
 SUSPECT, CORRECTIONS = 6.0, 30
 """Values up to this multiple of the most negative one may be on the wrong side of their ReLU; switches at the most."""
+
+RANK = 1e-9
+"""Singular values below this share of the largest are none."""
 
 DIRECTIONS = 48
 """Of the residual, in which a wrong unit is looked for."""
@@ -39,24 +43,15 @@ class Sent:
         graph: the network.
         layers: convolutions with their norms by the convolution's name.
         gradients: by parameter name.
-        start: of the subspace iteration, at least as long as the last convolution's input.
+        examples: images, b.
+        rng: of starting points.
     """
 
     graph: Graph
     layers: Mapping[str, ConvLayer]
     gradients: Mapping[str, Tensor]
-    start: Tensor
-
-    @property
-    def error(self) -> Tensor:
-        """[1, k] softmax minus target: the gradient of the head's bias, for one image."""
-        return self.gradients[f"{self.graph.head_name}.bias"][None]
-
-    @property
-    def features(self) -> Tensor:
-        """[d] what the head read: each row of its weight gradient is a multiple of it."""
-        error = self.error[0]
-        return error @ self.gradients[f"{self.graph.head_name}.weight"] / error.square().sum()
+    examples: int
+    rng: Rng
 
     def layer(self, node: Node) -> ConvLayer:
         """Of a recognised node."""
@@ -68,10 +63,19 @@ class Sent:
         assert node.unit is not None
         return self.gradients[f"{node.unit.name}.weight"]
 
+    def moment(self, node: Node) -> Tensor | None:
+        """[o] sum over images and places of the norm's output, before gamma and beta, times the gradient above.
+
+        It is the gradient of gamma. None if that was not sent.
+        """
+        assert node.unit is not None
+        return self.gradients.get(f"{node.unit.norm_name}.weight")
+
 
 def active_of(value: Tensor, relative: float) -> Tensor:
-    """Where a ReLU was on, given its output up to rounding."""
-    return value > (relative * float(-value.min())) if value.min() < 0 else value > 1e-6 * value.max()
+    """Where a ReLU was on, given its output [b, c, h, w] up to rounding, which differs between images."""
+    least, most = (reduced(value, (1, 2, 3), keepdim=True) for reduced in (torch.amin, torch.amax))
+    return value > torch.where(least < 0, -relative * least, 1e-6 * most)
 
 
 def solve(
@@ -80,17 +84,23 @@ def solve(
     """(input of the node's convolution, gradient at its output, relative residual).
 
     Under BatchNorm in train mode the gradient at the output depends on the output: a fixed point, found by Anderson
-    acceleration. Where the ReLU follows the norm directly, the output is `value` at `active` places.
+    acceleration. Where the ReLU follows the norm directly, the output is `value` at `active` places. How much of the
+    output the gradient holds is what the gradient of gamma says.
     """
     assert node.unit is not None
     layer, gradient, size, delta = sent.layer(node), sent.gradient(node), node.unit.size, above * active
     plain = node.shortcut is None
     xhat = conv_peel.first_guess(layer, value, active) if plain else torch.zeros_like(delta)
     right = gradient.permute(0, 2, 3, 1).flatten(0, 2)
+    by_batch, moment = layer.norm == "batch", sent.moment(node)
+    free: Tensor | None = None
     history: list[tuple[Tensor, Tensor]] = []
-    for _ in range(ROUNDS if layer.norm == "batch" else 1):
-        dz = layer.backward(delta, xhat)
-        inputs = _least_squares(conv_peel.design(dz, layer, size), right, size, measured)
+    for _ in range(ROUNDS if by_batch else 1):
+        dz = layer.backward(delta, xhat, moment=moment)
+        dz = dz - dz.mean((0, 2, 3), keepdim=True) if by_batch else dz  # as that of the true output is
+        inputs, free = _least_squares(conv_peel.design(dz, layer, size), right, size, measured, free)
+        if by_batch and plain and free is not None and len(free):
+            inputs = _completed(layer, inputs, free, value, active)
         estimate = layer.standardise(layer.conv(inputs.clamp_min(0)))
         moved = conv_peel.with_hidden(layer, xhat, layer.scaled(estimate), active) if plain else estimate
         step = moved - xhat
@@ -117,10 +127,10 @@ def corrected(
     whose patch explains most of what the least squares leave (matching pursuit).
     """
     assert node.unit is not None
-    near = (value.abs() < SUSPECT * float(-value.min())).flatten().nonzero()[:, 0]
+    near = (value.abs() < -SUSPECT * value.amin((1, 2, 3), keepdim=True)).flatten().nonzero()[:, 0]
     right = sent.gradient(node).permute(0, 2, 3, 1).flatten(0, 2)
     for _ in range(CORRECTIONS if len(near) else 0):
-        unit = _suspect(sent.layer(node), best[0], best[1], right, node.unit.size, near)
+        unit = _suspect(sent, node, best[0], best[1], right, near)
         switched = active.clone().flatten()
         switched[unit] = ~switched[unit]
         switched = switched.view_as(active)
@@ -133,20 +143,26 @@ def corrected(
     return best, active
 
 
-def _suspect(layer: ConvLayer, inputs: Tensor, dz: Tensor, right: Tensor, size: tuple[int, int], near: Tensor) -> int:
+def _suspect(sent: Sent, node: Node, inputs: Tensor, dz: Tensor, right: Tensor, near: Tensor) -> int:
     """Of the units `near` (flat indices), the one whose patch explains most of the residual."""
-    system = conv_peel.design(dz, layer, size)
-    left, values, _ = torch.linalg.svd(system, full_matrices=True)
-    free = left[:, int((values > 1e-9 * values[0]).sum()) :][:, :DIRECTIONS]
+    assert node.unit is not None
+    layer = sent.layer(node)
+    reached = torch.linalg.qr(conv_peel.design(dz, layer, node.unit.size)).Q
+    directions = min(DIRECTIONS, len(reached) - reached.shape[1])
+    drawn = sent.rng.at("directions").normal((len(reached), directions), like=reached)
+    free = torch.linalg.qr(drawn - reached @ (reached.T @ drawn)).Q
     kernel = tuple(layer.weight.shape[2:])
     taps, channels = kernel[0] * kernel[1], layer.weight.shape[1]
     patches = functional.unfold(inputs, kernel, layer.dilation, layer.padding, layer.stride)
-    patches = patches.view(channels, taps, -1)
-    channel, place = near // patches.shape[2], near % patches.shape[2]
-    shown = torch.einsum("ntm,ctn->nmc", free.view(-1, taps, free.shape[1])[channel], patches[:, :, place])
-    goal = free.T @ right
-    explained = (shown * goal).sum((1, 2)).square() / shown.square().sum((1, 2)).clamp_min(1e-300)
-    return int(near[int(explained.argmax())])
+    patches = patches.view(len(inputs), channels, taps, -1)
+    free = free.view(-1, taps, free.shape[1])
+    # What a unit shows in the free directions is its patch times the rows of its channel: here its product with the
+    # residual, and its square, for all units at once.
+    residual = torch.einsum("otm,mc->otc", free, free.flatten(0, 1).T @ right)
+    product = torch.einsum("bctp,otc->bop", patches, residual)
+    square = torch.einsum("bctp,bcsp->bpts", patches, patches).flatten(2) @ (free @ free.mT).flatten(1).T
+    explained = product.square() / square.transpose(1, 2).clamp_min(1e-300)
+    return int(near[int(explained.flatten()[near].argmax())])
 
 
 def _accelerated(history: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -160,14 +176,52 @@ def _accelerated(history: list[tuple[Tensor, Tensor]]) -> Tensor:
     return point + step - ((dx + df) @ weights)[:, 0]
 
 
-def _least_squares(system: Tensor, right: Tensor, size: tuple[int, int], measured: Tensor | None) -> Tensor:
-    """[1, c, h, w]; where places are not determined, those that a shortcut shows are taken from there."""
-    solution = torch.linalg.lstsq(system, right, driver="gelsd").solution
-    values = torch.linalg.svdvals(system)
+def _least_squares(
+    system: Tensor, right: Tensor, size: tuple[int, int], measured: Tensor | None, free: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """([b, c, h, w], free directions [q, b, h, w], the same for each channel).
+
+    Where places are hardly determined, those that a shortcut shows are taken from there, and no direction is returned.
+
+    Args:
+        free: what the last call returned, for a system like the last one.
+    """
+    count = system.shape[1] // (size[0] * size[1])
+    if free is not None:  # full rank together with the free directions: ten times faster than singular values
+        rows = free.flatten(1) * system.norm() / math.sqrt(system.shape[1])
+        both, nothing = torch.cat([system, rows]), right.new_zeros(len(rows), right.shape[1])
+        solution = torch.linalg.lstsq(both, torch.cat([right, nothing]), driver="gels").solution
+        return solution.view(count, *size, -1).permute(0, 3, 1, 2), free
+    orthogonal, triangle = torch.linalg.qr(system)
+    left, values, rows = torch.linalg.svd(triangle)
+    held = values > RANK * values[0]
+    inner = left[:, held].T @ (orthogonal.T @ right)
+    solution = rows[: len(held)][held].T @ (inner / values[held, None])
+    free = rows[int(held.sum()) :].view(-1, count, *size)
     if measured is not None and float(values[-1]) < 1e-4 * float(values[0]):
-        for c, shown in enumerate(measured.flatten(2)[0]):
+        for c, shown in enumerate(measured.transpose(0, 1).flatten(1)):
             known = ~shown.isnan()
             rest = right[:, c] - system[:, known] @ shown[known]
             solution[known, c] = shown[known]
             solution[~known, c] = torch.linalg.lstsq(system[:, ~known], rest[:, None], driver="gelsd").solution[:, 0]
-    return solution.T.reshape(1, -1, *size)
+        free = None
+    return solution.view(count, *size, -1).permute(0, 3, 1, 2), free
+
+
+def _completed(layer: ConvLayer, inputs: Tensor, free: Tensor, value: Tensor, active: Tensor) -> Tensor:
+    """`inputs` with as much of the free directions in each channel as makes the output `value` where it is known.
+
+    BatchNorm in train mode leaves such directions below a stride: places that one kernel tap alone reads enter the
+    gradient in differences only.
+    """
+    b, (o, c) = len(inputs), layer.weight.shape[:2]
+    taps = layer.weight.transpose(0, 1).reshape(c * o, 1, *layer.weight.shape[2:])
+    parts = [
+        functional.conv2d(f[:, None], taps, None, layer.stride, layer.padding, layer.dilation).view(b, c, o, -1)
+        for f in free
+    ]
+    shown = torch.stack(parts).permute(1, 3, 4, 0, 2).flatten(3)[active.flatten(2)]  # known outputs x (free, channel)
+    raw = layer.unscaled(value) * column((layer.var + layer.eps).sqrt()) + column(layer.mean)
+    missing = (raw - layer.conv(inputs))[active]
+    amounts = torch.linalg.lstsq(shown.T @ shown, (shown.T @ missing)[:, None], driver="gelsd").solution
+    return inputs + torch.einsum("qc,qbhw->bchw", amounts.view(len(free), c), free)
