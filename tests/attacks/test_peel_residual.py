@@ -157,9 +157,10 @@ def seen_with_statistics(batch: int, mode: str) -> tuple[Observation, Batch]:
     return ThreatModel("test", knows).observe(model, [Update(trace.gradients, trace.bn, batch, plan)], facts), private
 
 
-def test_a_whole_batch_is_peeled_down_to_its_pixels_and_its_labels_are_read() -> None:
-    seen, private = seen_with_statistics(3, "eval")
-    found = peeled(seen, steps=400)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_whole_batch_is_peeled_down_to_its_pixels_and_its_labels_are_read(mode: str) -> None:
+    seen, private = seen_with_statistics(3, mode)
+    found = peeled(seen, steps=500)
     assert found.info["certificate"] is True
     assert found.info["features_error"] < 1e-5
     assert found.info["convolutions_solved"] >= 9
@@ -171,24 +172,28 @@ def test_a_whole_batch_is_peeled_down_to_its_pixels_and_its_labels_are_read() ->
     assert torch.equal(found.targets[errors.argmin(1)], private.targets.float())
 
 
-def test_activations_of_a_batch_in_train_mode_are_exact_below_a_stride() -> None:
+def test_activations_in_train_mode_are_exact_below_a_stride_and_a_shortcut() -> None:
     seen, private = seen_with_statistics(3, "train")
     prepared = prepare(seen, RUN)
     found = peel_down(prepared.sent)
-    assert found.features_error < 1e-5
     assert found.residuals["stages.3.0.conv1"] < 1e-5  # its stride leaves a constant that the gradient does not hold
-    assert found.residuals["stages.2.0.conv1"] < 1e-5
-    assert found.errors is not None
+    assert found.residuals["stages.1.1.conv2"] < 1e-5  # behind a shortcut, and with more places than channels
     lowest = min(i for i in found.values if prepared.graph.nodes[i].unit is not None)
     reads: list[Tensor] = []
     conv = prepared.model.get_submodule(prepared.graph.readers[lowest].name)
     conv.register_forward_pre_hook(lambda _, args: reads.append(args[0].detach().double()))
     prepared.model(private.images)
     distance = torch.cdist(reads[0].flatten(1), found.values[lowest].clamp_min(0).flatten(1))
-    order = distance.argmin(1)
-    assert sorted(order.tolist()) == [0, 1, 2]
-    assert bool((distance.amin(1) < 1e-4 * reads[0].flatten(1).norm(dim=1)).all())
-    assert torch.equal(found.errors[order].argmin(1), private.targets.argmax(1))
+    assert sorted(distance.argmin(1).tolist()) == [0, 1, 2]
+    assert bool((distance.amin(1) < 1e-5 * reads[0].flatten(1).norm(dim=1)).all())
+
+
+def test_gradients_of_norms_that_were_kept_back_are_done_without() -> None:
+    seen, _ = seen_with_statistics(3, "train")
+    kept = {n: g for n, g in seen.gradients.items() if "bn" not in n}
+    sent = prepare(replace(seen, messages=(GradientMessage(kept, "gradient"),)), RUN).sent
+    found = peel_down(sent)
+    assert found.features_error < 1e-4
 
 
 def test_a_network_that_works_in_place_is_fitted_as_well() -> None:

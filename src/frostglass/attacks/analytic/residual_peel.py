@@ -18,11 +18,14 @@ from torch.nn import functional
 from frostglass.attacks.analytic.residual_graph import Node
 from frostglass.attacks.analytic.residual_solve import ACTIVE, EXACT, Sent, active_of, corrected, solve
 from frostglass.numerics import conv_peel
-from frostglass.numerics.conv_layer import ConvLayer
+from frostglass.numerics.conv_layer import ConvLayer, column
 from frostglass.numerics.conv_subspace import shapes_of_inputs
 
 SURE = 1e-2
 """Share of an image's largest value above which a unit was on whatever the noise."""
+
+CLEAR = 1e-4
+"""Share of an image's largest gradient above which a unit's own can be told from rounding."""
 
 USABLE = 1e-4
 """Relative residual of a layer beyond which it and all below are left to the fit of the pixels."""
@@ -194,7 +197,8 @@ def _complete(sent: Sent, found: Peeled, deltas: dict[int, Tensor], i: int) -> N
             found.values[j] = y.relu()
             found.errors, found.features_error = _errors(sent, found, (y > 0).to(y), xhat)
             head = found.errors @ sent.graph.head.weight.detach().double().cpu() / y[0, 0].numel()
-            deltas[j] = head[..., None, None] * (y > 0)
+            above = head[..., None, None].expand_as(y)
+            deltas[j] = above * _shown(sent, node, above, y > 0, xhat, found.dz)
         if shortcut.unit is not None:
             dz = layer.backward(deltas[j], layer.standardise(raw))
             more = layer.gradient_of_input(dz, value)
@@ -217,7 +221,10 @@ def _descend(sent: Sent, found: Peeled, deltas: dict[int, Tensor], i: int) -> bo
         best = _in_order(_by_subspace(sent, node), layer.backward(deltas[i], torch.zeros_like(value)))
     if best is None:
         best, active = _over_thresholds(sent, found, i)
-        deltas[i] = found.above[i] * active
+    else:
+        xhat = layer.standardise(layer.conv(best[0]))
+        active = _shown(sent, node, found.above[i], active_of(value, ACTIVE[0]), xhat, best[1])
+    deltas[i] = found.above[i] * active
     inputs, dz, found.residuals[node.unit.name] = best
     if not best[2] < USABLE:
         return False
@@ -238,14 +245,31 @@ def _in_order(solved: tuple[Tensor, Tensor, float] | None, delta: Tensor) -> tup
     return inputs[order], dz[order], residual
 
 
+def _shown(sent: Sent, node: Node, above: Tensor, active: Tensor, xhat: Tensor, dz: Tensor) -> Tensor:
+    """Where the ReLU of a node was on, by the gradient below its norm where that is known; else `active`.
+
+    BatchNorm in train mode takes two means out of a gradient, which the gradients of its beta and gamma tell.
+    """
+    layer = sent.layer(node)
+    slope = layer.gamma * (layer.var + layer.eps).rsqrt() if layer.norm in ("batch", "fixed") else layer.gamma
+    through = dz
+    if layer.norm == "batch":
+        total, moment = sent.total(node), sent.moment(node)
+        if total is None or moment is None:
+            return active
+        through = dz + column(slope) * (column(total) + xhat * column(moment)) / dz[:, 0].numel()
+    whole = column(slope) * above
+    clear = whole.abs() > CLEAR * whole.abs().amax((1, 2, 3), keepdim=True)
+    return torch.where(clear, through * whole.sign() > 0.5 * whole.abs(), active)
+
+
 def _over_thresholds(sent: Sent, found: Peeled, i: int) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
     """(best solution, where the ReLU of node i was on)."""
     node, value = sent.graph.nodes[i], found.values[i]
     measured = _measured(sent, found, node.reads)
-    by_batch = sent.layer(node).norm == "batch"
     best: tuple[Tensor, Tensor, float] | None = None
     chosen = active_of(value, ACTIVE[0])
-    for relative in ACTIVE[:1] if by_batch and node.shortcut is not None else ACTIVE:
+    for relative in ACTIVE:
         active = active_of(value, relative)
         tried = solve(sent, node, found.above[i], active, value, measured)
         if best is None or tried[2] < best[2]:
@@ -253,8 +277,6 @@ def _over_thresholds(sent: Sent, found: Peeled, i: int) -> tuple[tuple[Tensor, T
         if best[2] < EXACT:
             return best, chosen
     assert best is not None
-    if by_batch and node.shortcut is not None:
-        return best, chosen
     return corrected(sent, node, found.above[i], chosen, value, measured, best)
 
 

@@ -71,6 +71,11 @@ class Sent:
         assert node.unit is not None
         return self.gradients.get(f"{node.unit.norm_name}.weight")
 
+    def total(self, node: Node) -> Tensor | None:
+        """[o] sum over images and places of the gradient above a norm: that of beta. None if that was not sent."""
+        assert node.unit is not None
+        return self.gradients.get(f"{node.unit.norm_name}.bias")
+
 
 def active_of(value: Tensor, relative: float) -> Tensor:
     """Where a ReLU was on, given its output [b, c, h, w] up to rounding, which differs between images."""
