@@ -1,9 +1,9 @@
 """Separating mixed activations: the sparse, non-negative vectors that span a subspace.
 
 Where an equation has the activations of b images as solutions, every mixture of them solves it too. What a ReLU wrote
-is non-negative and zero at many places, and a mixture of two images is zero only where both are. So the images are the
-vectors of the subspace with the most zeros: local minima of sum_i log |v_i| on it, found by reweighted least squares
-from random starts (as the images of a fully connected layer are by `spear`). Frostglass's own method; related is
+is non-negative and zero at many places. The non-negative vectors of the subspace are a cone, and an image, being zero
+at more places than the cone has dimensions, is one of its edges. A linear program over the cone ends on an edge; with
+an objective that is zero on all images found so far it ends on another one. Frostglass's own method; related is
 non-negative matrix factorisation (Donoho & Stodden 2003).
 """
 
@@ -15,15 +15,18 @@ from torch import Tensor
 
 from frostglass.numerics.spear_cells import distinct, isotropic_frame, sparse_directions, unit_rows
 
+LIVE = 1e-4
+"""Entries that are smaller than this share of the largest in all vectors say nothing but rounding."""
+
 ROWS = 1500
-"""Entries that are looked at in the search, drawn at random."""
+"""Entries that the scale of the subspace is taken from, drawn at random."""
 
-ROUNDS, STARTS = 40, 8
-"""Rounds of the search; starts of each, for every vector that is looked for."""
+PROGRAMS = 12
+"""Linear programs at the most, for every vector that is looked for; every third is not kept from what was found."""
 
-ZERO, NEGATIVE, LEAST = 1e-4, 1e-3, 0.1
-"""An entry below the first counts as zero (rows of the subspace scaled to length 1); a vector may fall below zero by
-the second, of its largest entry; and has at least the third as its share of zeros."""
+SLACK, ZERO, NEGATIVE, LEAST = 1e-6, 1e-4, 1e-3, 0.1
+"""How far below zero a program lets an entry fall, and what counts as zero (rows of the subspace scaled to length 1);
+how far below zero a vector may fall, as a share of its largest entry; the least share of zeros it may have."""
 
 
 def rays(basis: Float[Tensor, "n r"], generator: torch.Generator) -> Float[Tensor, "n r"] | None:
@@ -31,37 +34,56 @@ def rays(basis: Float[Tensor, "n r"], generator: torch.Generator) -> Float[Tenso
 
     Args:
         basis: of full column rank, float64.
-        generator: of the starts, on the CPU.
+        generator: of the objectives, on the CPU.
 
     Returns:
         Columns in no particular order, each of length 1 and with a positive sum; None if fewer than r were found.
     """
-    size = basis.norm(dim=1)
-    live = basis[size > 1e-6 * size.max()]
     count = basis.shape[1]
     if count == 1:
         return _positive(basis)
-    rows = live[torch.randperm(len(live), generator=generator)[:ROWS]]
-    frame = isotropic_frame(rows)
-    rows = unit_rows(rows @ frame)
+    size = basis.norm(dim=1)
+    live = basis[size > LIVE * size.max()]
+    frame = isotropic_frame(live[torch.randperm(len(live), generator=generator)[:ROWS]])
+    rows = unit_rows(live @ frame)
     found = rows.new_zeros(0, count)
-    for _ in range(ROUNDS):
-        starts = unit_rows(torch.randn(STARTS * count, count, generator=generator, dtype=rows.dtype))
-        power = 0.5 * (torch.rand(len(starts), generator=generator) < 0.5).to(rows)
-        q = sparse_directions(rows, starts, power, None, first=0.3, last=0.02, steps=18)
-        q = distinct(q, found, 0.98)
-        q = sparse_directions(rows, q, q.new_zeros(len(q)), None, first=0.02, last=1e-6, steps=14)
-        q = distinct(q, found, 1 - 1e-6)
-        values = live @ frame @ q.T
-        values = values * values.sum(0).sign()
-        fits = ((q @ rows.T).abs() < ZERO).double().mean(1) > LEAST
-        fits &= values.amin(0) > -NEGATIVE * values.amax(0)
-        found = torch.cat([found, q[fits]])
-        if len(found) >= count:
-            break
-    made = basis @ frame @ found[:count].T
-    whole = len(found) >= count and int(torch.linalg.matrix_rank(unit_rows(made.T), rtol=1e-4)) == count
-    return _positive(made) if whole else None
+    for attempt in range(PROGRAMS * count):
+        objective = torch.randn(count, generator=generator, dtype=rows.dtype)
+        if len(found) and attempt % 3 < 2:
+            known = torch.linalg.qr(found.T).Q
+            objective = objective - known @ (known.T @ objective)
+        q = _edge(rows, objective)
+        if q is None or not len(distinct(q[None], found, 1 - 1e-6)):
+            continue
+        values = live @ frame @ q
+        sparse = float(((rows @ q).abs() < ZERO).double().mean()) > LEAST
+        if sparse and float(values.min()) > -NEGATIVE * float(values.max()):
+            found = torch.cat([found, q[None]])
+        if len(found) == count:
+            return _positive(basis @ frame @ found.T)
+    return None
+
+
+def _edge(rows: Float[Tensor, "m r"], objective: Float[Tensor, " r"]) -> Float[Tensor, " r"] | None:
+    """The edge of {q: rows q >= 0} with the least objective for its mean; refined by reweighted least squares."""
+    from scipy.optimize import linprog
+
+    mean = rows.mean(0)
+    # One row of the subspace is one inequality; the mean is fixed, as a cone has no least element.
+    solved = linprog(
+        objective.numpy(),
+        A_ub=-rows.numpy(),
+        b_ub=torch.full((len(rows),), SLACK, dtype=rows.dtype).numpy(),
+        A_eq=mean[None].numpy(),
+        b_eq=[1.0],
+        bounds=(None, None),
+        method="highs",
+    )
+    if solved.x is None:
+        return None
+    q = unit_rows(torch.from_numpy(solved.x)[None])
+    q = sparse_directions(rows, q, q.new_zeros(1), None, first=1e-3, last=SLACK, steps=8)[0]
+    return q * (1 if float(mean @ q) >= 0 else -1)
 
 
 def _positive(columns: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
