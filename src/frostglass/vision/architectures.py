@@ -136,10 +136,25 @@ class _Residual(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
         y = torch.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        return torch.relu(self.bn2(self.conv2(y)) + self.beside(x))
+
+    def beside(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
         before = self.more // 2
         short = x[:, :, :: self.stride, :: self.stride]
-        return torch.relu(y + nn.functional.pad(short, (0, 0, 0, 0, before, self.more - before)))
+        return nn.functional.pad(short, (0, 0, 0, 0, before, self.more - before))
+
+
+class _Projected(_Residual):
+    """The same beside a shortcut that is a 1 x 1 convolution where the shape changes (option B)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__(inputs, outputs, stride)
+        projection = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut: nn.Module = projection if stride != 1 or self.more else nn.Identity()
+
+    def beside(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
+        made: Tensor = self.shortcut(x)
+        return made
 
 
 class _CifarResNet(nn.Module):
@@ -198,24 +213,6 @@ def resnet56(*, classes: int, channels: int, size: int) -> nn.Module:
     return _cifar_resnet(56, classes, channels, size)
 
 
-class _Basic(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut, which is a 1 x 1 convolution where the shape changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        changed = stride != 1 or inputs != outputs
-        projection = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        self.shortcut: nn.Module = projection if changed else nn.Identity()
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
 class _SmallStemResNet18(nn.Module):
     """Four stages of two blocks behind a 3 x 3 convolution."""
 
@@ -226,7 +223,7 @@ class _SmallStemResNet18(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         widths = [width << max(stage - 1, 0) for stage in range(5)]
         self.stages = nn.ModuleList(
-            nn.Sequential(_Basic(inputs, outputs, 1 if stage == 0 else 2), _Basic(outputs, outputs, 1))
+            nn.Sequential(_Projected(inputs, outputs, 1 if stage == 0 else 2), _Projected(outputs, outputs, 1))
             for stage, (inputs, outputs) in enumerate(pairwise(widths))
         )
         self.linear = nn.Linear(widths[-1], classes)
