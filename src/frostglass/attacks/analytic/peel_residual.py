@@ -31,8 +31,12 @@ from frostglass.numerics.image import total_variation
 CERTIFIED = 1e-4
 """Largest distance between the recovered top activations' mean and what the head read, which no solve has used."""
 
-COARSEST = 4
-"""Pixels are fitted where activations at least this many times coarser than the image, along an axis, were reached."""
+COARSEST, EACH = 4, 2
+"""Activations at most this many times coarser than the image along an axis, and with this many numbers a place of the
+image, determine its pixels; coarser ones leave some of them to a prior."""
+
+FEWEST = 1 / 8
+"""Numbers a place of the image below which activations say too little for a picture."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class PeelResidual:
     update: Rule
     tv: float
     tv_start: float
+    tv_coarse: float
     fallback: Inversion
     every: int
     needs: frozenset[Knows] = frozenset({Knows.EXAMPLES})
@@ -147,9 +152,16 @@ class PeelResidual:
     def _algebra(self, seen: Observation, prepared: Prepared, state: ResidualState) -> tuple[ResidualState, Scalars]:
         found = peel_down(prepared.sent)
         told = _told(found)
-        reached = told["certificate"] and _fine_enough(prepared, found, state.z.shape[2])
-        goals = goals_of(prepared.graph, found.values, state.z) if reached else {}
-        if not goals and told["certificate"]:
+        fine, some = _fine_enough(prepared, found, state.z.shape[2])
+        fitted = told["certificate"] and (fine or (some and self.tv > 0))
+        goals = goals_of(prepared.graph, found.values, state.z) if fitted else {}
+        if goals and not fine:
+            told["coarse"] = True
+            told["warning"] = (
+                "activations were recovered exactly, but too coarse ones to determine pixels: what they leave open is "
+                "smoothed"
+            )
+        elif not goals and told["certificate"]:
             told["warning"] = (
                 "activations near the head were recovered exactly, but too coarse ones to fit pixels to: shown is an "
                 "image by gradient matching"
@@ -169,6 +181,7 @@ class PeelResidual:
             reached = mismatch(prepared.graph, prepared.model, state.goals, domain.denormalise(z))
             prior = total_variation(z)
             weight = falling(self.tv_start, self.tv)(t, self.pixel_steps) if self.tv else 0.0
+            weight = self.tv_coarse if state.told.get("coarse") else weight
             slope = torch.autograd.grad(reached.sum() + len(z) * weight * prior, z)[0]
         change, rule = self.update.apply(slope, state.rule, StepInfo(t, self.pixel_steps, run.rng.at("step", t)))
         low, high = (domain.normalise(torch.full_like(z[:1, :1], v)) for v in (domain.low, domain.high))
@@ -211,17 +224,24 @@ def _told(found: Peeled) -> dict[str, float | int | str | bool]:
     return told
 
 
-def _fine_enough(prepared: Prepared, found: Peeled, size: int) -> bool:
-    """Whether activations with enough places for the pixels were recovered."""
+def _fine_enough(prepared: Prepared, found: Peeled, size: int) -> tuple[bool, bool]:
+    """Whether the recovered activations determine the pixels of an image, and whether they say enough for a picture."""
     shapes = [prepared.graph.nodes[i].shape for i in found.values if prepared.graph.nodes[i].unit is not None]
-    return any(COARSEST * h >= size and c * h * w >= 2 * size * size for c, h, w in shapes)
+    fine = any(COARSEST * h >= size and c * h * w >= EACH * size * size for c, h, w in shapes)
+    return fine, any(c * h * w >= FEWEST * size * size for c, h, w in shapes)
 
 
 @ATTACKS.register(
     paper="Frostglass; related: Zhu & Blaschko 2021 (R-GAP), Dimitrov et al. 2024 (SPEAR)", family="analytic"
 )
 def peel_residual(
-    *, steps: int = 2000, lr: float = 0.4, tv: float = 1e-5, tv_start: float = 0.07, every: int = 50
+    *,
+    steps: int = 2000,
+    lr: float = 0.4,
+    tv: float = 1e-5,
+    tv_start: float = 0.07,
+    tv_coarse: float = 0.5,
+    every: int = 50,
 ) -> PeelResidual:
     """Images out of a residual network's gradient: exact activations by linear algebra, then pixels that fit them.
 
@@ -238,6 +258,8 @@ def peel_residual(
         lr: peak learning rate, reached after 20 iterations, 0 at the end.
         tv, tv_start: weight of the total variation at the end and at the start; set tv to 0 on encodings, whose
             neighbouring pixels are unrelated.
+        tv_coarse: its weight throughout where the activations found are too coarse to determine all pixels, as in a
+            ResNet-18 at 224 pixels.
         every: iterations between two reports.
     """
     return PeelResidual(
@@ -246,6 +268,7 @@ def peel_residual(
         update=chain(adam(), scale(cosine(lr, warmup=20))),
         tv=tv,
         tv_start=max(tv_start, tv),
+        tv_coarse=tv_coarse,
         fallback=thaw(steps=steps, every=every) if tv else thaw(steps=steps, tv=0.0, every=every),
         every=every,
     )
