@@ -32,7 +32,7 @@ ROWS: tuple[tuple[str, str, int, dict[str, Any], list[str], int, int], ...] = (
     ("resnet20", "eval", 1, {"name": "inverting_gradients"}, RIVALS, 3, 1000),
     ("resnet18", "eval", 4, PEEL, EVAL, 3, 1000),
     ("resnet18", "eval", 8, PEEL, EVAL, 2, 1000),
-    ("resnet18", "train", 4, PEEL, TRAIN, 3, 1000),
+    ("resnet18", "train", 4, PEEL, TRAIN, 1, 1000),
     ("resnet18", "eval", 4, {"name": "inverting_gradients"}, RIVALS, 1, 300),
     ("resnet18", "eval", 16, PEEL, EVAL, 1, 1000),
     ("resnet18", "eval", 1, PEEL, EVAL, 3, 1000),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,8 @@ def test_a_slow_disk_drops_tensors_and_never_waits(tmp_path: Path, monkeypatch: 
 def test_nothing_that_breaks_reaches_the_training(tmp_path: Path) -> None:
     record = Recorder(tmp_path / "r", engine="test")
     record.sent(1, STATE)
+    while not list((tmp_path / "r").glob("*/00001.safetensors")):  # else the writer may make the folder anew
+        time.sleep(0.01)
     (tmp_path / "r").rename(tmp_path / "gone")
     (tmp_path / "r").write_text("in the way")
     record.received(Received(1, "a", update()))
