@@ -1,7 +1,9 @@
 """peel_residual on trained residual networks, beside the attacks that match gradients.
 
-python bench/peel_residual.py --threads 1                  all rows, the ResNet-18 trained anew (ten minutes of it)
-python bench/peel_residual.py --only "resnet18 eval"       rows whose name holds these words; the others are kept
+    python bench/peel_residual.py --threads 1                all rows, the ResNet-18 trained anew (ten minutes of it)
+    python bench/peel_residual.py --only "resnet18 eval"     rows whose name holds these words; the others are kept
+
+A row is written as soon as it ends.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ EVAL, TRAIN, RIVALS = ["examples"], ["examples", "bn_batch"], ["examples", "labe
 ROWS: tuple[tuple[str, str, int, dict[str, Any], list[str], int, int], ...] = (
     # model, mode, images, attack, grants, messages, iterations
     ("resnet20", "eval", 1, PEEL, EVAL, 10, 2000),
-    ("resnet20", "train", 1, PEEL, TRAIN, 3, 2000),
+    ("resnet20", "train", 1, PEEL, TRAIN, 10, 2000),
     ("resnet20", "eval", 1, {"name": "thaw"}, RIVALS, 3, 1000),
     ("resnet20", "eval", 1, {"name": "inverting_gradients"}, RIVALS, 3, 1000),
     ("resnet18", "eval", 4, PEEL, EVAL, 3, 1000),
