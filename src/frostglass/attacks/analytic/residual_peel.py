@@ -21,8 +21,8 @@ from frostglass.numerics import conv_peel
 from frostglass.numerics.conv_layer import ConvLayer, column
 from frostglass.numerics.conv_subspace import shapes_of_inputs
 
-SURE = 1e-2
-"""Share of an image's largest value above which a unit was on whatever the noise."""
+LARGE = 1e-2
+"""Share of an image's largest value from which on a value is read for its size, far above the noise."""
 
 CLEAR = 1e-4
 """Share of an image's largest gradient above which a unit's own can be told from rounding."""
@@ -139,7 +139,7 @@ def _fix_scale(sent: Sent, found: Peeled, i: int) -> bool:
         return False
     layer, value, read = sent.layer(node), found.values[i], found.values[node.reads]
     shift = _output(layer, torch.zeros_like(read))
-    rest = (value - (_output(layer, read) - shift)) * (value > SURE * value.amax((1, 2, 3), keepdim=True))
+    rest = (value - (_output(layer, read) - shift)) * (value > LARGE * value.amax((1, 2, 3), keepdim=True))
     factor = (shift * rest).sum((1, 2, 3)) / rest.square().sum((1, 2, 3))
     if not bool((factor.isfinite() & (factor > 0)).all()):
         found.problem = f"{node.unit.name!r} does not tell how large its images' values are"
