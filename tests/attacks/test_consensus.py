@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from frostglass.attacks.inversion.consensus import Consensus, find_anchor, seed_mean
+from frostglass.attacks.inversion.consensus import Consensus, find_anchor, in_one_order, seed_mean
 from frostglass.attacks.inversion.machine import Inversion
 from frostglass.attacks.inversion.rules import adam, chain, scale
 from frostglass.attacks.inversion.state import InversionState
@@ -52,6 +52,30 @@ def play(attack: Inversion, seen: Observation, run: Runtime = RUN, steps: int | 
 
 def spread(z: Tensor) -> float:
     return float((z - z.mean(0)).flatten(1).norm(dim=1).mean())
+
+
+def test_seeds_that_found_images_of_one_class_in_another_order_agree() -> None:
+    seen, private = observe("small_bn_cnn", width=4, batch=3, size=16)
+    x = seen.domain.normalise(private.images)
+    targets = private.targets[[0, 0, 1]]
+    seen = replace(seen, labels=targets)
+    attack = coupled(Consensus(1.0, 1, 100, registration.none), seeds=2)
+    state = attack.init(seen, RUN)
+    turned = x[[1, 0, 2]]
+    moment = torch.stack([x, turned + 1])
+    state = replace(state, z=torch.stack([x, turned]), best=torch.stack([x, turned]), rule=((moment, 2 * moment), ()))
+    after, images = in_one_order(state, state.z, 1, ALONE)
+    assert torch.equal(after.z, torch.stack([x, x]))
+    assert torch.equal(after.best, after.z)
+    assert torch.equal(images, after.z)
+    first, second = after.rule[0]  # rows of the rule's state move with the images
+    assert torch.equal(first, torch.stack([x, x + 1]))
+    assert torch.equal(second, 2 * first)
+    anchor = find_anchor(images, state.alive, Consensus(1.0, 0, 1, registration.none), lay_out(seen, RUN), ALONE)
+    assert torch.equal(anchor.z, x)
+    # images of two classes stay where they are
+    apart = replace(state, targets=private.targets)
+    assert torch.equal(in_one_order(apart, state.z, 1, ALONE)[0].z, state.z)
 
 
 @pytest.mark.parametrize("method", registration.METHODS)

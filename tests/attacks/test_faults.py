@@ -56,7 +56,9 @@ def recipe(name: str, **settings: Any) -> Inversion:
 
 def settings(name: str) -> dict[str, Any]:
     few = {"inner": 3, "restart_every": 1}
-    return {"grad_inversion": {"consensus": "lazy", "seeds": 2}, "dlg": few, "idlg": few}.get(name, {})
+    return {"grad_inversion": {"consensus": "lazy", "seeds": 2, "consensus_start": 0}, "dlg": few, "idlg": few}.get(
+        name, {}
+    )
 
 
 # --- noise and schedule -------------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def test_a_step_never_waits_for_the_device(name: str, kind: str, monkeypatch: py
     attack = recipe(name, **settings(name))
     if kind == "frozen_fd":
         attack = replace(attack, engine="frozen_fd")
-    state = attack.init(seen, RUN)
+    state, _ = attack.step(seen, attack.init(seen, RUN), RUN, 0)  # holds the one refresh of the consensus, which waits
 
     def refuse(*_: object, **__: object) -> Any:
         raise AssertionError("host synchronisation")
@@ -199,7 +201,7 @@ def test_a_step_never_waits_for_the_device(name: str, kind: str, monkeypatch: py
     waits = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "numpy", "cpu", "nonzero")
     for what in waits:
         monkeypatch.setattr(Tensor, what, refuse)
-    for t in range(3):
+    for t in range(1, 4):
         state, _ = attack.step(seen, state, RUN, t)
 
 
@@ -345,10 +347,99 @@ def test_frozen_differences_agree_with_double_backward(name: str, dtype: torch.d
     assert set(exact.values) == set(close.values)
 
 
-def test_frozen_differences_need_a_gradient_not_a_weight_difference() -> None:
+@pytest.mark.parametrize("withheld", [False, True])
+def test_frozen_differences_need_a_gradient_not_a_weight_difference(withheld: bool) -> None:
     seen, _ = observe("small_bn_cnn", width=4, plan=LocalPlan(kind="delta", local_steps=2))
+    if withheld:  # the message itself says what it is
+        seen = replace(seen, local_plan=None)
     assert any("frozen_fd" in p for p in plain(engine="frozen_fd").check(seen))
     assert not plain().check(seen)
+
+
+class Own(nn.Module):
+    """A deep network with one activation of the caller's."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], depth: int = 9) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(16 if i else 3, 16, 3, padding=1), nn.BatchNorm2d(16)) for i in range(depth)
+        )
+        self.head, self.activation = nn.Linear(16, 10), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.activation(layer(x))
+        return self.head(x.mean((2, 3)))
+
+
+def seen_with(model: nn.Module) -> Observation:
+    seen, private = observe("small_bn_cnn", width=4, batch=4, size=32)
+    model.train(seen.mode == "train")
+    loss = nn.functional.cross_entropy(model(private.images), private.targets)
+    sent = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    message = replace(seen.messages[0], gradients=sent)  # type: ignore[call-arg]
+    return replace(seen, model=model, messages=(message,), bn_batch=None, bn_running=None)
+
+
+KINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "where": lambda x: torch.where(x > 0, x, 0 * x),
+    "product": lambda x: x * (x > 0),
+    "selu": nn.functional.selu,
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_frozen_differences_refuse_kinks_that_no_list_names(name: str) -> None:
+    torch.manual_seed(0)
+    seen = seen_with(Own(KINKS[name]))
+    with pytest.raises(AttackFailed, match="use double_backward"):
+        drive(plain(engine="frozen_fd", steps=1), seen, RUN)
+    assert drive(plain(steps=1), seen, RUN).images.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_frozen_differences_take_kinks_that_are_held_and_smooth_functions(name: str) -> None:
+    torch.manual_seed(0)
+    assert drive(plain(engine="frozen_fd", steps=1), seen_with(Own(getattr(nn.functional, name))), RUN)
+
+
+class Attending(nn.Module):
+    """A tiny vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.patches(x).flatten(2).mT).mean(1))
+
+
+def test_attention_is_differentiated_twice() -> None:
+    """PyTorch's fast kernels of attention have no second derivative."""
+    torch.manual_seed(0)
+    seen = seen_with(Attending())
+    target, private = lay_out(seen, RUN), observe("small_bn_cnn", width=4, batch=4, size=32)[1]
+    z = seen.domain.normalise(private.images) + 0.3
+    problem = engine.Objective(
+        target, (terms.match_cosine(),), spaces.pixels(), "double_backward", 0, 1, private.targets
+    )
+    exact, close = (engine.evaluate(z, replace(problem, engine=e)).gradient for e in ("double_backward", "frozen_fd"))
+    assert exact is not None
+    assert close is not None
+    assert float(torch.cosine_similarity(exact.flatten(), close.flatten(), 0)) > 0.99
+
+
+@pytest.mark.parametrize("kind", ["double_backward", "frozen_fd"])
+def test_dropout_in_train_mode_repeats_and_leaves_pytorchs_generator_alone(kind: Any) -> None:
+    torch.manual_seed(0)
+    seen = seen_with(Own(lambda x: nn.functional.dropout(torch.relu(x), 0.3, training=True)))
+    before = torch.get_rng_state()
+    first = drive(plain(engine=kind, steps=3), seen, RUN).images
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(first, drive(plain(engine=kind, steps=3), seen, RUN).images)
 
 
 def test_a_network_that_changes_its_activations_is_not_replayed() -> None:

@@ -176,9 +176,9 @@ def test_rows_are_matched_only_where_the_network_cannot_tell_them_apart() -> Non
     assert len(groups.unique()) == 4  # the second epoch has rows of its own order
     reference = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 2, 2)
     moved = reference[[2, 3, 0, 1]] + 0.1
-    found = choice.in_order_of(moved, reference, choice.interchangeable(targets, 4, 1))
+    found = moved[choice.order_like(moved, reference, choice.interchangeable(targets, 4, 1))]
     torch.testing.assert_close(found, reference + 0.1)
-    apart = choice.in_order_of(moved, reference, torch.arange(4))
+    apart = moved[choice.order_like(moved, reference, torch.arange(4))]
     assert torch.equal(apart, moved)
 
 

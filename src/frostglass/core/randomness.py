@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,6 +94,20 @@ class Rng:
             words[:] = self.at("mt19937").numpy().integers(0, 2**32, 624, dtype=np.uint64)
             made.set_state(torch.from_numpy(state))
         return made
+
+
+@contextmanager
+def global_draws(rng: Rng, device: torch.device) -> Iterator[None]:
+    """In the block torch's own generators (those that Dropout draws from) follow from `rng`; afterwards they are as
+    they were."""
+    cuda = [device] if device.type == "cuda" else []
+    seed = int.from_bytes(rng.key[:8], "big") & (2**63 - 1)
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True)

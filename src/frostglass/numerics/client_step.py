@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from frostglass.core.batch import Batch
 from frostglass.core.defense import Defense
-from frostglass.core.randomness import Insecure, Rng
+from frostglass.core.randomness import Insecure, Rng, global_draws
 from frostglass.core.update import LocalPlan, Update
 from frostglass.numerics.fedavg import Order, drawn_order
 from frostglass.numerics.local_update import local_update
@@ -40,14 +40,15 @@ def computed_step(
         batch: what is trained on.
         plan: of the client.
         defense: or a stack; its `gradient` takes the place of the ordinary step where it has one.
-        key: secret of this client and round.
+        key: secret of this client and round; Dropout's masks follow from it too.
         order: rows that each step sees; None to draw them as the plan says.
     """
     if defense.gradient is not None:
         return Computed(defense.gradient(model, batch, plan, Insecure(key.at("gradient"))))
     if order is None:
         order = drawn_order(plan, len(batch), key.at("order"))
-    trace = local_update(model, batch.images, batch.targets, plan, order=order)
+    with global_draws(key.at("model"), batch.images.device):
+        trace = local_update(model, batch.images, batch.targets, plan, order=order)
     return Computed(Update(trace.gradients, trace.bn, len(batch), plan), trace.buffers, float(trace.loss))
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from frostglass.attacks.inversion.target import lay_out
+from frostglass.core.randomness import global_draws
 from frostglass.core.runtime import Runtime, World
 from frostglass.core.threat import Observation
 from frostglass.numerics.distance import cosine_distance, flatten
@@ -25,7 +26,8 @@ def matching_objective(seen: Observation, images: Tensor, targets: Tensor, run: 
         run: device and dtype.
     """
     goal = lay_out(seen, run)
-    trace = local_update(goal.model, images.to(run.device, run.dtype), targets.to(run.device, run.dtype), goal.plan)
+    with global_draws(run.rng.at("objective"), run.device):
+        trace = local_update(goal.model, images.to(run.device, run.dtype), targets.to(run.device, run.dtype), goal.plan)
     found = flatten([trace.gradients[n] for n in goal.names])
     return max(0.0, float(cosine_distance(found.double(), goal.flat.double())))
 

@@ -95,7 +95,7 @@ def combined(
         return chosen
     groups = interchangeable(state.targets, len(reference), blocks)
     # differences to the best seed: seeds that are equal give exactly that one
-    moves = [in_order_of(state.best[i], reference, groups) - reference for i in agreeing]
+    moves = [state.best[i][order_like(state.best[i], reference, groups)] - reference for i in agreeing]
     change = ranks.total(sum(moves, torch.zeros_like(reference)), world, _WHAT) / count
     off = sum(((move - change).square() for move in moves), torch.zeros_like(reference))
     spread = ranks.total(off, world, _WHAT).flatten(1).mean(1) / (count - 1)
@@ -136,15 +136,14 @@ def interchangeable(targets: Float[Tensor, "b k"], rows: int, blocks: int) -> Te
     return group + block * (int(group.max()) + 1)
 
 
-def in_order_of(z: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"], groups: Tensor) -> Tensor:
-    """The rows of z, permuted within each group so that they lie nearest to those of the reference."""
-    ordered = z.clone()
+def order_like(z: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"], groups: Tensor) -> Tensor:
+    """[b] rows of z, exchanged within each group so that they lie nearest to those of the reference."""
+    order = torch.arange(len(z), device=z.device)
     for group in groups.unique().tolist():
         rows = (groups == group).nonzero().flatten()
         if len(rows) > 1:
-            found, wanted = z[rows].cpu(), reference[rows].cpu()
-            ordered[rows] = z[rows[assign(found, wanted).to(rows.device)]]
-    return ordered
+            order[rows] = rows[assign(z[rows].cpu(), reference[rows].cpu()).to(rows.device)]
+    return order
 
 
 def _alone(state: InversionState, best: Tensor, number: int, loss: float) -> InversionState:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from frostglass.attacks.inversion import ranks
+from frostglass.attacks.inversion.choice import interchangeable, order_like
 from frostglass.attacks.inversion.schedules import Schedule
-from frostglass.attacks.inversion.state import per_seed
+from frostglass.attacks.inversion.state import InversionState, per_seed
 from frostglass.attacks.inversion.target import Target
 from frostglass.core.runtime import World
 from frostglass.numerics.registration import Register, none, unmoved
@@ -51,6 +53,41 @@ class Anchor:
     unregistered: Float[Tensor, ""]
 
 
+def in_one_order(
+    state: InversionState, images: Float[Tensor, "s b c h w"], blocks: int, world: World
+) -> tuple[InversionState, Float[Tensor, "s b c h w"]]:
+    """Seeds exchange their rows of equal targets so that all hold them in the order of the first living one.
+
+    The gradient is the same in any order, so that seeds that found the same two images of one class would otherwise
+    be drawn to the mean of the two.
+
+    Args:
+        state: its variables have a row for each image.
+        images: what the variables show.
+        blocks: parts of a variable with rows of their own order (epochs of a shuffling client).
+        world: the ranks.
+    """
+    groups = interchangeable(state.targets, images.shape[1], blocks)
+    if len(groups.unique()) == len(groups):
+        return state, images
+    reference = ranks.from_rank(_first_living(images, state.alive), 0, world, "the consensus")
+    own = torch.arange(images.shape[1], device=images.device)
+    orders = [
+        order_like(image, reference, groups) if alive and bool(image.isfinite().all()) else own
+        for image, alive in zip(images, state.alive.tolist(), strict=True)
+    ]
+
+    def turned(held: Any) -> Any:
+        if isinstance(held, tuple):
+            return tuple(turned(part) for part in held)
+        if not isinstance(held, Tensor) or held.shape != state.z.shape or not orders:
+            return held
+        return torch.stack([rows[order] for rows, order in zip(held, orders, strict=True)])
+
+    moved = replace(state, z=turned(state.z), best=turned(state.best), rule=turned(state.rule))
+    return moved, torch.stack([image[order] for image, order in zip(images, orders, strict=True)]) if orders else images
+
+
 def find_anchor(
     z: Float[Tensor, "s b c h w"], alive: Bool[Tensor, " s"], how: Consensus, target: Target, world: World
 ) -> Anchor:
@@ -76,16 +113,15 @@ def find_anchor(
 
 def seed_mean(z: Float[Tensor, "s ..."], alive: Bool[Tensor, " s"], world: World) -> Float[Tensor, ...]:
     """Average over the living seeds of all ranks; exact where they are equal. Zeros if none lives."""
-    held = torch.cat([z, torch.zeros_like(z[:1]) if len(z) else z.new_zeros(1, *z.shape[1:])])
-    first = held.index_select(0, _first_alive(alive))[0]
-    reference = ranks.from_rank(first, 0, world, "the consensus")
+    reference = ranks.from_rank(_first_living(z, alive), 0, world, "the consensus")
     return reference + _masked_mean(z - reference, alive, world)
 
 
-def _first_alive(alive: Tensor) -> Tensor:
-    """[1] index of the first living seed; one past the last if there is none."""
-    padded = torch.cat([alive, alive.new_ones(1)])
-    return padded.to(torch.uint8).argmax().view(1)
+def _first_living(z: Tensor, alive: Tensor) -> Tensor:
+    """Of the first living seed; zeros if there is none."""
+    held = torch.cat([z, z.new_zeros(1, *z.shape[1:])])
+    first = torch.cat([alive, alive.new_ones(1)]).to(torch.uint8).argmax().view(1)
+    return held.index_select(0, first)[0]
 
 
 def _masked_mean(x: Tensor, alive: Tensor, world: World) -> Tensor:

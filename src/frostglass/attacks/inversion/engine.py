@@ -20,12 +20,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from frostglass.attacks.inversion.frozen import Choices
 from frostglass.attacks.inversion.schedules import Schedule, as_schedule
 from frostglass.attacks.inversion.spaces import Space
 from frostglass.attacks.inversion.target import Target
 from frostglass.attacks.inversion.terms import Candidate, Term
+from frostglass.core.errors import AttackFailed
+from frostglass.core.randomness import Rng, global_draws
 from frostglass.core.update import BNStatistics
 from frostglass.numerics.bn import recorded_bn
 from frostglass.numerics.image import anchor_distance
@@ -63,6 +66,7 @@ class Objective:
         anchor: [b, c, h, w] or None.
         group: weight of the distance to it.
         augment: applied to the images that the network sees, not to the pixel priors.
+        draws: what a network that draws (Dropout in train mode) draws from; None for torch's own generator.
     """
 
     target: Target
@@ -75,6 +79,11 @@ class Objective:
     anchor: Tensor | None = None
     group: float | Schedule = 0.0
     augment: Augment | None = None
+    draws: Rng | None = None
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Of one pass through the network; every pass of an evaluation draws the same."""
+        return nullcontext() if self.draws is None else global_draws(self.draws, self.targets.device)
 
     def weight(self, weight: float | Schedule) -> float:
         """At this step."""
@@ -106,8 +115,37 @@ def evaluate(z: Tensor, problem: Objective, *, gradient: bool = True) -> Evaluat
     z = z.detach().requires_grad_(True)
     if problem.engine == "frozen_fd" and any(t.gradient for t in problem.terms):
         return _frozen_differences(z, problem)
-    own, total, values = _values(problem, _simulated(z, problem, differentiable=True))
-    return _detached(own, total, values, torch.autograd.grad(total, z)[0])
+    with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention cannot be differentiated twice
+        own, total, values = _values(problem, _simulated(z, problem, differentiable=True))
+        return _detached(own, total, values, torch.autograd.grad(total, z)[0])
+
+
+ALIKE = 0.99
+"""Least cosine between the gradients of the two engines; frozen differences reach .9999 where they hold all kinks."""
+
+
+def refuse_unheld_kinks(z: Tensor, problem: Objective) -> None:
+    """Compares frozen differences with double backward once, at the variable z of one seed.
+
+    A network may choose in ways that no list of functions covers (`torch.where`, comparisons, in-place tricks).
+    Nothing is compared where double backward cannot be had, or does not fit into memory.
+
+    Raises:
+        AttackFailed: they differ, so that the choices of some layer are not held.
+    """
+    try:
+        exact = evaluate(z, replace(problem, engine="double_backward")).gradient
+    except RuntimeError:
+        return
+    found = evaluate(z, problem).gradient
+    assert exact is not None
+    assert found is not None
+    alike = float(torch.nn.functional.cosine_similarity(exact.flatten(), found.flatten(), 0))
+    if alike < ALIKE and float(exact.norm()) > 0:
+        raise AttackFailed(
+            f"engine: 'frozen_fd' gives another gradient than double backward here (cosine {alike:.3g}): the network "
+            "has kinks that it does not hold fixed; use double_backward."
+        )
 
 
 def _detached(own: Tensor, total: Tensor, values: Mapping[str, Tensor], gradient: Tensor | None) -> Evaluation:
@@ -120,7 +158,7 @@ def _simulated(z: Tensor, problem: Objective, *, differentiable: bool) -> Candid
     target = problem.target
     if any(term.gradient for term in problem.terms):
         smooth = ADAM_SMOOTHING if target.plan.optimizer == "adam" else 0.0
-        with second_order_layers() if differentiable else nullcontext():
+        with problem.drawing(), second_order_layers() if differentiable else nullcontext():
             trace = local_update(
                 target.model,
                 images,
@@ -132,7 +170,8 @@ def _simulated(z: Tensor, problem: Objective, *, differentiable: bool) -> Candid
                 statistics=any(term.statistics for term in problem.terms),
             )
     else:
-        trace = _forward(target, dict(trainable(target.model)), images, targets, mode="eval", statistics=True)
+        with problem.drawing():
+            trace = _forward(target, dict(trainable(target.model)), images, targets, mode="eval", statistics=True)
     return Candidate(pixels, images, targets, trace, target)
 
 
@@ -193,7 +232,7 @@ def _frozen_differences(z: Tensor, problem: Objective) -> Evaluation:
     inputs = [images] + ([targets] if targets.requires_grad else [])
     starts = [x.detach().requires_grad_(True) for x in inputs]
     choices = Choices()
-    with two_pass_norms(), choices.recorded():
+    with problem.drawing(), two_pass_norms(), choices.recorded():
         trace = _forward(target, weights, starts[0], starts[1] if len(starts) > 1 else targets)
     found = torch.autograd.grad(trace.loss, [*weights.values(), *starts], allow_unused=True)
     leaves = {
@@ -206,7 +245,7 @@ def _frozen_differences(z: Tensor, problem: Objective) -> Evaluation:
     step = _step_size(list(weights.values()), v)
     moved = {n: (w + step * to).detach() for (n, w), to in zip(weights.items(), v, strict=True)}
     reads = any(term.statistics and not term.gradient for term in problem.terms)
-    with two_pass_norms(), choices.replayed():
+    with problem.drawing(), two_pass_norms(), choices.replayed():
         trace = _forward(target, moved, images, targets, statistics=reads)
     priors, rest, others = _values(problem, Candidate(pixels, images, targets, trace, target), only=False)
     # linear in the inputs: its slope is what the first pass found

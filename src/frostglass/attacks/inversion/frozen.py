@@ -135,7 +135,7 @@ UNKNOWN = frozenset({
     "abs", "absolute", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "amax", "amin",
     "clamp", "clamp_max", "clamp_min", "clip", "fmax", "fmin", "fractional_max_pool2d", "fractional_max_pool3d",
     "hardshrink", "hardsigmoid", "hardswish", "kthvalue", "max", "max_pool3d", "maximum", "median", "min",
-    "minimum", "prelu", "rrelu", "softshrink", "sort", "threshold", "topk",
+    "minimum", "prelu", "rrelu", "selu", "softshrink", "sort", "threshold", "topk",
 })
 # fmt: on
 """Functions with kinks, or that choose, which are not recorded."""

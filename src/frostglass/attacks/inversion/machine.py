@@ -11,9 +11,9 @@ from torch import Tensor
 
 from frostglass.attacks.inversion import ranks, seeds
 from frostglass.attacks.inversion.choice import AgreeingMean, choose, combined, ends_told
-from frostglass.attacks.inversion.consensus import Consensus, find_anchor
+from frostglass.attacks.inversion.consensus import Consensus, find_anchor, in_one_order
 from frostglass.attacks.inversion.elimination import Elimination, eliminated
-from frostglass.attacks.inversion.engine import Engine, Evaluation, Objective, evaluate
+from frostglass.attacks.inversion.engine import Engine, Evaluation, Objective, evaluate, refuse_unheld_kinks
 from frostglass.attacks.inversion.restore import Restore, by_counts, restored_of, targets_of
 from frostglass.attacks.inversion.rules import Rule, StepInfo
 from frostglass.attacks.inversion.spaces import Jitter, Space, pixels
@@ -26,7 +26,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
-from frostglass.core.threat import Knows, Observation
+from frostglass.core.threat import GradientMessage, Knows, Observation
 from frostglass.numerics.fedavg import merge_epochs
 
 __all__ = ["Inversion", "InversionState"]
@@ -98,8 +98,8 @@ class Inversion:
                 self._targets(seen)
         except BadInput as wrong:
             problems += wrong.problems
-        sent = seen.local_plan.kind if seen.local_plan else "gradient"
-        if self.engine == "frozen_fd" and sent != "gradient":
+        sent = {message.kind for message in seen.messages if isinstance(message, GradientMessage)}
+        if self.engine == "frozen_fd" and sent != {"gradient"}:
             problems.append("attack: engine 'frozen_fd' reads gradients, not weight differences; use double_backward.")
         return problems
 
@@ -108,14 +108,18 @@ class Inversion:
         return warnings_of(seen)
 
     def init(self, seen: Observation, run: Runtime) -> InversionState:
-        """Starts of this rank's seeds, targets granted or restored."""
-        target, _ = self._prepared(seen, run)
+        """Starts of this rank's seeds, targets granted or restored.
+
+        Raises:
+            AttackFailed: "frozen_fd" does not fit the network (see `engine.refuse_unheld_kinks`).
+        """
+        target, terms = self._prepared(seen, run)
         targets, counts = self._targets(seen)
         numbers = ranks.seeds_of(run.world, self.seeds)
         z = seeds.start_of(self.space, target, len(targets), numbers, run)
         inf = torch.full((len(z),), float("inf"), dtype=run.dtype, device=run.device)
         none = torch.zeros((), dtype=torch.long, device=run.device)
-        return InversionState(
+        state = InversionState(
             z=z,
             rule=self.update.init(z),
             targets=targets.to(run.device, run.dtype),
@@ -131,6 +135,10 @@ class Inversion:
             restarts=none.clone(),
             unregistered=torch.zeros((), dtype=run.dtype, device=run.device),
         )
+        if self.engine == "frozen_fd" and numbers and any(term.gradient for term in terms):
+            first = replace(self._objective(target, terms, state, 0), draws=run.rng.at("check"))
+            refuse_unheld_kinks(z[0], first)
+        return state
 
     def step(self, seen: Observation, state: InversionState, run: Runtime, t: int) -> tuple[InversionState, Scalars]:
         """One iteration of every seed: simulate the client once a seed, sum the terms, follow the rule.
@@ -215,6 +223,7 @@ class Inversion:
         z = seen.domain.normalise(images.to(run.device, run.dtype))
         rows = targets.to(run.device, run.dtype)
         problem = Objective(target, terms, pixels(), self.engine, self.steps - 1, self.steps, rows)
+        problem = replace(problem, draws=run.rng.at("objective"))
         return float(evaluate(z, problem, gradient=False).own)
 
     def _targets(self, seen: Observation) -> tuple[Tensor, Tensor | None]:
@@ -248,6 +257,8 @@ class Inversion:
             count = len(state.targets) * (target.epochs if self.space.per_row else 1)
             shape = (0, count, *target.seen.image_shape)
             images = torch.stack(rows).detach() if rows else state.z.new_zeros(shape)
+            if self.space.per_row:
+                state, images = in_one_order(state, images, target.epochs, run.world)
             found = find_anchor(images, state.alive, self.consensus, target, run.world)
             state = replace(seeds.forget_best(state), anchor=found.z, unregistered=found.unregistered)
         return state
@@ -258,7 +269,7 @@ class Inversion:
         """After the last step: what is returned, by objective alone."""
         if self.combine is None:
             return choose(state, run.world)
-        problem = replace(self._objective(target, terms, state, t), anchor=None)
+        problem = replace(self._objective(target, terms, state, t), anchor=None, draws=run.rng.at("objective"))
 
         def objective(z: Tensor) -> Tensor:
             return evaluate(z, problem, gradient=False).own
@@ -274,7 +285,7 @@ class Inversion:
         found: list[Evaluation] = []
         for s, number in enumerate(numbers):
             shown = self.jitter(rng.at("jitter", number)) if self.jitter is not None else None
-            found.append(evaluate(z[s], replace(problem, augment=shown)))
+            found.append(evaluate(z[s], replace(problem, augment=shown, draws=rng.at("model", number))))
         if not found:
             return _Found(z.new_zeros(0), z.new_zeros(0), torch.zeros_like(z), {})
         values = {name: torch.stack([f.values[name] for f in found]) for name in found[0].values}
