@@ -265,7 +265,8 @@ def main() -> None:
     rows = [] if options.quick else earlier(path)
     done = {(r["victim"], r["mode"], r["K"], r["labels"]) for r in rows}
     about = {
-        "note": "CIFAR-10 images are JPEG re-encodings; private and auxiliary images are disjoint test images.",
+        "note": "CIFAR-10 images are JPEG re-encodings; private and auxiliary images are disjoint test images. "
+        "Rows of distinct labels are told that labels are distinct (the grant labels_distinct).",
         "auxiliary_images": {"eval": AUXILIARY, "train": AUXILIARY_TRAIN},
         "auxiliary_labels": "only for 'least squares, labelled auxiliary'",
     }

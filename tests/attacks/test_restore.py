@@ -105,7 +105,7 @@ def test_more_images_than_classes_are_counted_and_refused_by_distinct_rules() ->
     seen, truth = relabelled("small_bn_cnn", [5, 0, 2, 0, 0, 9, 0, 0, 0, 1])
     assert torch.equal(restore.restored_of(seen, restore.by_counts()).counts, truth)
     for name in ("row_minimum", "sum"):
-        with pytest.raises(BadInput, match=r"exceed 10 classes; restore counts instead"):
+        with pytest.raises(BadInput, match=r"exceed 10 classes; use restore = 'counts'"):
             restore.restored_of(seen, restore.RESTORE[name]())
     with pytest.raises(BadInput, match="names one label"):
         restore.restored_of(seen, restore.RESTORE["idlg"]())

@@ -32,9 +32,6 @@ from frostglass.core.threat import Observation
 EXACT = ("linear_exact", "spear", "peel", "peel_residual", "imprint")
 """Attacks that prove what they show, where they apply."""
 
-MISFIT = 0.1
-"""Residual of the bias identity from which the labels that solve it are not called sure: noise, or another loss."""
-
 
 def with_recorded(
     plan: Plan, card: Scorecard, prepared: Sequence[Prepared], given: Inputs | None, tell: Emit
@@ -154,7 +151,7 @@ def _labels(ready: Prepared, seen: Observation) -> dict[str, Any]:
     )
     scored: Labels = score(result, ready.arrived.round, [], null=False).labels
     return {
-        "confidence": "low" if found.confidence == "high" and found.residual > MISFIT else found.confidence,
+        "confidence": found.confidence,
         "rule": found.rule,
         "residual": None if found.residual != found.residual else round(found.residual, 6),
         "counts": None if found.counts is None else [round(float(c), 2) for c in found.counts],

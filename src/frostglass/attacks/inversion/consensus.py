@@ -14,6 +14,7 @@ from frostglass.attacks.inversion.choice import interchangeable, order_like
 from frostglass.attacks.inversion.schedules import Schedule
 from frostglass.attacks.inversion.state import InversionState, per_seed
 from frostglass.attacks.inversion.target import Target
+from frostglass.core.errors import BadInput
 from frostglass.core.runtime import World
 from frostglass.numerics.registration import Register, none, unmoved
 
@@ -34,6 +35,10 @@ class Consensus:
     start: int
     every: int
     register: Register
+
+    def __post_init__(self) -> None:
+        if not callable(self.weight) and not self.weight >= 0:
+            raise BadInput(f"attack.group: {self.weight!r} must be a number from 0.")
 
     def due(self, t: int) -> bool:
         """Whether the anchor is made anew before step t."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -23,6 +23,9 @@ _UNTRAINED = 0.45  # share of the loss slope that labels independent of the imag
 _DIVERSE = 2.0  # variance of the logits over images, relative to that of their means over classes
 _SETTLED = 0.05  # spread of the sum of posteriors below which the identity is right by itself
 _MANY = 100  # classes above which the covariance would be too large; there the identity alone is used
+MISFIT = 0.1
+"""Misfit of the equations above which they settle nothing: a wrong number of images, or a changed update."""
+_ONE = 0.01  # second singular value of the classifier's gradient, relative to the first, that one image may leave
 _NEARLY_ALL = 0.95  # expected share of labels right that counts as high confidence
 
 
@@ -69,7 +72,12 @@ class CountRule:
     _learned: list[label_learn.LearnedRule | None] = field(default_factory=list, repr=False, compare=False)
 
     def count(self, head: Head) -> Counted:
-        """The counts behind one update."""
+        """The counts behind one update; where its equations do not fit, no confidence is high."""
+        found = self._count(head)
+        unfit = found.residual > MISFIT or (head.examples == 1 and not _rank_one(head))
+        return replace(found, confidence="low") if unfit and found.confidence == "high" else found
+
+    def _count(self, head: Head) -> Counted:
         if head.silent:
             return self._guess(head, 0.0, "no gradient")
         start = basics.least_squares_counts(head.grad_bias, basics.posterior_observed(head), head.examples)
@@ -113,6 +121,12 @@ class CountRule:
 
     def _guess(self, head: Head, residual: float, rule: str) -> Counted:
         return Counted(basics.guess(head.classes, head.examples), "none", residual, rule)
+
+
+def _rank_one(head: Head) -> bool:
+    """Whether the classifier's gradient can be of one image: an error times its features."""
+    sizes = torch.linalg.svdvals(torch.cat([head.grad_weight, head.grad_bias[:, None]], 1))
+    return len(sizes) < 2 or float(sizes[1]) <= _ONE * float(sizes[0])
 
 
 def _wobble(head: Head, features: Tensor) -> float:

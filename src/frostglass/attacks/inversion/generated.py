@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from frostglass.attacks.inversion.spaces import Space
 from frostglass.attacks.inversion.target import Target
+from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.vision.generators import Untrained
 
@@ -43,7 +44,10 @@ def untrained(width: int = 32, depth: int = 2) -> Space:
 
     Every seed has weights of its own and the same noise.
     """
+    if width < 1 or depth < 1:
+        raise BadInput(f"attack.width: {width} channels in {depth} steps; both must be from 1.")
     made: dict[tuple[int, int, int], Untrained] = {}
+    noises: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def network(target: Target) -> Untrained:
         channels, height, width_ = target.seen.image_shape
@@ -54,8 +58,10 @@ def untrained(width: int = 32, depth: int = 2) -> Space:
 
     def images(z: Tensor, target: Target) -> Tensor:
         net = network(target)
-        noise = Rng.from_seed(0, "deep image prior").normal((_rows(target), *net.latent_shape), like=z)
-        return _as_pixels(functional_call(net, unflattened(net, z), (noise,)), target)
+        key = z.device, z.dtype, (_rows(target), *net.latent_shape)
+        if key not in noises:  # drawn on the CPU, so once
+            noises[key] = Rng.from_seed(0, "deep image prior").normal(key[2], like=z.detach())
+        return _as_pixels(functional_call(net, unflattened(net, z), (noises[key],)), target)
 
     return Space(
         start=lambda target, rows, rng, like: initial_weights(network(target), rng, like),

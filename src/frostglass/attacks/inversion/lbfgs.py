@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from frostglass.attacks.inversion.rules import Rule, StepInfo
+from frostglass.core.errors import BadInput
 
 LEAST_CURVATURE = 1e-10
 LEAST_GRADIENT = 1e-7
@@ -48,6 +49,12 @@ def lbfgs(*, lr: float = 1.0, iterations: int = 20, history: int = 100) -> Rule:
         iterations: in one step of the attack (torch's max_iter).
         history: pairs kept: memory of 2 x history variables a seed.
     """
+
+    if not (lr > 0 and iterations >= 1 and history >= 1):
+        raise BadInput(
+            f"attack: L-BFGS with lr = {lr:g}, {iterations} inner evaluations and a history of {history} does nothing; "
+            "give lr above 0 and the others from 1."
+        )
 
     def init(z: Tensor) -> _History:
         flat, s = z.flatten(1), len(z)

@@ -103,7 +103,9 @@ def by_idlg() -> Restore:
     def restore(seen: Observation) -> Restored:
         _, weight, bias = classifier_of(seen)
         if examples_of(seen) != 1:
-            raise BadInput(f"attack: the iDLG rule names one label, and there are {seen.examples}; restore 'counts'.")
+            raise BadInput(
+                f"attack: the iDLG rule names one label, and there are {seen.examples}; use restore = 'counts'."
+            )
         counts = weight.new_zeros(len(weight))
         counts[single_label(weight, bias)] = 1
         return _restored(seen, counts, "none" if float(weight.abs().max()) == 0 else "high", float("nan"), "idlg")
@@ -181,6 +183,17 @@ RESTORE: Mapping[str, Callable[[], Restore]] = {
 """Rules by the name that a plan gives; "joint" (DLG) is no rule but a further variable, and belongs to its recipe."""
 
 
+def restore_by(name: str) -> Restore:
+    """The rule of this name.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if name not in RESTORE:
+        raise BadInput(f"attack.restore: {name!r} is not a rule for labels; use one of {', '.join(RESTORE)}.")
+    return RESTORE[name]()
+
+
 def _head_and_features(seen: Observation, source: Posterior) -> tuple[Head, Tensor | None]:
     """The layer, and features of granted or dummy images in the client's mode (None where these cannot be had)."""
     classifier_of(seen)
@@ -226,7 +239,7 @@ def _distinct(seen: Observation, rule: Callable[[Tensor, int], Tensor], name: st
         words = name.replace("_", "-")
         raise BadInput(
             f"attack: the {words} rule names distinct classes, and {examples} images exceed {len(weight)} classes; "
-            "restore counts instead, or grant 'labels'."
+            "use restore = 'counts', or grant 'labels'."
         )
     counts = weight.new_zeros(len(weight))
     counts[rule(weight, examples)] = 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from frostglass.attacks.inversion.schedules import Schedule, as_schedule
+from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.numerics.image import blocks
 
@@ -100,6 +101,8 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Rule:
 def pixel_noise(amount: float) -> Rule:
     """Adds amount * N(0, 1) to the change. Put it after `adam` and before `scale`, so that the noise lands on the
     pixels, scaled by the current learning rate (Yin et al. 2021, sec. 3.4), and is not normalised away."""
+    if not amount >= 0:
+        raise BadInput(f"attack.noise: {amount!r} must be a number from 0.")
     if amount == 0:
         return _stateless(lambda g, info: g)
     return _stateless(lambda g, info: g + amount * info.normal("pixel noise", g))
@@ -127,6 +130,8 @@ def coarse_to_fine(size: int, until: float) -> Rule:
     With a start in the same blocks (`spaces.pixels(coarse=size)`) this is an optimisation at a lower resolution that
     goes on at the full one, for networks that take one size only (DeepInversion's multi-resolution start).
     """
+    if size < 1 or not 0 <= until <= 1:
+        raise BadInput(f"attack.coarse: blocks of {size} pixels for {until:g} of the run; give from 1, and 0 to 1.")
     return _stateless(lambda g, info: blocks(g, size) if size > 1 and info.t < until * info.steps else g)
 
 

@@ -11,6 +11,7 @@ from frostglass.attacks.inversion.rules import Rule
 from frostglass.attacks.inversion.spaces import Space
 from frostglass.attacks.inversion.state import InversionState, per_seed, where_seeds
 from frostglass.attacks.inversion.target import Target
+from frostglass.core.errors import BadInput
 from frostglass.core.runtime import Runtime
 
 
@@ -27,6 +28,10 @@ class Restart:
     every: int
     factor: float
     until: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not self.factor > 0:
+            raise BadInput(f"attack.restart_every: {self.every} must be from 1 (factor {self.factor:g} above 0).")
 
     def due(self, t: int, steps: int) -> bool:
         """Whether seeds are checked before step t."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from frostglass.attacks.inversion.target import Target
+from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.numerics.image import blocks, shifted
 
@@ -84,6 +85,9 @@ def with_labels(space: Space) -> Space:
 
 def random_shift(pixels: int, *, flip: bool) -> Jitter:
     """Rolled by up to `pixels` in both directions and, if `flip`, mirrored every other time (Yin et al. 2020)."""
+
+    if pixels < 0:
+        raise BadInput(f"attack.shift: {pixels} must be from 0 pixels.")
 
     def draw(rng: Rng) -> Callable[[Tensor], Tensor]:
         down, right = (int(n) for n in rng.at("shift").numpy().integers(-pixels, pixels + 1, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -55,6 +56,12 @@ class Term:
     needs: frozenset[Knows] = field(default_factory=frozenset)
     gradient: bool = False
     statistics: bool = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.weight) and not 0 <= self.weight < math.inf:
+            raise BadInput(
+                f"attack: the weight of {self.name!r} is {self.weight!r}; give a number from 0 (0: left out)."
+            )
 
 
 def _simulated(c: Candidate) -> list[Tensor]:
@@ -183,5 +190,6 @@ def require(terms: tuple[Term, ...], seen: Observation) -> None:
         for need in term.needs:
             if not held.get(need, True):
                 raise BadInput(
-                    f"attack: term {term.name!r} needs {need.value!r}, and the model has no such statistics."
+                    f"attack: term {term.name!r} needs {need.value!r}, and the model has no such statistics; set its "
+                    "weight to 0 (or bn = 'none')."
                 )

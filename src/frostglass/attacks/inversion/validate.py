@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from frostglass.attacks.inversion.suspicions import suspicions
-from frostglass.core.threat import Observation
+from frostglass.core.threat import GradientMessage, Observation
+from frostglass.core.update import LocalPlan
 from frostglass.numerics.local_update import trainable
 
 _WRAPPERS = {
@@ -38,16 +39,17 @@ def mismatches(seen: Observation) -> list[Mismatch]:
 
     Values that are not finite, or zeros only, are no mismatch: such a run fails (`target.refuse_broken_values`).
     """
-    errors = [*_name_errors(seen), *_shape_errors(seen), *_kind_errors(seen)]
+    errors = errors_of(seen)
     found = [Mismatch("error", text) for text in errors]
     if errors or not all(bool(g.isfinite().all()) for g in seen.gradients.values()):
         return found
-    return found + [Mismatch("warning", text) for text in (*_partial(seen), *suspicions(seen))]
+    doubts = (*_partial(seen), *_unknown(seen), *suspicions(seen))
+    return found + [Mismatch("warning", text) for text in doubts]
 
 
 def errors_of(seen: Observation) -> list[str]:
     """Sentences on why the update cannot be attacked at all; cheap."""
-    return [*_name_errors(seen), *_shape_errors(seen), *_kind_errors(seen)]
+    return [*_name_errors(seen), *_shape_errors(seen), *_kind_errors(seen), *_label_errors(seen)]
 
 
 def warnings_of(seen: Observation) -> list[str]:
@@ -133,6 +135,11 @@ def _kind_errors(seen: Observation) -> Iterator[str]:
         )
 
 
+def _label_errors(seen: Observation) -> Iterator[str]:
+    if seen.labels is not None and seen.examples is not None and len(seen.labels) != seen.examples:
+        yield f"labels: {len(seen.labels)} rows were granted for {seen.examples} images; they must agree."
+
+
 def _partial(seen: Observation) -> Iterator[str]:
     weights, sent = trainable(seen.model), seen.gradients
     absent = [n for n in weights if n not in sent]
@@ -157,6 +164,24 @@ def _partial(seen: Observation) -> Iterator[str]:
         yield (
             f"Update: the values have {named[0]}, {digits} digits: the objective at the truth is not 0, and an exact "
             "attack may not prove anything."
+        )
+
+
+def _unknown(seen: Observation) -> Iterator[str]:
+    """What the simulation must make up."""
+    kinds = {m.kind for m in seen.messages if isinstance(m, GradientMessage)}
+    if "delta" in kinds and seen.local_plan is None:
+        assumed = LocalPlan(kind="delta")
+        yield (
+            f"Update: a weight difference, and 'local_plan' is not granted: one step of SGD at lr {assumed.lr:g} is "
+            "assumed. The cosine does not mind the rate, L2 matching does, and neither covers several steps; grant "
+            "'local_plan'."
+        )
+    drawing = [n for n, m in seen.model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+    if seen.mode == "train" and drawing:
+        yield (
+            f"Model: {len(drawing)} Dropout layers are active in train mode ({_some(drawing)}). Nobody knows the "
+            "client's masks, so the simulation draws its own, and the objective at the truth is not 0."
         )
 
 

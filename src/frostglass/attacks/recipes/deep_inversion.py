@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from frostglass.attacks.inversion.machine import Inversion
+from frostglass.attacks.inversion.restore import restore_by
 from frostglass.attacks.inversion.rules import adam, chain, coarse_to_fine, scale
 from frostglass.attacks.inversion.schedules import cosine
 from frostglass.attacks.inversion.spaces import pixels, random_shift
@@ -24,6 +25,7 @@ def deep_inversion(
     flip: bool = True,
     coarse: int = 2,
     coarse_until: float = 0.25,
+    restore: str = "counts",
     seeds: int = 1,
     every: int = 50,
 ) -> Inversion:
@@ -45,6 +47,7 @@ def deep_inversion(
         flip: mirror every other time.
         coarse: the run starts with blocks of so many pixels (multi-resolution start); 1 for none.
         coarse_until: share of the run that works in blocks.
+        restore: how labels that are not granted are restored: "counts", "least_squares", "row_minimum", "sum", "idlg".
         seeds: independent starts; the lowest objective is returned.
         every: iterations between two reports.
     """
@@ -58,6 +61,7 @@ def deep_inversion(
         terms=terms,
         update=chain(coarse_to_fine(coarse, coarse_until), adam(), scale(cosine(lr))),
         steps=steps,
+        restore=restore_by(restore),
         seeds=seeds,
         space=pixels(coarse=coarse),
         jitter=random_shift(shift, flip=flip) if shift or flip else None,

@@ -7,7 +7,7 @@ from typing import Literal
 from frostglass.attacks.inversion.consensus import Consensus
 from frostglass.attacks.inversion.engine import Engine
 from frostglass.attacks.inversion.machine import Inversion
-from frostglass.attacks.inversion.restore import by_row_minimum
+from frostglass.attacks.inversion.restore import restore_by
 from frostglass.attacks.inversion.rules import adam, chain, pixel_noise, scale
 from frostglass.attacks.inversion.schedules import cosine
 from frostglass.attacks.inversion.spaces import pixels
@@ -53,6 +53,7 @@ def grad_inversion(
     consensus_every: int = 100,
     register: str = "ecc_euclidean",
     box: bool = True,
+    restore: str = "row_minimum",
     engine: Engine = "double_backward",
     seeds: int = 8,
     every: int = 50,
@@ -83,6 +84,8 @@ def grad_inversion(
         register: method of the registered mean. On small images it gained no more than a random shift by a fraction of
             a pixel, which smooths as a warp does (bench/registration.py); agreement itself gains.
         box: limit pixels to their range after every step (the paper does not say).
+        restore: how labels that are not granted are restored: "row_minimum" as in the paper, "counts" where classes
+            repeat, "least_squares", "sum" or "idlg".
         engine: "double_backward", or "frozen_fd", which is faster on networks of ReLU and max-pooling, and serves
             those that cannot be differentiated twice.
         seeds: |G|; the lowest objective is returned.
@@ -104,7 +107,7 @@ def grad_inversion(
         terms=terms,
         update=chain(adam(), pixel_noise(noise), scale(cosine(lr, warmup=warmup))),
         steps=steps,
-        restore=by_row_minimum(),
+        restore=restore_by(restore),
         seeds=seeds,
         space=pixels(box=box),
         consensus=Consensus(group, start, consensus_every, method) if consensus != "none" and group else None,

@@ -16,6 +16,7 @@ def inverting_gradients(
     *,
     steps: int = 4800,
     lr: float = 0.1,
+    gradient: float = 1.0,
     tv: float = 1e-1,
     seeds: int = 1,
     engine: Engine = "double_backward",
@@ -29,6 +30,7 @@ def inverting_gradients(
     Args:
         steps: iterations (4,800 in the paper).
         lr: start of the learning rate.
+        gradient: weight of the matching.
         tv: weight of the total variation (1e-1 to 1e-6 in the paper, by model).
         seeds: restarts.
         engine: "double_backward", or "frozen_fd", which is faster on networks of ReLU and max-pooling, and serves
@@ -37,7 +39,7 @@ def inverting_gradients(
     """
     return Inversion(
         "inverting_gradients",
-        terms=lambda seen: (match_cosine(), total_variation(tv)),
+        terms=lambda seen: (match_cosine(gradient), total_variation(tv)),
         update=chain(sign(), adam(), scale(step_decay(lr, at=(3 / 8, 5 / 8, 7 / 8), factor=0.1))),
         steps=steps,
         seeds=seeds,

@@ -8,6 +8,7 @@ from torch import nn
 
 from frostglass.attacks.inversion.generated import latent, untrained
 from frostglass.attacks.inversion.machine import Inversion
+from frostglass.attacks.inversion.restore import restore_by
 from frostglass.attacks.inversion.rules import adam, chain, scale
 from frostglass.attacks.inversion.schedules import cosine
 from frostglass.attacks.inversion.spaces import Space
@@ -38,9 +39,11 @@ def latent_projection(
     steps: int = 1000,
     lr: float | None = None,
     matching: Literal["cosine", "l2"] = "cosine",
+    gradient: float = 1.0,
     tv: float = 1e-2,
     bn: float = 0.0,
     width: int = 32,
+    restore: str = "counts",
     seeds: int = 1,
     every: int = 50,
 ) -> Inversion:
@@ -56,15 +59,17 @@ def latent_projection(
         steps: iterations.
         lr: peak learning rate, 0 at the end; 0.03 for weights and 0.1 for latents if left out.
         matching: "cosine", or "l2" as in the paper.
+        gradient: weight of the matching.
         tv: weight of the total variation; it helps the untrained network by about 1 dB.
         bn: weight of the best BatchNorm statistics that are granted, relative to their size.
         width: channels of the untrained network.
+        restore: how labels that are not granted are restored: "counts", "least_squares", "row_minimum", "sum", "idlg".
         seeds: independent starts; the lowest objective is returned.
         every: iterations between two reports.
     """
 
     def terms(seen: Observation) -> tuple[Term, ...]:
-        found = [match_cosine() if matching == "cosine" else match_layer_norms(), total_variation(tv)]
+        found = [(match_cosine if matching == "cosine" else match_layer_norms)(gradient), total_variation(tv)]
         source = available_bn(seen) if bn else None
         return (*found, bn_statistics(bn, source, relative=True)) if source else tuple(found)
 
@@ -74,6 +79,7 @@ def latent_projection(
         terms=terms,
         update=chain(adam(), scale(cosine(rate, warmup=20))),
         steps=steps,
+        restore=restore_by(restore),
         seeds=seeds,
         space=_space(generator, width),
         every=every,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from frostglass.attacks.inversion.choice import AgreeingMean
 from frostglass.attacks.inversion.engine import Engine
 from frostglass.attacks.inversion.machine import Inversion
+from frostglass.attacks.inversion.restore import restore_by
 from frostglass.attacks.inversion.rules import adam, chain, scale
 from frostglass.attacks.inversion.schedules import cosine, falling
 from frostglass.attacks.inversion.terms import Term, available_bn, bn_statistics, match_cosine, total_variation
@@ -17,12 +18,14 @@ def thaw(
     *,
     steps: int = 600,
     lr: float = 0.5,
+    gradient: float = 1.0,
     tv: float = 1e-3,
     tv_start: float = 0.2,
     bn_batch: float = 0.1,
     bn_running: float = 0.03,
     seeds: int = 1,
     mean: bool = True,
+    restore: str = "counts",
     engine: Engine = "double_backward",
     every: int = 50,
 ) -> Inversion:
@@ -34,19 +37,21 @@ def thaw(
     Args:
         steps: iterations.
         lr: peak learning rate, reached after 20 iterations, 0 at the end.
+        gradient: weight of the matching; 0 leaves the priors alone.
         tv, tv_start: weight of the total variation at the end and at the start; set tv to 0 on encodings, whose
             neighbouring pixels are unrelated.
         bn_batch: weight of the BatchNorm term with the statistics of the target batch.
         bn_running: the same with running statistics.
         seeds: independent starts. Four of them gain about 1 dB.
         mean: return the mean of the seeds that agree, not the one with the lowest objective alone.
+        restore: how labels that are not granted are restored: "counts", "least_squares", "row_minimum", "sum", "idlg".
         engine: "double_backward", or "frozen_fd", which is faster on networks of ReLU and max-pooling.
         every: iterations between two reports.
     """
 
     def terms(seen: Observation) -> tuple[Term, ...]:
         source = available_bn(seen)
-        found = [match_cosine()]
+        found = [match_cosine(gradient)]
         if tv:
             found.append(total_variation(falling(max(tv_start, tv), tv)))
         if source is not None:
@@ -59,6 +64,7 @@ def thaw(
         terms=terms,
         update=chain(adam(), scale(cosine(lr, warmup=20))),
         steps=steps,
+        restore=restore_by(restore),
         seeds=seeds,
         combine=AgreeingMean() if mean and seeds > 1 else None,
         engine=engine,

@@ -54,8 +54,12 @@ class Metric:
         """`score`, with the context where it is needed: [b] in float64.
 
         Raises:
-            NotAvailable: it cannot be computed here, or lacks its context.
+            NotAvailable: it cannot be computed here, or lacks its context, or the images are smaller than `least_side`.
         """
+        if len(found) and min(found.shape[-2:]) < self.least_side:
+            raise NotAvailable(
+                f"{self.name} needs images of {self.least_side} pixels a side, not {min(found.shape[-2:])}"
+            )
         if not self.needs_context:
             return self.score(found, truth).double()
         if context is None:
