@@ -101,6 +101,12 @@ OFF = [
     ("grad_inversion", {"group": 0.0}, "group"),
     ("grad_inversion", {"consensus": "none"}, "group"),
     ("inverting_gradients", {"tv": 0.0}, "tv"),
+    ("inverting_gradients", {"gradient": 0.0}, "cosine"),
+    ("thaw", {"gradient": 0.0}, "cosine"),
+    ("thaw", {"tv": 0.0}, "tv"),
+    ("thaw", {"bn_batch": 0.0}, "bn"),
+    ("latent_projection", {"gradient": 0.0}, "cosine"),
+    ("latent_projection", {"tv": 0.0}, "tv"),
     ("deep_inversion", {"ce": 0.0}, "cross_entropy"),
     ("deep_inversion", {"tv": 0.0}, "tv"),
     ("deep_inversion", {"l2": 0.0}, "l2"),
@@ -121,6 +127,65 @@ def test_every_term_goes_with_one_key(name: str, key: dict[str, Any], gone: str)
     before, after = logged(**on), logged(**key)
     assert before - after == {gone}
     assert after < before
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("thaw", {"tv": -0.001}),
+        ("thaw", {"lr": -0.5}),
+        ("thaw", {"bn_batch": float("nan")}),
+        ("inverting_gradients", {"tv": -1.0}),
+        ("grad_inversion", {"noise": -0.1}),
+        ("grad_inversion", {"group": -0.1}),
+        ("grad_inversion", {"warmup": -5}),
+        ("dlg", {"inner": 0}),
+        ("dlg", {"history": 0}),
+        ("dlg", {"restart_every": -1}),
+        ("deep_inversion", {"shift": -1}),
+        ("deep_inversion", {"coarse": 0}),
+        ("latent_projection", {"width": 0}),
+        ("thaw", {"restore": "guess"}),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_the_run(name: str, settings: dict[str, Any]) -> None:
+    seen, _ = observe("small_bn_cnn", width=4)
+    try:
+        found = made(name, **settings).check(seen)
+    except BadInput as wrong:
+        found = list(wrong.problems)
+    assert any("attack" in problem for problem in found)
+
+
+def test_a_plan_names_the_rule_for_labels() -> None:
+    seen, _ = observe("small_bn_cnn", width=4, batch=2)
+    seen = replace(seen, labels=None)
+    for name, default in (("thaw", "counts"), ("grad_inversion", "row_minimum")):
+        for rule in (default, "sum"):
+            attack = made(name, steps=1, seeds=1, **({} if rule == default else {"restore": rule}))
+            state = attack.step(seen, attack.init(seen, RUN), RUN, 0)[0]
+            assert str(attack.read(seen, state).info["labels_rule"]).startswith(rule)
+
+
+def test_a_warmup_leaves_half_of_a_short_run() -> None:
+    zero = torch.zeros(1, 1, 3, 8, 8)
+    attack = made("grad_inversion", steps=20)
+
+    def size(t: int) -> float:
+        info = StepInfo(t, 20, Rng.from_seed(t))
+        return float(attack.update.apply(zero, attack.update.init(zero), info)[0].std())
+
+    assert size(10) == pytest.approx(0.2 * 0.1, rel=0.3)
+    assert size(19) < 0.2 * size(10)
+
+
+def test_thaw_can_drop_seeds_on_the_way() -> None:
+    seen, _ = observe("small_bn_cnn", width=4)
+    attack = made("thaw", steps=10, seeds=4, eliminate=True)
+    state = attack.init(seen, RUN)
+    for t in range(9):
+        state, _ = attack.step(seen, state, RUN, t)
+    assert len(state.seeds) == 1
 
 
 def test_noise_and_matching_are_keys_too() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -93,7 +94,7 @@ def local_update(
     """
     weights: dict[str, Tensor] = dict(trainable(model))
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    steps = _steps(plan, len(images), order)
+    steps = _steps(plan, len(images), order, images.device)
     client = _Client(model, plan, smooth, differentiable)
     with in_mode(model, plan.mode), torch.enable_grad():
         first = (images, targets) if steps[0] is None else (images[steps[0]], targets[steps[0]])
@@ -113,15 +114,21 @@ def local_update(
     return _trace(grads, bn, logits, loss, buffers, differentiable)
 
 
-def _steps(plan: LocalPlan, examples: int, order: Sequence[Tensor] | None) -> list[Tensor | None]:
-    """Rows of each step, None for all."""
+def _steps(plan: LocalPlan, examples: int, order: Sequence[Tensor] | None, device: torch.device) -> list[Tensor | None]:
+    """Rows of each step, on the device of the images; None for all."""
     if plan.kind == "gradient":
         return [None]
     if order is not None:
-        return list(order)
+        return [rows.to(device) for rows in order]
     if plan.whole_batches(examples):
         return [None] * plan.steps_for(examples)
-    return list(own_order(plan, examples))
+    return list(_own_order(plan, examples, device))
+
+
+@lru_cache(maxsize=64)
+def _own_order(plan: LocalPlan, examples: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Moved once: an attack simulates the same client thousands of times."""
+    return tuple(rows.to(device) for rows in own_order(plan, examples))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,12 @@ class Target:
     def order(self, images: int) -> Order | None:
         """Rows of each simulated step where there is an image of its own for every epoch; None for the plan's own."""
         n = self.seen.examples
-        return epoch_order(self.plan, n) if n is not None and self.epochs > 1 and images == n * self.epochs else None
+        return self._epoch_order if n is not None and self.epochs > 1 and images == n * self.epochs else None
+
+    @cached_property
+    def _epoch_order(self) -> Order:
+        assert self.seen.examples is not None
+        return tuple(rows.to(self.mean.device) for rows in epoch_order(self.plan, self.seen.examples))
 
     def as_sent(self, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Gradients of a candidate as the client's defence would send them, noise apart, where that grant was given.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from frostglass.attacks.inversion.choice import AgreeingMean
+from frostglass.attacks.inversion.elimination import Elimination
 from frostglass.attacks.inversion.engine import Engine
 from frostglass.attacks.inversion.machine import Inversion
 from frostglass.attacks.inversion.restore import restore_by
@@ -25,6 +26,7 @@ def thaw(
     bn_running: float = 0.03,
     seeds: int = 1,
     mean: bool = True,
+    eliminate: bool = False,
     restore: str = "counts",
     engine: Engine = "double_backward",
     every: int = 50,
@@ -44,6 +46,8 @@ def thaw(
         bn_running: the same with running statistics.
         seeds: independent starts. Four of them gain about 1 dB.
         mean: return the mean of the seeds that agree, not the one with the lowest objective alone.
+        eliminate: drop the worse half of the seeds after .1 and .3 of the run, for more seeds in the same time. Four of
+            twelve tries ended 1.1 dB below four seeds averaged, so it is off.
         restore: how labels that are not granted are restored: "counts", "least_squares", "row_minimum", "sum", "idlg".
         engine: "double_backward", or "frozen_fd", which is faster on networks of ReLU and max-pooling.
         every: iterations between two reports.
@@ -66,6 +70,7 @@ def thaw(
         steps=steps,
         restore=restore_by(restore),
         seeds=seeds,
+        eliminate=Elimination() if eliminate and seeds > 1 else None,
         combine=AgreeingMean() if mean and seeds > 1 else None,
         engine=engine,
         every=every,
