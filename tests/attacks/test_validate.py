@@ -167,3 +167,23 @@ def test_warnings_reach_the_report_of_an_audit(tmp_path: Any) -> None:
     told = [[w for w in cell.warnings if w.startswith("Update:")] for cell in report.cells]
     assert told[0] == []
     assert any("a defence that changed the update" in w for w in told[1])
+
+
+def test_what_the_simulation_makes_up_is_said() -> None:
+    seen, _ = observe("small_bn_cnn", width=8, plan=LocalPlan("delta", lr=0.05))
+    (said,) = warnings_of(replace(seen, local_plan=None))
+    assert "one step of SGD at lr 0.1 is assumed" in said
+    seen, _ = observe("small_bn_cnn", width=8)
+    seen.model.add_module("drop", nn.Dropout(0.5))
+    (said,) = warnings_of(seen)
+    assert "1 Dropout layers are active in train mode ('drop')" in said
+    seen, _ = observe("mlp", mode="eval")
+    seen.model.add_module("drop", nn.Dropout(0.5))
+    assert warnings_of(replace(seen, bn_batch=None)) == []
+
+
+def test_labels_and_number_of_images_must_agree() -> None:
+    seen, _ = observe("mlp", batch=2)
+    assert errors_of(replace(seen, examples=3)) == [
+        "labels: 2 rows were granted for 3 images; they must agree.",
+    ]

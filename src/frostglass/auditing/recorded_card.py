@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from frostglass.attacks.inversion.counting import MISFIT
 from frostglass.attacks.inversion.restore import Restored, by_counts, restored_of
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.linting.plan_defenses import defense_facts
@@ -151,7 +152,7 @@ def _labels(ready: Prepared, seen: Observation) -> dict[str, Any]:
     )
     scored: Labels = score(result, ready.arrived.round, [], null=False).labels
     return {
-        "confidence": found.confidence,
+        "confidence": "low" if found.confidence == "high" and found.residual > MISFIT else found.confidence,
         "rule": found.rule,
         "residual": None if found.residual != found.residual else round(found.residual, 6),
         "counts": None if found.counts is None else [round(float(c), 2) for c in found.counts],

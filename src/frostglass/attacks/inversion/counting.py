@@ -74,7 +74,9 @@ class CountRule:
     def count(self, head: Head) -> Counted:
         """The counts behind one update; where its equations do not fit, no confidence is high."""
         found = self._count(head)
-        unfit = found.residual > MISFIT or (head.examples == 1 and not _rank_one(head))
+        # the learned rule rests on no identity, and tells by itself whether an update is like those it learned from
+        unfit = found.rule != "learned" and found.residual > MISFIT
+        unfit |= head.examples == 1 and not _rank_one(head)
         return replace(found, confidence="low") if unfit and found.confidence == "high" else found
 
     def _count(self, head: Head) -> Counted:
@@ -89,7 +91,9 @@ class CountRule:
             return Counted(counts, "high", start.residual, "one image")
         if self.features is not None and (self.fresh or untrained(head, self.features)):
             if head.classes > _MANY or _wobble(head, self.features) < _SETTLED:
-                sure = _wobble(head, self.features) < _SETTLED
+                # of another number of images the estimates are seldom whole (multiples of it look like this one)
+                whole = float((start.estimate - start.counts).abs().sum()) / (2 * head.examples) <= MISFIT
+                sure = whole and _wobble(head, self.features) < _SETTLED
                 return Counted(start.counts, "high" if sure else "low", start.residual, "identity")
             rule = self._likelihood_rule(head)
             found = label_likelihood.apply_likelihood(rule, head)
