@@ -64,6 +64,25 @@ def test_two_states_with_the_local_plan_as_options(
     assert "4 of 4 images of this message are proved" in " ".join(capsys.readouterr().out.split())
 
 
+def test_what_is_missing_for_an_attack_is_the_headline(
+    made: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = made.model.state_dict()
+    save_file(before, tmp_path / "before.safetensors")
+    save_file(made.message(0, before, 1)[0], tmp_path / "after.safetensors")
+    save_file({n: p.detach().clone() for n, p in made.model.named_parameters()}, tmp_path / "gradients.safetensors")
+    states = (tmp_path / "before.safetensors", tmp_path / "after.safetensors", "--examples", 4)
+    gradients = ("--gradients", tmp_path / "gradients.safetensors", "--weights", tmp_path / "before.safetensors")
+    for name, given, flag in (("states", states, "give --lr"), ("raw", gradients, "give --examples")):
+        out = tmp_path / name
+        network = ("--model", "mlp", "--option", "hidden=[200]", "--channels", 1, "--size", 8)
+        assert run("audit-updates", *given, *network, "--out", out, "--json") == 0
+        headline = json.loads(capsys.readouterr().out)["headline"]
+        assert flag in headline
+        assert "budget" not in headline
+        assert "INCONCLUSIVE</span> over 0 tests" in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_plan(made: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "plans" / "audit-updates.toml").read_text(encoding="utf-8")
     plan = tmp_path / "plan.toml"
@@ -83,6 +102,7 @@ def test_a_plan(made: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["RECORD", "--lr", "0.1"], "a record says what the clients did"),
         (["RECORD", "--attack", "pel"], "not a known attack"),
         (["RECORD", "--round", "7"], "7 is not kept"),
+        (["RECORD", "--client", "9"], "'9' is not in the record; there are c0, c1."),
         (["RECORD", "--set", "a=1"], "--set overrides a plan"),
         (["a.pt", "b.pt", "--model", "mlp", "--size", "8", "--channels", "1"], "does not exist"),
     ],

@@ -86,6 +86,7 @@ def test_a_clients_update_has_no_ceiling(capsys: pytest.CaptureFixture[str]) -> 
         (["--sigma", "1", "--plot", "x.txt"], "--plot: 'x.txt' must end in"),
         (["--sigma", "1", "--rate", "0.5", "--samples", "3"], "--samples: 3 is too few"),
         (["--sigma", "nan"], "noise multiplier: nan"),
+        (["--sigma", "1e-300"], "--sigma: 1e-300 is too little noise"),
     ],
 )
 def test_bound_refuses_in_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import frostglass
 from frostglass.app import cli
@@ -374,3 +375,25 @@ def test_the_demos_plan_is_valid_and_can_be_printed(run: Run) -> None:
     assert len(plan.scenario) == 4
     assert plan.report.show_images
     assert not parse_plan(tomllib.loads(run("demo", "--print-plan", "--hide-images")[1])).report.show_images
+
+
+def test_a_pool_of_no_folder_or_a_negative_seed_leaves_nothing(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments, sentence in (
+        (("nothere", "pool"), "no folder 'nothere'"),
+        (("photos", "pool", "--seed", "-1"), "-1"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["public-pool", *arguments])
+        assert ended.value.code == 2
+        assert sentence in capsys.readouterr().err
+        assert not (tmp_path / "pool").exists()
+
+
+def test_check_checkpoint_names_the_folder_that_it_stands_in(tmp_path, capsys, monkeypatch) -> None:
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "ck.pt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check-checkpoint", "."])
+    assert not ended.value.code
+    assert capsys.readouterr().out.startswith(".: no generator state")

@@ -81,6 +81,10 @@ def test_json_and_insecure_seed(images, tmp_path, capsys) -> None:
         (["--c1", "0.1"], "c1"),
         (["--public", "nowhere"], "holds no pool"),
         (["--private", "2"], "give a pool"),
+        (["--private", "0"], "private: 0 is not possible"),
+        (["--size", "0"], "--size: 0"),
+        (["--size", "-3"], "--size: -3"),
+        (["--size", "100000000"], "give 4 to 4096"),
         (["--rounds", "0"], "rounds"),
         (["--labels", "nowhere.csv"], "labels"),
         (["--max-exposure", "1"], "max_exposure"),
@@ -112,12 +116,44 @@ def test_labels_from_a_table_or_none(images, tmp_path, capsys) -> None:
     table.write_text("name,label\n" + "".join(f"cat{i}.png,{'abc'[i % 3]}\n" for i in range(8)))
     assert call(capsys, "encode", flat, tmp_path / "b", "--size", 8, "--labels", table)[0] == 0
     assert EncodedFolder(tmp_path / "b").classes == 3
+    held = json.loads((tmp_path / "b.ledger.json").read_text())
+    assert held["classes"] == ["a", "b", "c"]
+    assert "classes" not in json.dumps(EncodedFolder(tmp_path / "b").manifest).replace('"classes": 3', "")
     table.write_text("cat0.png,1\n")
     code, _, err = call(capsys, "encode", flat, tmp_path / "c", "--size", 8, "--labels", table)
     assert code == 2
     assert "no label for 7 images" in err
     assert call(capsys, "encode", flat, tmp_path / "d", "--size", 8, "--labels", "none")[0] == 0
     assert EncodedFolder(tmp_path / "d")[0][1].numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (["-1", "0", "1"], "labels: -1 in"),
+        (["a", "", "b"], "empty label for cat1.png"),
+        (["0", "1100000000"], "1100000000 in"),
+        (["0", "9" * 5000], "99999... in"),
+    ],
+)
+def test_labels_that_make_no_classes(images, tmp_path, capsys, labels, sentence) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("".join(f"cat{i}.png,{labels[i % len(labels)]}\n" for i in range(8)))
+    code, _, err = call(capsys, "encode", images / "cat", tmp_path / "a", "--size", 8, "--labels", table)
+    assert code == 2
+    assert sentence in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "a").exists()
+    table.write_text("".join(f"cat{i}.png,{i}\n" for i in (*range(8), 7)) + "cat3.png,5\n")
+    err = call(capsys, "encode", images / "cat", tmp_path / "a", "--size", 8, "--labels", table)[2]
+    assert "gives cat3.png both '3' and '5'" in err
+
+
+def test_many_images_in_one_encoding(tmp_path, capsys) -> None:
+    code, out, err = call(capsys, "encode", "digits", tmp_path / "set", "--k", 100)
+    assert code == 0, err
+    assert "e+322 tries over all partners" in out  # 1797^99
+    assert call(capsys, "cost", "--k", 200, "--private-images", "1e10")[0] == 0
 
 
 def test_pictures_that_do_not_decode(images, tmp_path, capsys) -> None:

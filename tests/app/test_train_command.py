@@ -183,11 +183,15 @@ def test_cross_dataset_and_reuse(plan, tmp_path, capsys) -> None:
         ("method.kind=other", "method"),
         ("method.2.rounds=1", "reuse"),
         ("method.2.c1=0.1", "c1"),
+        ("method.2.c1=0.4", "evaluation, method instahide"),
         ("data.limit=3", "4 distinct"),
+        ("data.source=folder:nothere", "does not exist"),
+        ("method.1.k=100000", "k"),
         ("method.2.public=nowhere", "holds no pool"),
         ("method.1.kind=plain", "two are called"),
         ("evaluation.encodings=[0]", "encodings"),
         ("seeds=[1,1]", "seeds"),
+        ("seeds=[-1]", "seeds.0: -1 is not valid"),
         ("data.source=parquet:$NOWHERE_AT_ALL/x", "NOWHERE_AT_ALL"),
         ("data.test=photos", "give a size"),
         ("training.lr=1e30", "lower it"),
@@ -199,6 +203,8 @@ def test_bad_plans_are_refused_in_words(plan, tmp_path, capsys, override, senten
     assert code == 2, err
     assert sentence in err
     assert "Traceback" not in err
+    if override != "training.lr=1e30":  # which shows in the first epoch: that run has begun
+        assert not (tmp_path / "run").exists(), "a refused run keeps its folder from the corrected command"
 
 
 def test_resume_belongs_to_its_plan(plan, tmp_path, capsys) -> None:

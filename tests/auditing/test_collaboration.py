@@ -90,6 +90,7 @@ def test_accuracy_and_leakage_in_one_report(tmp_path: Path, capsys: pytest.Captu
 
 def test_the_bundled_plan_is_the_one_in_plans() -> None:
     assert load_collaboration(PLANS / "collaborate-digits.toml") == digits()
+    assert digits(["seeds=[7]"]).seeds == [7]
 
 
 def test_every_problem_comes_out_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,8 +110,16 @@ def test_every_problem_comes_out_before_anything_runs(tmp_path: Path, capsys: py
 
 
 def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = call(capsys, "collaborate", "--out", tmp_path / "x", "--set", "seeds=[0]")
-    assert (code, "name one" in err) == (2, True)
+    for override, sentence in (
+        ("seeds=[-1]", "seeds.0: -1 is not valid"),
+        ("job.foo=1", "job.foo: unknown key"),
+        ("job.client.lr=-1.0", "job.client.lr: -1.0 is not valid"),
+    ):
+        code, _, err = call(capsys, "collaborate", "--out", tmp_path / "x", "--set", override)
+        assert (code, err.count("error:")) == (2, 1), err
+        assert sentence in err
+        assert "no defence" not in err, "what all methods share is no matter of one of them"
+        assert not (tmp_path / "x").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     code, _, err = call(capsys, "collaborate", as_toml(tmp_path, values()), "--out", tmp_path / "full")

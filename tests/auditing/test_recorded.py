@@ -461,7 +461,7 @@ def test_a_request_that_cannot_be_meant_is_refused_in_words(table: dict[str, Any
         ({"truth": "nowhere"}, "nowhere"),
         ({"attacks": [{"name": "peel"}]}, "fits no update"),
         ({"attacks": [{"name": "pel"}]}, "not a known attack"),
-        ({"clients": ["nobody"]}, "no update can be audited"),
+        ({"clients": ["nobody"]}, "'nobody' is not in the record; there are c0, c1"),
         ({"model": "mpl"}, "mpl"),
     ],
 )

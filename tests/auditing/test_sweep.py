@@ -90,6 +90,10 @@ def test_the_command_writes_json_csv_and_a_picture(tmp_path: Path) -> None:
         CliRunner().invoke(command, [str(toml), "--out", str(out)], catch_exceptions=False)
     again = CliRunner().invoke(command, [str(toml), "--out", str(out), "--resume"], catch_exceptions=False)
     assert again.exit_code == 0
+    fresh, few = tmp_path / "a" / "fresh", ["--set", "threat.gallery=1000000"]
+    with pytest.raises(BadInput, match="gallery"):
+        CliRunner().invoke(command, [str(toml), "--out", str(fresh), *few], catch_exceptions=False)
+    assert not (tmp_path / "a").exists(), "a refused sweep keeps its folder from the corrected command"
     other = ["--set", "trials=4", "--resume"]
     with pytest.raises(BadInput, match="another plan"):
         CliRunner().invoke(command, [str(toml), "--out", str(out), *other], catch_exceptions=False)
@@ -135,6 +139,21 @@ def test_a_clients_knob_and_the_bound_over_its_steps() -> None:
 def test_what_is_wrong_is_said_before_any_compute(parts: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BadInput, match=sentence):
         small(**parts)
+
+
+def test_a_mistake_that_all_points_share_is_told_once_and_in_the_words_of_the_plan() -> None:
+    for parts, sentence in (
+        ({"attack": {"name": "thawx"}}, "attack.name: 'thawx' is not a known attack; did you mean 'thaw'."),
+        ({"model": {"name": "mlp", "options": {"hidden": 5}}},
+         "model.options.hidden: 5 is not a list of whole numbers, which 'mlp' takes there."),
+        ({"vary": [{"knob": "client.lr", "values": ["a"]}]},
+         "vary.0.values.0: 'a' is not valid: input should be a finite number."),
+        ({"training": {"seeds": [-1]}},
+         "training.seeds.0: -1 is not valid: input should be greater than or equal to 0."),
+    ):  # fmt: skip
+        with pytest.raises(BadInput) as wrong:
+            small(**parts)
+        assert wrong.value.problems == (sentence,)
 
 
 def digits() -> tuple[Images, Images]:

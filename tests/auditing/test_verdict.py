@@ -209,6 +209,29 @@ def test_a_negative_statement_needs_trials_checkpoints_and_a_control() -> None:
     assert all("above the objective of the truth" in v.text for v in gap if v.role == "test")
 
 
+def test_the_verdict_says_what_it_was_decided_on_and_that_other_pictures_were_recognisable() -> None:
+    """Three of four images reach the threshold; the one that was drawn does not, and could not have counted."""
+    plan = plan_of(batch=4)
+    none = NullRank(n0=0, p={})
+    lost = trials_of(plan, cells_of(plan, [image(i, ssim=0.1 * i, null=none) for i in range(4)])[0]).about[0]
+    place = int(lost.split("image ")[2].split(" of 4")[0]) - 1
+    assert f"has SSIM {0.1 * place:.3g} (SSIM at least 0.5 is needed)" in lost
+    rows = [image(i, hit=i != place, null=none) for i in range(4)]
+    found = verdicts(plan, rows, objective=0.9, objective_at_truth=0.1)[0]
+    assert (found.verdict, found.successes, found.trials) == ("INCONCLUSIVE", 0, 1)
+    assert found.text.startswith("3 of 4 images are recognisable (SSIM at least 0.5), but how often that happens")
+    assert f"drawn by the seed: image {place + 1} of 4, which has SSIM 0.1" in found.text
+    assert "takes 99 other images of the target's class to compare with, and the source holds 0" in found.text
+    assert "as it rests on 1 trial, and 30 are the least" in found.text
+    assert "the attack failed" not in found.text
+    absent = [image(i, hit=True, null=none) for i in range(4)]
+    absent[place] = image(place, psnr=None, ssim=None, null=None)
+    assert "which has no picture" in verdicts(plan, absent)[0].text
+    typical = verdicts(plan, [image(i, hit=True, p=0.5) for i in range(8)])[0]
+    assert "2 of these 2 are recognisable" in typical.text
+    assert "As close to other images of the class, so not counted: 2 of 2" in typical.text
+
+
 def test_controls_and_attacks_beside_the_primary_one_have_no_part_in_the_total() -> None:
     won, lost = [image(i, hit=True) for i in range(40)], [image(i) for i in range(40)]
     plan = plan_of(("none", "noise"))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from frostglass.core.errors import BadInput
 from frostglass.vision import datasets, parquet
-from frostglass.vision.datasets import DATASETS, count, labels, load
+from frostglass.vision.datasets import DATASETS, catalogue, count, labels, load
 from frostglass.vision.decoding import MAX_PIXELS, decode
 
 
@@ -510,3 +510,14 @@ def test_a_new_source_is_a_function():
         assert load("test-only", size=2, channels=3).images.tolist() == torch.ones(1, 3, 2, 2).tolist()
     finally:
         del DATASETS._entries["test-only"]
+
+
+def test_what_names_no_source_was_meant_as_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="there is no folder 'nothere', and it is not a known source"):
+        catalogue("nothere")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(BadInput, match="write 'folder:mine'"):
+        catalogue("mine")
+    with pytest.raises(BadInput, match="'foldr:mine' is not a known source; did you mean 'folder'"):
+        catalogue("foldr:mine")

@@ -316,6 +316,10 @@ class TestFactories:
         self.write(here, body)
         refused("mine:net", *words)
 
+    def test_another_number_of_outputs_names_the_key(self, here):
+        self.write(here, "def net(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))\n")
+        refused("mine:net", "(2, 7)", "set classes = 7 under [scenario.model]")
+
     def test_a_missing_module_and_half_a_name(self, here):
         refused("no_such_module_here:net", "does not import", str(here))
         refused("mine:", "package.module:factory")

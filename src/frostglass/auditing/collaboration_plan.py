@@ -12,10 +12,11 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from frostglass.auditing.plan import Resolved, Title
-from frostglass.auditing.plan_reading import read_values, sentences
+from frostglass.auditing.plan_reading import override_value, read_values, sentences
 from frostglass.auditing.plan_verdict import Strict
 from frostglass.core.errors import BadInput
 from frostglass.federated.federate_plan import DefensePart, FederatePlan
+from frostglass.federated.train_plan import Seed
 
 BUNDLED_POOL = "photos"
 """As `public` of an encoder: patches of the bundled photographs, cut for the size and channels of the images."""
@@ -42,7 +43,7 @@ class CollaborationPlan(Resolved):
     """A whole comparison."""
 
     name: Title = Field("train together", min_length=1, description="for the report")
-    seeds: list[int] = Field(default_factory=lambda: [0, 1], min_length=1, description="of split, network and batches")
+    seeds: list[Seed] = Field(default_factory=lambda: [0, 1], min_length=1, description="of split, network and batches")
     job: dict[str, Any] = Field(default_factory=dict, description="a federation's plan, without its defence")
     method: list[MethodPlan] = Field(min_length=1, description="what is compared")
     leakage: LeakagePlan = Field(default_factory=LeakagePlan, description="what is looked at in the updates")
@@ -68,10 +69,18 @@ class CollaborationPlan(Resolved):
             plan = FederatePlan.model_validate(values)
             plan.check()
         except ValidationError as wrong:
-            raise BadInput([f"{method.name}: {s}" for s in sentences(wrong, FederatePlan)]) from None
+            raise BadInput([_placed(s, method) for s in sentences(wrong, FederatePlan)]) from None
         except BadInput as wrong:
-            raise BadInput([f"{method.name}: {s}" for s in wrong.problems]) from None
+            raise BadInput([_placed(s, method) for s in wrong.problems]) from None
         return plan
+
+
+def _placed(problem: str, method: MethodPlan) -> str:
+    """Where the sentence belongs: to the job that all methods share, unless it is about what this method changes."""
+    where = problem.partition(":")[0]
+    own = where == "seed" or where.startswith("defense")
+    changed = any(where.startswith(k) or k.startswith(where) for k in method.change)
+    return f"{method.name}: {problem}" if own or changed else f"job.{problem}"
 
 
 def slug(name: str) -> str:
@@ -79,35 +88,40 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "method"
 
 
-def digits() -> CollaborationPlan:
-    """The bundled demonstration: 1,797 digits, four clients of unequal classes, five ways to train."""
+def digits(overrides: Sequence[str] = ()) -> CollaborationPlan:
+    """The bundled demonstration: 1,797 digits, four clients of unequal classes, four ways to train.
+
+    Raises:
+        BadInput: an override does not parse, or what it sets cannot be used.
+    """
     encoded = {"client.epochs": 4, "client.lr": 0.02, "client.momentum": 0.9, "server.rounds": 30}
     instahide = {"name": "instahide", "sees": "magnitudes"}
-    return parse_collaboration(
-        {
-            "name": "digits, four clients",
-            "job": {
-                "data": {"source": "digits"},
-                "split": {"clients": 4, "alpha": 1.0},
-                "client": {"epochs": 2, "minibatch": 32, "lr": 0.05},
-                "server": {"rounds": 10},
+    values: dict[str, Any] = {
+        "name": "digits, four clients",
+        "job": {
+            "data": {"source": "digits"},
+            "split": {"clients": 4, "alpha": 1.0},
+            "client": {"epochs": 2, "minibatch": 32, "lr": 0.05},
+            "server": {"rounds": 10},
+        },
+        "method": [
+            {"name": "no defence"},
+            {"name": "InstaHide inside, k = 2", "defense": [{**instahide, "k": 2}], "change": encoded},
+            {
+                "name": "InstaHide cross, k = 4",
+                "defense": [{**instahide, "k": 4, "private": 2, "public": BUNDLED_POOL}],
+                "change": encoded,
             },
-            "method": [
-                {"name": "no defence"},
-                {"name": "InstaHide inside, k = 2", "defense": [{**instahide, "k": 2}], "change": encoded},
-                {
-                    "name": "InstaHide cross, k = 4",
-                    "defense": [{**instahide, "k": 4, "private": 2, "public": BUNDLED_POOL}],
-                    "change": encoded,
-                },
-                {
-                    "name": "DP-SGD, noise 1",
-                    "defense": [{"name": "dp_sgd", "clipping_norm": 1.0, "noise_multiplier": 1.0}],
-                    "change": {"model.fix": "opacus", "client.lr": 0.5, "client.minibatch": 64, "client.epochs": 2},
-                },
-            ],
-        }
-    )
+            {
+                "name": "DP-SGD, noise 1",
+                "defense": [{"name": "dp_sgd", "clipping_norm": 1.0, "noise_multiplier": 1.0}],
+                "change": {"model.fix": "opacus", "client.lr": 0.5, "client.minibatch": 64, "client.epochs": 2},
+            },
+        ],
+    }
+    for text in overrides:
+        override_value(values, text)
+    return parse_collaboration(_anchored(values, Path()))
 
 
 def load_collaboration(path: Path, overrides: Sequence[str] = ()) -> CollaborationPlan:
@@ -116,7 +130,11 @@ def load_collaboration(path: Path, overrides: Sequence[str] = ()) -> Collaborati
     Raises:
         BadInput: every problem that was found, together.
     """
-    values = read_values(path, overrides)
+    return parse_collaboration(_anchored(read_values(path, overrides), path.parent))
+
+
+def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """With the paths of the job's images taken from `folder`."""
     job = values.get("job")
     data = job.get("data") if isinstance(job, dict) else None
     for key in ("source", "test"):
@@ -124,8 +142,8 @@ def load_collaboration(path: Path, overrides: Sequence[str] = ()) -> Collaborati
             kind, colon, place = data[key].partition(":")
             if colon:
                 full = Path(os.path.expandvars(place)).expanduser()
-                data[key] = f"{kind}:{(path.parent / full).resolve().as_posix()}"
-    return parse_collaboration(values)
+                data[key] = f"{kind}:{(folder / full).resolve().as_posix()}"
+    return values
 
 
 def parse_collaboration(values: Mapping[str, Any]) -> CollaborationPlan:

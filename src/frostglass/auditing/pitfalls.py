@@ -132,10 +132,9 @@ def _typical(c: Context) -> Answer:
 
 def _optimiser(c: Context) -> Answer:
     if fell_short(c.cell.objective, c.cell.objective_at_truth):
-        return (
-            "warning",
-            "The optimiser ended above the objective of the truth: the attack failed, privacy was not shown.",
-        )
+        found = c.cell.summary is not None and c.cell.summary.over_threshold.count > 0
+        short = "a better one could recover more" if found else "the attack failed, privacy was not shown"
+        return "warning", f"The optimiser ended above the objective of the truth: {short}."
     if not c.control:
         return "warning", "No positive control passed: the attack is not shown to work without a defence."
     return "ok", "A positive control passed, and the objective reached that of the truth where it has one."

@@ -31,7 +31,7 @@ def read_values(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     except (ValueError, RecursionError) as wrong:  # TOMLDecodeError, and numbers of more digits than Python parses
         raise BadInput(f"plan: {path} is not valid TOML ({wrong}).") from None
     for override in overrides:
-        _override(values, override)
+        override_value(values, override)
     _anchor_paths(values, path.parent)
     return values
 
@@ -65,7 +65,12 @@ def _listed(tables: Any) -> list[Any]:
     return tables if isinstance(tables, list) else []
 
 
-def _override(values: dict[str, Any], text: str) -> None:
+def override_value(values: dict[str, Any], text: str) -> None:
+    """Sets what `text` (`key.of.a.table=value`) says in `values`.
+
+    Raises:
+        BadInput: it does not read so, or goes nowhere.
+    """
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
         raise BadInput(f"--set: {text!r} must read key=value, as in scenario.client.batch=8.")
@@ -100,7 +105,13 @@ def _assign(node: Any, path: list[str], value: Any, text: str) -> None:
 
 def sentences(wrong: ValidationError, root: type[BaseModel]) -> list[str]:
     """One for each problem that pydantic found in a `root`."""
-    return list(dict.fromkeys(_sentence(e["loc"], e["type"], e["msg"], e.get("input"), root) for e in wrong.errors()))
+    found = []
+    for e in wrong.errors():
+        loc, kind, message = e["loc"], e["type"], e["msg"]
+        if loc and loc[-1] in ("int", "float"):  # of a number of either kind pydantic tells twice; neither is a key
+            loc, kind, message = loc[:-1], "number", "Input should be a finite number"
+        found.append(_sentence(loc, kind, message, e.get("input"), root))
+    return list(dict.fromkeys(found))
 
 
 def _sentence(loc: tuple[int | str, ...], kind: str, message: str, value: Any, root: type[BaseModel]) -> str:

@@ -265,7 +265,8 @@ def too_long(recording: Recording, sent: Sent) -> str:
     if h.examples > budget.images:
         return f"{h.examples} images in one message are more than the budget's {budget.images}; see --budget, --attack"
     if h.kind == "delta" and sent.plan is None:
-        return "the client's steps are unknown, so they cannot be simulated"
+        fix = "" if recording.plan.record else "; give --lr, and the steps where there were several"
+        return f"the client's steps are unknown, so they cannot be simulated{fix}"
     steps = sent.plan.steps_for(h.examples) if sent.plan is not None and h.kind == "delta" else 1
     if steps > budget.local_steps:
         return f"{steps} local steps are more than the budget's {budget.local_steps}; see --budget, --attack"

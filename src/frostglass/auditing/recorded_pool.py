@@ -78,4 +78,7 @@ def headline_of(card: Scorecard, rows: Sequence[Mapping[str, Any]]) -> str:
     if attacked:
         return start + "No image was proved, and no truth was given to score the rest: nothing is shown either way."
     known = [r for r in looked if r["labels"] and r["labels"].get("confidence") in ("high", "low")]
-    return start + f"No attack fits within the budget; labels were restored from {len(known)}."
+    why = list(dict.fromkeys(r["reason"] for r in looked if r["reason"] and r["reason"] != "no attack fits"))
+    more = f" (so the first; {len(why) - 1} more below)" if len(why) > 1 else ""
+    told = f"No attack fits: {why[0]}{more}" if why else "No attack fits"
+    return start + f"{told}. Labels were restored from {len(known)}."

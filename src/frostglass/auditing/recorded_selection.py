@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from frostglass.auditing.recorded_inputs import Sent
 from frostglass.auditing.recorded_view import Recording, mode_of
 from frostglass.core.errors import BadInput
@@ -12,8 +14,15 @@ def chosen(recording: Recording) -> tuple[list[Sent], dict[int, str]]:
 
     Without a choice in the plan: the first, the middle and the last round that was kept, all clients of each, up to
     `most` updates in turn, so that every chosen round is there.
+
+    Raises:
+        BadInput: a round or a client that the record does not hold.
     """
     plan, left = recording.plan, {}
+    there = list(dict.fromkeys(u.header.client for u in recording.source.updates))
+    unknown = [c for c in plan.clients if c not in there]
+    if unknown:
+        raise BadInput(f"updates.clients: {unknown[0]!r} is not in the record; there are {_listed(there)}.")
     kept: list[Sent] = []
     for one in recording.source.updates:
         h = one.header
@@ -42,8 +51,8 @@ def chosen(recording: Recording) -> tuple[list[Sent], dict[int, str]]:
     return sorted(picked, key=lambda u: u.header.number), left
 
 
-def _listed(rounds: list[int]) -> str:
-    return ", ".join(map(str, rounds[:10])) + (", ..." if len(rounds) > 10 else "") if rounds else "none"
+def _listed(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "") if names else "none"
 
 
 def unreadable(recording: Recording, sent: Sent) -> str:

@@ -27,6 +27,7 @@ from frostglass.auditing.plan import (
 from frostglass.auditing.plan_reading import read_values, sentences
 from frostglass.auditing.plan_verdict import Strict
 from frostglass.core.errors import BadInput
+from frostglass.federated.train_plan import Seed
 
 CLIENT_KNOBS = ("client.batch", "client.local_steps", "client.epochs", "client.lr")
 
@@ -47,7 +48,9 @@ class TrainingPlan(Strict):
     clients: int = Field(8, ge=1, description="messages averaged in a round; each of client.batch images")
     lr: float = Field(0.1, gt=0, description="greatest learning rate of the server, on mean gradients")
     momentum: float = Field(0.9, ge=0, lt=1, description="of the server")
-    seeds: list[int] = Field(default_factory=lambda: [0, 1], min_length=1, description="a run each: split, draws, keys")
+    seeds: list[Seed] = Field(
+        default_factory=lambda: [0, 1], min_length=1, description="a run each: split, draws, keys"
+    )
     test: str | None = Field(None, description="another source to test with; none: a fifth of the images")
     images: int = Field(20_000, ge=10, description="of the source, at the most")
 
@@ -134,10 +137,18 @@ def points(plan: SweepPlan) -> list[Point]:
             try:
                 found.append(_point(plan, vary, value, len(found) + 1))
             except BadInput as wrong:
-                problems += [f"vary.{place}: {p.replace('scenario.0.', '')}" for p in wrong.problems]
+                problems += [_placed(p, place, vary) for p in wrong.problems]
     if problems:
         raise BadInput(list(dict.fromkeys(problems)))
     return found
+
+
+def _placed(problem: str, place: int, vary: VaryPlan) -> str:
+    """Where the sentence belongs in the sweep's plan: only a defence and what is varied are an entry's own."""
+    text = problem.replace("scenario.0.", "").replace("attack.0", "attack", 1).replace("report.threshold", "event", 1)
+    own = text.startswith(("defense", "knob")) or (vary.knob is not None and text.startswith(vary.knob))
+    shared = text.startswith(("attack", "client", "data", "event", "model", "name", "seed", "threat"))
+    return text if shared and not own else f"vary.{place}: {text}"
 
 
 def _point(plan: SweepPlan, vary: VaryPlan, value: float | None, number: int) -> Point:

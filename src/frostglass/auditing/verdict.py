@@ -10,10 +10,10 @@ from frostglass.auditing.cells import CellPlan, expand
 from frostglass.auditing.claims import guarantee_of
 from frostglass.auditing.linting.plan_defenses import defense_facts
 from frostglass.auditing.linting.rules import findings
-from frostglass.auditing.metrics.registry import METRICS
 from frostglass.auditing.plan import Plan
 from frostglass.auditing.plan_verdict import LEAST_TRIALS
 from frostglass.auditing.scorecard import AuditVerdict, Cell, ImageScore, Verdict
+from frostglass.auditing.trial_event import bar_words, calibrated, decided_on, matched_among, reaches, score_of
 from frostglass.auditing.verdict_rules import EXIT_CODES, Evidence, decide, overall
 from frostglass.auditing.wording import fell_short, plural
 from frostglass.core.randomness import Rng
@@ -32,12 +32,15 @@ class Trials:
         kappa: chance of a success.
         proved: private images that were verified.
         invalid: why the successes cannot be counted.
+        recognisable, about: as in `Evidence`.
     """
 
     outcomes: tuple[bool, ...]
     kappa: float
     proved: int
     invalid: tuple[str, ...]
+    recognisable: str = ""
+    about: tuple[str, ...] = ()
 
     def works(self, confidence: float) -> bool:
         """The attack is shown to do better than guessing, or has proved an image."""
@@ -58,7 +61,18 @@ def trials_of(plan: Plan, cell: Cell) -> Trials:
     kappa = 1 / max(sizes) if named and sizes else plan.verdict.chance
     invalid = list(_invalid(plan, cell, rows, targets, sizes))
     outcomes = tuple(_success(plan, cell, t) for t in targets)
-    return Trials(outcomes, kappa, sum(r.proved for r in cell.images), tuple(invalid))
+    proved = sum(r.proved for r in cell.images)
+    if plan.verdict.event != "recovered" or all(score_of(plan, row) is None for row in cell.images):
+        return Trials(outcomes, kappa, proved, tuple(invalid))
+    reached = [row for row in cell.images if reaches(plan, row)]
+    are = "is" if len(cell.images) == 1 else "are"
+    told = (
+        f"{len(reached)} of {plural(len(cell.images), 'image')} {are} recognisable ({bar_words(plan)})"
+        if reached
+        else ""
+    )
+    about = tuple(decided_on(plan, cell, rows, targets))
+    return Trials(outcomes, kappa, proved, tuple(invalid), told, about)
 
 
 def _target(plan: Plan, unit: Sequence[ImageScore], rng: Rng) -> ImageScore | None:
@@ -73,26 +87,7 @@ def _success(plan: Plan, cell: Cell, row: ImageScore) -> bool:
         return bool(row.identified)
     if plan.verdict.event == "proved":
         return row.proved
-    return row.proved or (_reaches(plan, row) and _calibrated(plan, cell, row))
-
-
-def _reaches(plan: Plan, row: ImageScore) -> bool:
-    bar = plan.report.threshold
-    held = {"psnr": row.psnr, "ssim": row.ssim, **row.extra}.get(bar.metric)
-    if held is None:
-        return False
-    return held >= bar.value if METRICS[bar.metric].make().higher_is_closer else held <= bar.value
-
-
-def _calibrated(plan: Plan, cell: Cell, row: ImageScore) -> bool:
-    """Closer to its original than to other images of its class, at a level that pays for matching in the batch."""
-    p = row.null.p.get(plan.report.threshold.metric) if row.null else None
-    return p is not None and p <= plan.verdict.chance / _matched_among(cell)
-
-
-def _matched_among(cell: Cell) -> int:
-    """Images among which matching chose the closest: those of the message, or the pool that they are from."""
-    return cell.pool or cell.batch
+    return row.proved or (reaches(plan, row) and calibrated(plan, cell, row))
 
 
 def _invalid(
@@ -110,9 +105,9 @@ def _invalid(
         if len(sizes) > 1:
             found.append("Messages have different numbers of candidates, so they have no common chance.")
     if event == "recovered":
-        among = _matched_among(cell)
+        among = matched_among(cell)
         metric, level = plan.report.threshold.metric, plan.verdict.chance / among
-        close = [t for t in targets if not t.proved and _reaches(plan, t)]
+        close = [t for t in targets if not t.proved and reaches(plan, t)]
         if any(t.null is None or metric not in t.null.p for t in close):
             found.append(
                 f"The {metric} of a target could not be calibrated: its source holds fewer than 99 other images of "
@@ -166,6 +161,8 @@ def _verdict(plan: Plan, cell: Cell, cell_plan: CellPlan, trials: Trials, tests:
         linter_errors=_linter_errors(plan, cell_plan),
         invalid=trials.invalid,
         lacking=tuple(lacking),
+        recognisable=trials.recognisable,
+        about=trials.about,
     )
     made = decide(evidence)
     text = made.text
@@ -191,11 +188,9 @@ def event_words(plan: Plan, cell: Cell, kappa: float) -> str:
     target = "the target image" if cell.batch == 1 else f"the target image, one of {cell.batch} chosen by the seed,"
     if plan.verdict.event == "proved":
         return f"{target} is recovered and verified algebraically"
-    bar, side = plan.report.threshold, ""
-    side = "at least" if METRICS[bar.metric].make().higher_is_closer else "at most"
     return (
-        f"{target} is recovered with {bar.metric} {side} {bar.value:g} and is closer than all but "
-        f"{100 * plan.verdict.chance / _matched_among(cell):.3g} % of other images of its class, or is verified "
+        f"{target} is recovered with {bar_words(plan)} and is closer than all but "
+        f"{100 * plan.verdict.chance / matched_among(cell):.3g} % of other images of its class, or is verified "
         "algebraically"
     )
 
@@ -204,14 +199,15 @@ def _lacking(cell: Cell, own: CellPlan, trials: Trials, known: Known, confidence
     """What a statement that this attack does not succeed still needs."""
     found = []
     if len(trials.outcomes) < LEAST_TRIALS:
-        found.append(f"There are {plural(len(trials.outcomes), 'trial')}, and {LEAST_TRIALS} are the least.")
+        found.append(f"It rests on {plural(len(trials.outcomes), 'trial')}, and {LEAST_TRIALS} are the least.")
     stages = stages_of(own, known)
     if len(stages) < CHECKPOINTS:
         found.append(f"It was run at {plural(len(stages), 'checkpoint')} ({', '.join(stages)}), not at {CHECKPOINTS}.")
     if not control_passed(own, known, confidence):
         found.append("No positive control passed: the attack is not shown to work without a defence.")
     if fell_short(cell.objective, cell.objective_at_truth):
-        found.append("The optimiser ended above the objective of the truth: the attack failed.")
+        short = "a better one could recover more" if trials.recognisable else "the attack failed"
+        found.append(f"The optimiser ended above the objective of the truth: {short}.")
     if cell.status != "done":
         found.append("The cell failed before all its messages were attacked.")
     return found

@@ -46,6 +46,8 @@ class Evidence:
         linter_errors: rules that the configuration breaks.
         invalid: why the successes cannot be counted (not calibrated, not independent), a sentence each.
         lacking: what a statement that the attack does not succeed still needs, a sentence each.
+        recognisable: which pictures reach the threshold, whether or not a trial is about them, as a clause; or empty.
+        about: what the trials were decided on, a sentence each.
     """
 
     trials: int
@@ -59,6 +61,8 @@ class Evidence:
     linter_errors: int = 0
     invalid: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
+    recognisable: str = ""
+    about: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,9 @@ def _words(kind: Kind, e: Evidence, lower: float, upper: float | None, unsuccess
 
 def _inconclusive(e: Evidence, seen: str, sure: str, upper: float | None, unsuccessful: bool) -> str:
     parts = ["Nothing is shown, neither that images are at risk nor that they are not"]
+    if e.recognisable:  # such pictures are shown; what is not is how often there is one of the image that was drawn
+        parts = [f"{e.recognisable}, but how often that happens is not shown"]
+    parts += [x.rstrip(".") for x in e.about]
     if not e.trials:
         parts.append("no trial was finished")
     elif e.invalid:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from frostglass.core.errors import BadInput
+
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
@@ -34,6 +36,28 @@ def write_text(path: Path, text: str) -> None:
     """Text in UTF-8, whole or not at all."""
     with written_beside(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def claimed(folder: Path, name: str, text: str) -> Iterator[None]:
+    """Writes the file `name` into `folder`, and takes it back if the block is refused before anything else lies there.
+
+    So a run that ends in `BadInput` before it began leaves its folder as it was, and the corrected command may use it.
+    A file that was there already (a run that is resumed) stays.
+    """
+    own = folder / name
+    anew = not own.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    write_text(own, text)
+    try:
+        yield
+    except BadInput:
+        inside = sorted(folder.rglob("*"), reverse=True)  # what is deeper comes first
+        if anew and all(place == own or place.is_dir() for place in inside):
+            own.unlink()
+            for place in (*(p for p in inside if p != own), *made):
+                place.rmdir()
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

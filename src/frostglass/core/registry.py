@@ -81,6 +81,12 @@ def _spell(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+    origin, args = typing.get_origin(hint), [a for a in typing.get_args(hint) if a not in (type(None), Ellipsis)]
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(_spell, args)))
+    if origin in (list, tuple) or (isinstance(origin, type) and issubclass(origin, typing.Sequence)):
+        many = {float: "numbers", int: "whole numbers", str: "texts"}
+        return "a list" + "".join(f" of {many[a]}" for a in args[:1] if a in many)
     return words.get(hint, str(hint).replace("typing.", ""))
 
 

@@ -111,7 +111,9 @@ class FederatePlan(_Strict):
     """One federation."""
 
     name: str = Field("federation", min_length=1, max_length=200, description="for logs")
-    seed: int = Field(0, description="of the network, the split, who takes part, and the order of plain batches")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of the network, the split, who takes part, and the order of plain batches"
+    )
     insecure_seed: int | None = Field(None, description="keys and noise that repeat, for tests; outputs are marked")
     buffers: Literal["send", "keep"] = Field("send", description="whether clients send BatchNorm's running statistics")
     data: DataPlan = Field(default_factory=DataPlan, description="the images")

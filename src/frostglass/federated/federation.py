@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from frostglass.core.batch import Batch, one_hot
 from frostglass.core.defense import Defense, stack
-from frostglass.core.errors import BadInput
+from frostglass.core.errors import BadInput, close_match
 from frostglass.core.randomness import Insecure, OsKey, Randomness, Rng
 from frostglass.defenses.encoder import encoded_domain
 from frostglass.defenses.instahide import InstaHide
@@ -27,6 +28,8 @@ from frostglass.numerics.bn import bn_layers
 from frostglass.vision.byte_images import ByteImages
 from frostglass.vision.networks import build, fix_for_opacus
 from frostglass.vision.normalise import domain_of
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,17 @@ class Federation:
         settings = dict(gate.settings)
         if gate.decoys:
             settings["decoys"] = self.in_range(self.test.images.float() / 255), self.test.labels
+        maker = named(gate.checks, "gate.checks")
+        known = [p.name for p in inspect.signature(maker).parameters.values() if p.kind in _BY_NAME]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(maker).parameters.values())
+        wrong = [k for k in gate.settings if k not in known and not takes_any]
+        if wrong:
+            raise BadInput([f"gate.settings.{k}: unknown setting; {close_match(k, known)}." for k in wrong])
         try:
-            made: Decide = named(gate.checks, "gate.checks")(**settings)
-        except TypeError as wrong:
-            raise BadInput(f"gate.settings: {gate.checks} does not take them ({wrong}).") from None
+            made: Decide = maker(**settings)
+        except TypeError as problem:
+            given = ", ".join(f"{k} = {v!r}" for k, v in gate.settings.items())
+            raise BadInput(f"gate.settings: {given} is not what {gate.checks} takes ({problem}); correct it.") from None
         return made
 
     def insecure(self) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field
 
 from frostglass.core.errors import BadInput
-from frostglass.numerics.key_rows import Law
+from frostglass.numerics.key_rows import Law, MixLaw
 from frostglass.numerics.mixing import Labels, Mask
 
 Sees = Literal["pixels", "magnitudes"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Strict(BaseModel):
@@ -107,7 +108,7 @@ class TrainPlan(_Strict):
     """Every method with every seed is one run."""
 
     name: str = Field("training", min_length=1, max_length=200, description="for logs and tables")
-    seeds: list[int] = Field(
+    seeds: list[Seed] = Field(
         default_factory=lambda: [0], min_length=1, description="of weights, splits and plain order"
     )
     data: DataPlan = Field(default_factory=DataPlan, description="the images")
@@ -128,6 +129,11 @@ class TrainPlan(_Strict):
             short = m.rounds is not None and m.rounds < self.training.epochs and not m.reuse
             if m.kind != "plain" and short:
                 found.append(f"method.rounds: {m.rounds} do not last {self.training.epochs} epochs; set reuse = true.")
+            if m.kind != "plain" and self.evaluation.encodings:  # seen now, and not when all has been trained
+                try:
+                    MixLaw(m.k, 1, m.c1, 0.0, m.law, self.evaluation.min_private).check()
+                except BadInput as wrong:
+                    found += [f"evaluation, method {m.label}: {sentence}" for sentence in wrong.problems]
         if any(n < 1 for n in self.evaluation.encodings):
             found.append("evaluation.encodings: give whole numbers from 1.")
         if len(set(self.seeds)) < len(self.seeds):

@@ -10,6 +10,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,7 +84,15 @@ def catalogue(source: str) -> Catalogue:
     """
     kind, colon, path = source.partition(":")
     if kind not in DATASETS:
-        raise BadInput(f"dataset: {source!r} is not a known source; {close_match(kind, DATASETS.names())}.")
+        near = close_match(kind, DATASETS.names())
+        if colon:
+            raise BadInput(f"dataset: {source!r} is not a known source; {near}.")
+        if Path(source).expanduser().is_dir():
+            raise BadInput(f"dataset: {source!r} is a folder, not a source; write {'folder:' + source!r}.")
+        raise BadInput(  # most likely meant as a folder, which the command line takes by its path
+            f"dataset: there is no folder {source!r}, and it is not a known source; give a folder that exists, or a "
+            f"source ({near})."
+        )
     entry = DATASETS[kind]
     if "path" not in entry.parameters:
         if colon:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from frostglass.guarantees.summary import Bound, Setting
 
 KAPPAS = (0.1, 0.01, 0.001)
+LEAST_SIGMA = 1e-15
+"""Below it, epsilon leaves the range of floating point; gamma has long been 1."""
 
 
 @click.command("bound")
@@ -32,7 +34,7 @@ KAPPAS = (0.1, 0.01, 0.001)
 )
 @click.option("--image", metavar="CxHxW", help="Shape for the PSNR ceiling, as 3x32x32.")
 @click.option("--samples", type=int, help="Simulated runs if --rate < 1.  [default: 2e5, 1e6 for kappa <= 1e-3]")
-@click.option("--seed", default=0, show_default=True, help="Of the simulation.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the simulation.")
 @click.option("--format", "style", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw gamma against kappa (.png, .svg, .pdf).")
 def command(
@@ -54,6 +56,11 @@ def command(
     from frostglass.core.randomness import Rng
     from frostglass.guarantees.summary import Setting, bounds, epsilons, to_json
 
+    if 0 < sigma < LEAST_SIGMA:
+        raise BadInput(
+            f"--sigma: {sigma:g} is too little noise for anything to be bounded; give at least {LEAST_SIGMA:g} (useful "
+            "values are around 1)."
+        )
     setting = Setting(sigma, steps, rate, delta, adjacency, unit)  # type: ignore[arg-type]
     levels = _levels(gallery, kappas)
     shape = dimensions_of(image)

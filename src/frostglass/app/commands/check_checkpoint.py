@@ -18,6 +18,7 @@ def command(context: click.Context, file: Path) -> None:
     from frostglass.federated.checkpoint_check import check_checkpoint
 
     found = check_checkpoint(file)
+    name = file.name or file.as_posix()  # "." and "/" have no name
     states = [x for x in found if x.state]
     for x in found:
         fix = (
@@ -25,11 +26,11 @@ def command(context: click.Context, file: Path) -> None:
             if x.state
             else "keys must not follow from it"
         )
-        click.echo(f"{file.name}: {x.where} holds {x.what}; {fix}.")
+        click.echo(f"{name}: {x.where} holds {x.what}; {fix}.")
     if states:
         click.echo(
             f"{len(states)} generator state{'s' if len(states) > 1 else ''}: keys that were drawn from such a "
             "generator, as the released InstaHide draws them, can be recomputed from this file."
         )
         context.exit(1)
-    click.echo(f"{file.name}: no generator state found.")
+    click.echo(f"{name}: no generator state found.")

@@ -19,7 +19,9 @@ from frostglass.core.errors import BadInput
 @click.option("--width", default=24, show_default=True, help="Channels; the time grows with their square.")
 @click.option("--batch", default=32, show_default=True, help="Images a step.")
 @click.option("--limit", default=20_000, show_default=True, help="Images at the most, drawn from all.")
-@click.option("--seed", default=0, show_default=True, help="The same images and seed give the same file.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same images and seed give the same file."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def command(
     images: str,

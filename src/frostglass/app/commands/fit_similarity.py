@@ -21,7 +21,13 @@ from frostglass.core.errors import BadInput
 @click.option("--batch", default=128, show_default=True, help="Images a step, each encoded twice.")
 @click.option("--width", default=24, show_default=True, help="Channels; the time grows with their square.")
 @click.option("--limit", default=20_000, show_default=True, help="Images at the most, drawn from all.")
-@click.option("--seed", default=0, show_default=True, help="The same images and seed give the same file on one device.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="The same images and seed give the same file on one device.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def command(
     images: str, out: Path, k: int, private: int, law: str, size: int, channels: str | None, steps: int, batch: int,

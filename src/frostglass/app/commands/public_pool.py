@@ -18,7 +18,7 @@ import click
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True)
 @click.option("--tries", default=20, show_default=True, help="Cuts tried in each image.")
 @click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True)
-@click.option("--seed", type=int, help="Repeatable cuts.  [default: from the operating system]")
+@click.option("--seed", type=click.IntRange(0), help="Repeatable cuts.  [default: from the operating system]")
 def command(
     images: str,
     pool: Path,
@@ -37,11 +37,14 @@ def command(
     from frostglass.app.commands.encode import source_of
     from frostglass.core.randomness import OsKey, Rng
     from frostglass.defenses.public_pool import PoolSettings, make_pool
+    from frostglass.vision.datasets import catalogue
 
+    source = source_of(images)
+    catalogue(source)  # refuses what it cannot read while there is no folder yet
     settings = PoolSettings(size, crops, cut, key_points, int(channels), tries, on_error)
     rng = OsKey().rng() if seed is None else Rng.from_seed(seed, "public pool")
     with tqdm(total=crops, desc="patches", unit="patch", disable=None) as bar:
-        found = make_pool(source_of(images), pool, settings, rng, bar.update)
+        found = make_pool(source, pool, settings, rng, bar.update)
     for sentence in found.broken:
         click.echo(f"skipped: {sentence}", err=True)
     click.echo("\n".join([*found.lines(), f"{found.kept} patches of {size} x {size} in {pool}"]))

@@ -6,11 +6,15 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
 
 from frostglass.core.errors import BadInput
+
+PLAN = "plan.toml"
+"""Of the run folder: whose run it is."""
 
 
 @click.command("sweep")
@@ -31,6 +35,7 @@ def command(
     from frostglass.auditing.sweep import Sweep, complete
     from frostglass.auditing.sweep_plan import load_sweep
     from frostglass.auditing.sweep_report import table, write_sweep
+    from frostglass.core.files import claimed
     from frostglass.core.runtime import World, pick_device
 
     asked = load_sweep(plan, overrides)
@@ -38,7 +43,11 @@ def command(
     where = pick_device(device)
     _claim(out, asked.to_toml(), resume, world.rank)
     sweep = Sweep(asked, out, where, world, lambda text: click.echo(text, err=True))
-    sweep()
+    try:
+        with claimed(out, PLAN, asked.to_toml()) if world.rank == 0 else nullcontext():
+            sweep()
+    except OSError as wrong:
+        raise BadInput(f"--out: {out} cannot be written ({wrong.strerror or wrong}).") from None
     if world.rank:
         return
     rows = complete(sweep, lambda: time.sleep(1.0))
@@ -52,10 +61,8 @@ def command(
 
 
 def _claim(out: Path, text: str, resume: bool, rank: int) -> None:
-    """Rank 0 takes the folder, if it may; the others wait until it has."""
-    from frostglass.core.files import write_text
-
-    kept = out / "plan.toml"
+    """Whether this rank may use the folder; ranks above 0 wait until rank 0 has taken it."""
+    kept = out / PLAN
     if rank:
         while not kept.is_file():
             time.sleep(0.2)  # torchrun ends this process if rank 0 refuses
@@ -65,7 +72,3 @@ def _claim(out: Path, text: str, resume: bool, rank: int) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"--out: {out} is not empty; choose another folder, or --resume its sweep.")
-    try:
-        write_text(kept, text)
-    except OSError as wrong:
-        raise BadInput(f"--out: {out} cannot be written ({wrong.strerror or wrong}).") from None
