@@ -18,14 +18,22 @@ from frostglass.defenses.honesty import WARNING
 )  # N = 1.28e6
 def test_claimed_work_of_the_paper(k, naive, middle) -> None:
     found = cost_of(k, 2, 5000, 1_280_000, 50)
-    assert found.naive == pytest.approx(naive, rel=1e-6)
-    assert found.middle == pytest.approx(middle, rel=1e-6)
+    assert 10**found.log10_naive == pytest.approx(naive, rel=1e-6)
+    assert 10**found.log10_middle == pytest.approx(middle, rel=1e-6)
+    assert found.to_json()["claimed_tries_naive"] == pytest.approx(naive, rel=1e-6)
+
+
+def test_work_beyond_any_float_is_a_power_of_ten() -> None:
+    found = cost_of(200, 2, 100, 10**10, 1)
+    assert "1.0e+1980 tries over all partners, 1.0e+1000 meeting" in found.text()
+    assert found.to_json()["claimed_tries_naive"] is None
+    assert found.to_json()["claimed_log10_tries_naive"] == pytest.approx(1980)
 
 
 def test_inside_one_set_the_private_images_are_the_pool() -> None:
     found = cost_of(4, 4, 50_000, 0, 200)
-    assert found.naive == pytest.approx(50_000**3)
-    assert found.middle == pytest.approx(50_000**2)
+    assert 10**found.log10_naive == pytest.approx(50_000**3)
+    assert 10**found.log10_middle == pytest.approx(50_000**2)
     assert found.appearances == 800
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from frostglass.core.errors import BadInput
@@ -193,6 +194,68 @@ def test_a_kill_after_the_last_renaming_leaves_a_whole_set(tmp_path, monkeypatch
     assert not (tmp_path / ".set.resume").exists()
 
 
+@pytest.mark.parametrize("limit", [None, 8])
+def test_a_kill_before_the_last_renaming_counts_nothing_twice(tmp_path, monkeypatch, limit) -> None:
+    """The ledger is written by then: resuming must not take this set for an earlier one."""
+    own = {"partners": "iid", "max_exposure": limit, "k": 2, "n": 400}
+    ledger = tmp_path / "own.json"
+    monkeypatch.setattr(Path, "rename", lambda path, to: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        writer(tmp_path / "set", ledger=ledger, **own).write()
+    monkeypatch.undo()
+    rows = json.loads(ledger.read_text())["images"]
+    made = writer(tmp_path / "set", ledger=ledger, **own).write(resume=True)
+    assert json.loads(ledger.read_text())["images"] == rows
+    assert {r["first"] for r in rows} == {1}
+    assert "exposure_histogram_with_earlier_sets" not in made
+    if limit is None:
+        again = writer(tmp_path / "more", ledger=ledger, **own).write()
+        assert "exposure_histogram_with_earlier_sets" in again
+        assert {r["first"] for r in json.loads(ledger.read_text())["images"]} == {2}
+        assert json.loads(ledger.read_text())["sets"][0] not in json.dumps([made, again])
+
+
+def test_a_full_disk_within_safetensors_says_so(tmp_path, monkeypatch) -> None:
+    import safetensors.torch
+
+    def full(*_: Any, **__: Any) -> None:
+        kind = "I/O error: No space left on device (os error 28)"
+        raise SafetensorError(f"Error while serializing: {kind}")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(BadInput, match=r"resume cannot be written \(No space left on device\).*--resume"):
+        writer(tmp_path / "set").write()
+
+
+def test_the_file_that_cannot_be_written_is_named_and_another_one_goes_on(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"file/own.json cannot be written .*name another --ledger.*--resume") as refused:
+        writer(tmp_path / "set", ledger=tmp_path / "file" / "own.json").write()
+    assert len(refused.value.problems) == 1
+    finished = {p.name: p.read_bytes() for p in (tmp_path / ".set.partial").glob("encodings-*")}
+    writer(tmp_path / "set", ledger=tmp_path / "own.json").write(resume=True)
+    assert {name: (tmp_path / "set" / name).read_bytes() for name in finished} == finished
+
+
+def test_resume_refuses_another_pool_of_the_same_shape(tmp_path, monkeypatch) -> None:
+    black, white = (torch.full((30, 3, 4, 4), v, dtype=torch.uint8) for v in (0, 255))
+    killed_after(1, monkeypatch)
+    with pytest.raises(Killed):
+        writer(tmp_path / "set", private=2, public=black).write()
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match="other images or settings"):
+        writer(tmp_path / "set", private=2, public=white).write(resume=True)
+    writer(tmp_path / "set", private=2, public=black).write(resume=True)
+
+
+def test_rounds_of_the_encoder_do_not_count_earlier_sets(tmp_path) -> None:
+    ledger = tmp_path / "own.json"
+    for name in ("one", "two"):
+        encoder = InstaHide(rounds=1)
+        SetWriter(encoder, photos(), torch.arange(N), N, tmp_path / name, ledger=ledger).write()
+    assert {r["first"] for r in json.loads(ledger.read_text())["images"]} == {2}
+
+
 def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch) -> None:
     real, calls = writing.sha256_of, []
 
@@ -258,6 +321,7 @@ def test_a_tampered_shard_is_named(tmp_path, how) -> None:
         path.rename(tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere")
     else:
+        (folder / ".DS_Store").write_bytes(b"a file manager was here")
         (folder / "key.bin").write_bytes(b"")
         named = "key.bin"
     (problem,) = problems_of(folder, read_manifest(folder))
@@ -315,6 +379,28 @@ def test_row_position_does_not_predict_shared_images(tmp_path, monkeypatch) -> N
     # the position of a row says nothing about which image comes first
     correlation = np.corrcoef(np.arange(total), firsts)[0, 1]
     assert abs(correlation) < 4 / np.sqrt(total)
+
+
+def test_row_position_says_nothing_after_a_resume_either(tmp_path, monkeypatch) -> None:
+    n, rounds, given = 100, 20, {"n": 100, "rounds": 20, "shard_rows": 256}
+    killed_after(2, monkeypatch)
+    with pytest.raises(Killed):
+        writer(tmp_path / "set", **given).write()
+    monkeypatch.undo()
+    firsts: list[int] = []
+    real = InstaHide.encode_rows
+    monkeypatch.setattr(
+        InstaHide, "encode_rows", lambda self, x, y, rows, *a: (firsts.extend(rows), real(self, x, y, rows, *a))[1]
+    )
+    writer(tmp_path / "set", **given).write(resume=True)
+    total = len(firsts)
+    assert total == n * rounds - 2 * 256
+    assert abs(np.corrcoef(np.arange(total), firsts)[0, 1]) < 4.5 / np.sqrt(total), "sorted, or nearly so"
+    blocks = [len(set(firsts[i : i + n])) for i in range(0, total - n, n)]
+    assert 0.5 * n < min(blocks), "rows of one image stand together"  # about 1 - 1/e of them
+    assert max(blocks) < 0.85 * n, "round by round"
+    repeats = np.mean(np.array(firsts[1:]) == firsts[:-1])
+    assert repeats < 0.05
 
 
 def test_round_major_order_would_be_caught(tmp_path, monkeypatch) -> None:

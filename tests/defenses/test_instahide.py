@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import random
 import warnings
@@ -142,6 +143,30 @@ def test_no_key_in_pickles_copies_or_text() -> None:
     assert not {"_ring", "_set"} & set(enc.__getstate__())
 
 
+@pytest.mark.parametrize("partners", ["iid", "permutation"])
+def test_used_key_rows_and_wiped_ones_are_overwritten(partners) -> None:
+    enc = InstaHide(private=3, partners=partners, public=photos(30), insecure_seed=1)
+    x, y = photos(), own_class(40)
+    enc.encode_rows(x, y, range(9), num_classes=40)
+    ring = enc._ring[1]
+    whole = {name: block.base for name, block in ring._blocks.items()}
+    assert set(whole) == {"weights", "public"} | ({"partners"} if partners == "iid" else set())
+    for block in whole.values():
+        assert len(block) >= 4096
+        assert not block[:9].any(), "used once, and still there"
+        assert block[9:].any(1).mean() > 0.9
+    permutations = [] if ring._permutations is None else [ring._permutations]
+    ring.ahead = 10
+    enc.encode_rows(x, y, [0] * 4090, num_classes=40)  # more than is left of each block
+    assert not any(block[:4096].any() for block in whole.values()), "rows moved, and the old block still holds them"
+    held = [*(block.base for block in ring._blocks.values()), *permutations]
+    assert all(block.any() for block in held)
+    enc.encode_rows(x, y, [0], epoch=1, num_classes=40)  # a new epoch wipes the ring of the last one
+    assert not any(block.any() for block in held)
+    with pytest.raises(RuntimeError, match="wiped"):
+        ring.mask(1, 8)
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, copy.copy, lambda e: pickle.loads(pickle.dumps(e))])
 @pytest.mark.parametrize("seed", [None, 3])
 def test_resume_draws_a_new_key_and_keeps_the_ledger(again, seed, recorder: Recorder) -> None:
@@ -194,6 +219,33 @@ def test_private_and_public_images_may_stay_on_disk(tmp_path, dtype) -> None:
         enc = InstaHide(k=4, private=2, public=public, insecure_seed=1)
         outs.append(enc.encode_rows(images, own_class(40), range(7), num_classes=40).images)
     assert torch.allclose(*outs, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_images_that_are_not_contiguous_are_copied_once_and_maps_not_at_all(tmp_path, dtype, monkeypatch) -> None:
+    kind = torch.uint8 if dtype is np.uint8 else torch.float32
+    x, pool = photos(dtype=kind), photos(60, dtype=kind)
+    turned = [t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for t in (x, pool)]  # NHWC in memory
+    for name, t in (("x", x), ("pool", pool)):
+        np.save(tmp_path / f"{name}.npy", t.permute(0, 2, 3, 1).contiguous().numpy())
+    maps = [np.load(tmp_path / f"{name}.npy", mmap_mode="r").transpose(0, 3, 1, 2) for name in ("x", "pool")]
+    assert all(isinstance(m, np.memmap) and not m.flags.c_contiguous for m in maps)
+    outs = []
+    for images, public in ((x, pool), turned, maps):
+        enc = InstaHide(k=4, private=2, public=public, insecure_seed=1)
+        outs += [enc.encode_rows(images, own_class(40), range(7), num_classes=40).images for _ in range(2)][:1]
+        table, _ = enc.public.rows_for(np.zeros((2, 2), np.int64), (3, 4, 4), enc._ring[1].streams["crops"])
+        again, _ = enc.public.rows_for(np.zeros((2, 2), np.int64), (3, 4, 4), enc._ring[1].streams["crops"])
+        assert len(table) == 4 if isinstance(public, np.memmap) else table.data_ptr() == again.data_ptr()
+    assert enc._set[3].table is None
+    assert torch.allclose(outs[0], outs[1], atol=1e-6)
+    assert torch.allclose(outs[0], outs[2], atol=1e-6)
+
+
+def test_images_made_in_inference_mode_are_taken() -> None:
+    with torch.inference_mode():
+        x = photos() // 2
+    assert len(InstaHide().encode_rows(x, own_class(40), range(4), num_classes=40).images) == 4
 
 
 def test_float_memory_maps_are_checked_as_they_are_read(tmp_path) -> None:
@@ -433,6 +485,63 @@ def test_rounds_are_explicit_and_reuse_trains_on_what_exists() -> None:
     assert "what breaks InstaHide" in InstaHide().report()
 
 
+def test_rounds_hold_outside_epoch_too() -> None:
+    """Whatever the caller calls the epochs, no image comes first more often."""
+    x, y = photos(), own_class(40)
+    for epochs in ((0, 1), (0, 0)):
+        enc = InstaHide(rounds=1)
+        for start in (0, 20):
+            enc.encode_rows(x, y, range(start, start + 20), epochs[0], 40)
+        with pytest.raises(BadInput, match="rounds: the 1 rounds of fresh encodings are used up"):
+            enc.encode_rows(x, y, [3], epochs[1], 40)
+        assert enc.ledger.first.tolist() == [1] * 40
+    used = InstaHide(reuse=True)
+    used.encode_rows(x, y, range(40), 0, 40)
+    with pytest.raises(BadInput, match="rounds"):
+        used.epoch((x, y), 16, 40)
+
+
+def test_kept_encodings_belong_to_one_set() -> None:
+    x, y = photos(), own_class(40)
+    enc = InstaHide(reuse=True)
+    first = torch.cat([t for _, t in enc.epoch((x, y), 16, 40)])
+    again = torch.cat([t for _, t in enc.epoch((x.clone(), y.clone()), 16, 40)])  # the same content
+    assert torch.equal(first.unique(dim=0), again.unique(dim=0))
+    for other in ((255 - x, y), (x, y.flip(0))):
+        with pytest.raises(BadInput, match="another set"):
+            enc.epoch(other, 16, 40)
+    assert enc.ledger.first.tolist() == [1] * 40
+
+
+def test_ranks_are_told_that_they_count_apart(monkeypatch) -> None:
+    monkeypatch.setattr(encoder_module, "world_size", lambda: 2)
+    enc = InstaHide(k=4, private=2, public=photos(30), max_exposure=40)
+    with pytest.warns(PrivacyCaution, match="each rank its own shard"):
+        enc.begin(photos(), own_class(40), 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        enc.encode_rows(photos(), own_class(40), [0], num_classes=40)
+    assert "other ranks" in enc.report()
+
+
+def test_a_forked_child_does_not_count_in_a_ledger_that_nobody_sees() -> None:
+    enc = InstaHide(max_exposure=9)
+    enc.begin(photos(), own_class(40), 40)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            enc.encode_rows(photos(), own_class(40), [0], num_classes=40)
+        except BadInput as refused:
+            os.write(write, str(refused).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    assert b"forked from the one that owns the ledger" in os.read(read, 4096)
+    os.close(read)
+
+
 # ---- row 14: encoded inference
 
 
@@ -462,8 +571,7 @@ def test_encoded_inference_takes_partners_from_the_pool_and_counts_the_private_s
     assert int(inside.ledger.partner.sum()) == 3 + 2 * 5 * 3
     with pytest.raises(BadInput, match="min_private"):
         inside.encode_for_inference(x, 1, min_private=0.7, partners=x)
-    with pytest.raises(BadInput, match="fewer than one draw in 1000"):
-        InstaHide(k=8).encode_for_inference(x, 1, min_private=0.64, partners=x)
+    assert InstaHide(k=8).encode_for_inference(x, 1, min_private=0.64, partners=x).images.shape == x.shape
 
 
 def test_predictions_are_averaged_per_image() -> None:
@@ -591,8 +699,16 @@ def test_it_says_what_it_is() -> None:
 
 def test_claimed_work_is_that_of_the_paper() -> None:
     """instahide.md section 4, line 5."""
-    assert claimed_work(4, 2, 5000, 1_280_000) == (pytest.approx(1.6e12, rel=0.03), pytest.approx(1.6e12, rel=0.03))
-    assert claimed_work(6, 2, 5000, 1_280_000) == (pytest.approx(2.7e24, rel=0.03), pytest.approx(2.1e18, rel=0.03))
+    for k, naive, middle in ((4, 1.6e12, 1.6e12), (6, 2.7e24, 2.1e18)):
+        found = [10**log10 for log10 in claimed_work(k, 2, 5000, 1_280_000)]
+        assert found == [pytest.approx(naive, rel=0.03), pytest.approx(middle, rel=0.03)]
+
+
+def test_many_images_in_one_encoding_are_reported() -> None:
+    enc = InstaHide(k=200)
+    enc.encode_rows(photos(300), own_class(300), [0], num_classes=300)
+    assert "e+492 tries over all partners" in enc.report()  # 300^199
+    assert enc.manifest()["cost"]
 
 
 def test_weak_settings_warn_at_the_caller_and_are_recorded() -> None:
@@ -603,6 +719,11 @@ def test_weak_settings_warn_at_the_caller_and_are_recorded() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert InstaHide(k=6, private=2, public=photos(30)).cautions == []
+        assert InstaHide(k=6, private=2, public=photos(30), labels="quantised").cautions == []
+    few = InstaHide(k=6, private=2, c2=0.1, public=photos(30), labels="quantised")
+    assert any("target of zeros" in text for text in few.cautions)
+    _, y = few.encode_rows(photos(), own_class(40), [*range(40)] * 20, num_classes=40)
+    assert (y.sum(1) == 0).any()
 
 
 # ---- bad input
@@ -619,12 +740,24 @@ def test_weak_settings_warn_at_the_caller_and_are_recorded() -> None:
         ({"private": 5}, "not possible"),
         ({"rounds": 0}, "whole numbers from 1"),
         ({"max_exposure": 0}, "whole numbers from 1"),
+        ({"private": 0}, "private: 0 is not possible; give whole numbers from 1"),
+        ({"private": True}, "private: True"),
         ({"dtype": torch.float64}, "dtype"),
     ],
 )
 def test_bad_settings(settings_, match) -> None:
     with pytest.raises(BadInput, match=match):
         InstaHide(**settings_)
+
+
+@pytest.mark.parametrize("wrong", [{"k": 4.0}, {"k": "4"}, {"rounds": 1.5}, {"insecure_seed": 0.5}, {"private": [2]}])
+def test_numbers_that_are_not_whole(wrong) -> None:
+    """Below the type check of these tests, which stops them first."""
+    ((name, value),) = wrong.items()
+    with pytest.raises(BadInput, match=name) as refused:
+        encoder_module._whole(**wrong)
+    assert repr(value) in str(refused.value)
+    assert encoder_module._whole(k=np.int64(3), insecure_seed=-5, rounds=None) == [3, -5, None]
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,46 @@ def test_collate_function_on_row_numbers() -> None:
     assert len(rows_of(loader)[0]) == 50
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("named", [True, False])
+def test_reuse_replays_the_rounds_in_a_data_set_too(workers, named) -> None:
+    data = EncodedDataset(photos(), InstaHide(rounds=2, reuse=True), num_classes=50, workers=workers)
+    loader = encoded_loader(data, 16, num_workers=workers)
+    seen = []
+    for epoch in range(4):
+        if named:
+            data.set_epoch(epoch)
+        seen.append(sorted(bytes(x) for x in rows_of(loader)[0].numpy()))
+    assert seen[0] == seen[2]
+    assert seen[1] == seen[3]
+    assert (seen[0] == seen[1]) is not named
+    assert data.encoder.ledger.first.tolist() == [2] * 50
+    with pytest.raises(BadInput, match="not all in the set"):
+        data.encode([50])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rounds_are_refused_in_a_data_set_without_reuse(workers) -> None:
+    data = EncodedDataset(photos(), InstaHide(rounds=1), num_classes=50, workers=workers)
+    loader = encoded_loader(data, 16, num_workers=workers)
+    rows_of(loader)
+    data.set_epoch(1)
+    with pytest.raises(BadInput, match="rounds: the 1 rounds"):
+        rows_of(loader)
+    assert data.encoder.ledger.first.tolist() == [1] * 50
+
+
+def test_a_data_set_is_iterated_and_counted_from_its_end() -> None:
+    data = EncodedDataset(photos(), InstaHide(), num_classes=50)
+    assert len(list(data)) == 50
+    assert data[-1][1][49] > 0
+    for row in (50, -51):
+        with pytest.raises(IndexError):
+            data[row]
+    with pytest.raises(BadInput, match="workers"):
+        EncodedDataset(photos(), InstaHide(), num_classes=50, workers=-1)
+
+
 def test_workers_that_live_on_see_the_epoch() -> None:
     changes = []
 

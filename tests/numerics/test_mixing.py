@@ -15,7 +15,7 @@ from scipy import stats
 
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure
-from frostglass.numerics import mixing
+from frostglass.numerics import key_rows, mixing
 from frostglass.numerics.fused_mixing import kernel, mix_rows
 from frostglass.numerics.key_rows import (
     KeyRows,
@@ -103,6 +103,29 @@ def test_bounds_hold_exactly(k: int, private: int, c1: float, c2: float, law: st
 def test_impossible_laws_are_refused_beforehand(law: MixLaw, reason: str) -> None:
     with pytest.raises(BadInput, match=reason):
         law.check()
+
+
+@pytest.mark.parametrize("law", ["folded_normal", "dirichlet"])
+def test_a_large_first_share_has_the_distribution_of_rejection(law: str, monkeypatch) -> None:
+    wanted = MixLaw(4, 1, c2=0.0, law=law, first=0.45)
+    direct = draw_coefficients(stream(), wanted, 20_000)
+    monkeypatch.setattr(key_rows, "acceptance_above", lambda law: 0.0)
+    rejected = draw_coefficients(stream(1), wanted, 20_000)
+    for part in (lambda r: r[:, 0], lambda r: r[:, 1], lambda r: r[:, 3], lambda r: r[:, 1:].max(1)):
+        assert stats.ks_2samp(part(direct), part(rejected)).pvalue > 1e-3
+
+
+def test_a_large_first_share_of_many_images_is_drawn_at_once(monkeypatch) -> None:
+    """At k = 8 rejection takes 1100 candidates for a row, and candidates are drawn in parts of bounded size."""
+    monkeypatch.setattr(key_rows, "_AT_ONCE", 1 << 12)
+    for k in (7, 8, 100):
+        law = MixLaw(k, 1, c2=0.0, first=0.5)
+        law.check()
+        rows = draw_coefficients(stream(), law, 3000)
+        assert rows.shape == (3000, k)
+        assert law.accepts(rows).all()
+        assert np.allclose(rows.sum(1), 1, atol=1e-5)
+        assert len(np.unique(rows, axis=0)) == 3000
 
 
 # ---- partners

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -29,7 +30,7 @@ class Cost:
         images: size of the private set, N.
         public: size of the public pool, 0 without one.
         rounds: encodings with each image as first image, R.
-        naive, middle: tries of the claimed brute force: over all partners, and meeting in the middle.
+        log10_naive, log10_middle: tries of the claimed brute force: over all partners, and meeting in the middle.
         nearest: the measured attack whose setting is nearest, None if none has been measured.
     """
 
@@ -38,8 +39,8 @@ class Cost:
     images: int
     public: int
     rounds: int
-    naive: float
-    middle: float
+    log10_naive: float
+    log10_middle: float
     nearest: Mapping[str, Any] | None
 
     @property
@@ -55,8 +56,9 @@ class Cost:
     def lines(self) -> list[str]:
         """The report, a sentence or two a line."""
         return [
-            f"claimed brute-force work: {_power(self.naive)} tries over all partners, {_power(self.middle)} meeting in "
-            "the middle; a worst-case figure for a single encoding, which attacks on many encodings do not pay",
+            f"claimed brute-force work: {_power(self.log10_naive)} tries over all partners, "
+            f"{_power(self.log10_middle)} meeting in the middle; a worst-case figure for a single encoding, which "
+            "attacks on many encodings do not pay",
             f"encodings per image: {self.appearances} on average ({self.rounds} as first image, "
             f"{self.appearances - self.rounds} as partner); {self.encodings} encodings in all",
             f"unknowns against equations: {self.images} private images, {self.encodings} encodings, so "
@@ -73,15 +75,17 @@ class Cost:
         return "\n".join([f"{head}, {self.rounds} rounds", WARNING, *(f"- {line}" for line in self.lines())])
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values."""
+        """The same as values; tries beyond what a float holds are None, their logarithms never are."""
         return {
             "k": self.k,
             "private": self.private,
             "private_images": self.images,
             "public_images": self.public,
             "rounds": self.rounds,
-            "claimed_tries_naive": self.naive,
-            "claimed_tries_meet_in_the_middle": self.middle,
+            "claimed_tries_naive": _tries(self.log10_naive),
+            "claimed_tries_meet_in_the_middle": _tries(self.log10_middle),
+            "claimed_log10_tries_naive": self.log10_naive,
+            "claimed_log10_tries_meet_in_the_middle": self.log10_middle,
             "encodings": self.encodings,
             "encodings_per_image": self.appearances,
             "equations_per_unknown": self.rounds,
@@ -92,8 +96,14 @@ class Cost:
         }
 
 
-def _power(tries: float) -> str:
-    return f"{tries:.1e}"
+def _power(log10: float) -> str:
+    power = math.floor(log10)
+    first = f"{10 ** (log10 - power):.1f}"
+    return f"1.0e+{power + 1:02d}" if first == "10.0" else f"{first}e+{power:02d}"
+
+
+def _tries(log10: float) -> float | None:
+    return float(10**log10) if log10 < sys.float_info.max_10_exp else None
 
 
 def _measured(found: Mapping[str, Any] | None) -> str:
@@ -145,6 +155,6 @@ def cost_of(k: int, private: int, images: int, public: int, rounds: int) -> Cost
         found.append(f"rounds: {rounds} must be at least 1.")
     if found:
         raise BadInput(found)
-    naive, middle = claimed_work(k, private, images, public)
+    work = claimed_work(k, private, images, public)
     nearest = nearest_attack(measured_attacks(), k, private, images, rounds)
-    return Cost(k, private, images, public, rounds, naive, middle, nearest)
+    return Cost(k, private, images, public, rounds, *work, nearest)

@@ -22,16 +22,22 @@ class EncodingCollate:
         for x, y in DataLoader(range(len(images)), batch_size=128, shuffle=True, collate_fn=encode): ...
 
     Unlike those, partners come from the whole set and not from the batch alone. Safe in workers: each has its own
-    keys, and all count in the one exposure ledger of `encoder`.
+    keys, and all count in the one exposure ledger of `encoder`. Other ranks have ledgers of their own: for
+    `max_exposure` and `rounds` to mean what they say, each rank holds its own shard (`own_part`).
+
+    `rounds` of the encoder limits how often an image may come first. With `reuse` all rounds are encoded here and now,
+    kept in memory and replayed: epoch e takes those of round e mod `rounds`, in workers too.
 
     Args:
         encoder: mixes and counts; give each set its own.
         train_set: (images, labels), a TensorDataset, or a map-style data set of (image tensor, label); of this rank.
+            A map-style one is read once, so that its random transforms stand still: give them to the encoder as
+            `augmentation` instead.
         num_classes: number of classes.
         workers: DataLoader workers that may use it at a time; None for as many as there are cores.
 
     Raises:
-        BadInput: images or labels that cannot be encoded.
+        BadInput: images or labels that cannot be encoded, or a negative number of workers.
     """
 
     def __init__(
@@ -41,6 +47,9 @@ class EncodingCollate:
         self.images, self.labels = images_and_labels(train_set)
         encoder.begin(self.images, self.labels, num_classes)
         encoder.share((os.cpu_count() or 1) if workers is None else workers)
+        rounds = (encoder.rounds or 0) if encoder.reuse else 0
+        # made before there are workers, which would each make, and keep, other ones
+        self._kept = [encoder.kept_round(self.images, self.labels, r, num_classes) for r in range(rounds)]
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # seen by workers that live on over epochs
 
     def __len__(self) -> int:
@@ -61,8 +70,16 @@ class EncodingCollate:
         """(encodings [b, c, h, w] in [-1, 1], soft targets [b, classes]) whose first images are `rows`.
 
         Raises:
-            BadInput: a row that is not in the set, or `max_exposure` reached.
+            BadInput: a row that is not in the set, or `max_exposure` or `rounds` reached.
         """
+        if self._kept:
+            index = torch.as_tensor(rows)
+            if len(index) and not (int(index.min()) >= 0 and int(index.max()) < len(self)):
+                raise BadInput(f"rows: {int(index.min())} to {int(index.max())} are not all in the set of {len(self)} "
+                               "images.")  # fmt: skip
+            made = self._kept[self.epoch % len(self._kept)]
+            index = index.to(made.images.device)
+            return made.images[index], made.targets[index]
         made = self.encoder.encode_rows(self.images, self.labels, torch.as_tensor(rows), self.epoch, self.classes)
         return made.images, made.targets
 
@@ -80,7 +97,7 @@ class EncodedDataset(Dataset[tuple[Tensor, Tensor]]):
 
     For any DataLoader; with samplers (also DistributedSampler) each rank encodes the rows that its sampler names, with
     keys of its own, and partners from the set it was given. Give a rank its part of the images alone
-    (`own_part`) if it must not mix, or see, those of others.
+    (`own_part`) if it must not mix, or see, those of others, or if `max_exposure` or `rounds` are to hold over all.
 
         data = EncodedDataset((images, labels), InstaHide(k=4), num_classes=10)
         loader = DataLoader(data, batch_size=128, shuffle=True, num_workers=2, collate_fn=soft_collate)
@@ -113,8 +130,15 @@ class EncodedDataset(Dataset[tuple[Tensor, Tensor]]):
         return len(self.encode)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        """(image [c, h, w] in [-1, 1], target [classes]), another one at each call."""
-        images, targets = self.encode([int(row)])
+        """(image [c, h, w] in [-1, 1], target [classes]), another one at each call unless `reuse` is on.
+
+        Raises:
+            IndexError: no such row (-1 is the last one); it ends a plain loop over the set.
+            BadInput: `max_exposure` or `rounds` reached.
+        """
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} images")
+        images, targets = self.encode([int(row) % len(self)])
         return images[0], targets[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

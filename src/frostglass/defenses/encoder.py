@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from frostglass.core.batch import Batch, Domain
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure
 from frostglass.defenses.exposure import ExposureLedger
-from frostglass.defenses.honesty import caution, cautions_of
-from frostglass.defenses.key_ring import KeyRing, Partners, forget_on_fork, process_path
+from frostglass.defenses.honesty import RANKS, caution, cautions_of
+from frostglass.defenses.key_ring import KeyRing, Partners, forget_on_fork, process_path, world_size
 from frostglass.defenses.sources import Augmentation, Images, PrivateSet, PublicPool, augment
 from frostglass.numerics.key_rows import KeyRows, Law, MixLaw, mask_width
 from frostglass.numerics.keystream import Secret
@@ -39,7 +39,7 @@ class Encoded:
     """A batch of encodings; unpacks as (images, targets).
 
     Args:
-        images: [b, c, h, w] in [-1, 1] ([0, 1] under the "abs" mask).
+        images: [b, c, h, w] in [-1, 1] ([0, 1] under the "abs" mask), up to the rounding of float32 (about 2e-7).
         targets: [b, classes], non-negative, mass at most 1.
         domain: what a pixel may be: [-1, 1], mean 0, std 1.
         insecure: made with `insecure_seed`, so anybody can rebuild the keys.
@@ -86,6 +86,8 @@ class RowEncoder:
         augmentation: Augmentation | None = None,
         backend: Backend = "auto",
     ) -> None:
+        whole = _whole(k=k, private=private, max_exposure=max_exposure, rounds=rounds, insecure_seed=insecure_seed)
+        k, private, max_exposure, rounds, insecure_seed = cast(Any, whole)
         self.law = MixLaw(k, k if private is None else private, c1, c2, law)
         self.mask, self.labels, self.partners = mask, labels, partners
         self.public = public if public is None or isinstance(public, PublicPool) else PublicPool(public)
@@ -110,8 +112,6 @@ class RowEncoder:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 found.append(f"{name}: {getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
-        if any(n is not None and n < 1 for n in (self.rounds, self.max_exposure)):
-            found.append("rounds, max_exposure: give whole numbers from 1, or None.")
         if found:
             raise BadInput(found)
 
@@ -121,6 +121,7 @@ class RowEncoder:
         self._ring: tuple[tuple[int, int, int], KeyRing] | None = None
         self._set: tuple[Any, Any, int, PrivateSet] | None = None
         self._kept: list[Encoded] = []
+        self._kept_of: tuple[PrivateSet, str] | None = None
         self._train_set: tuple[Any, tuple[Any, Any]] | None = None
         forget_on_fork(self)
 
@@ -135,7 +136,12 @@ class RowEncoder:
     @property
     def cautions(self) -> list[str]:
         """What about these settings makes an attack easier; recorded in report and manifest."""
-        return cautions_of(self.law.k, self.public is not None)
+        return cautions_of(self.law.k, self.public is not None, self._blank_labels)
+
+    @property
+    def _blank_labels(self) -> bool:
+        """Whether quarters may round a whole target to nothing: a private share below 1/8 does."""
+        return self.labels == "quantised" and self.law.private < self.law.k and self.law.c2 < 0.125
 
     @property
     def insecure(self) -> bool:
@@ -157,8 +163,9 @@ class RowEncoder:
         """Lets `workers` DataLoader workers count in this encoder's ledger; call it before they start.
 
         Raises:
-            BadInput: no set has been given yet (call `begin`).
+            BadInput: no set has been given yet (call `begin`), or a negative number of workers.
         """
+        _whole(0, workers=workers)
         if self.ledger is None:
             raise BadInput("share: this encoder has no ledger yet; call begin(images, targets, num_classes) first.")
         self.ledger.share(workers)
@@ -178,9 +185,11 @@ class RowEncoder:
     ) -> Encoded:
         """Fresh encodings of `rows`, each mixed with partners from the whole set.
 
+        `rounds` holds here too: no row comes first in more encodings than that, whatever the epochs are called.
+
         Args:
             images: [N, c, h, w], the whole private set (of this rank), uint8 or float32 in [0, 1]; must not change in
-                place between calls.
+                place between calls. Another set needs an `InstaHide` of its own: the ledger counts by row.
             targets: [N] class indices or [N, classes] one-hot rows, of the whole set.
             rows: b row numbers: slot 0 of the encodings, in this order; repeats get different keys.
             epoch: a new number draws new keys, permutations and augmented copies.
@@ -191,7 +200,8 @@ class RowEncoder:
             Encoded(images [b, c, h, w], targets [b, classes]); unpacks as a pair.
 
         Raises:
-            BadInput: fewer than k images, rows outside the set, bad labels or pixels, or `max_exposure` reached.
+            BadInput: fewer than k images, rows outside the set, bad labels or pixels, or `max_exposure` or `rounds`
+                reached.
         """
         data = self._private(images, targets, num_classes)
         index = data.rows(rows)
@@ -199,7 +209,8 @@ class RowEncoder:
             return self._encode(data, index, epoch, out)
 
     def _private(self, images: Images, targets: Any, classes: int | None) -> PrivateSet:
-        version = sum(int(t._version) for t in (images, targets) if isinstance(t, Tensor))
+        # inference tensors count no versions
+        version = sum(int(t._version) for t in (images, targets) if isinstance(t, Tensor) and not t.is_inference())
         known = self._set
         if known is not None and known[0] is images and known[1] is targets and known[2] == version:
             if classes is not None and classes != known[3].classes:
@@ -216,8 +227,11 @@ class RowEncoder:
                 f"k: {self.law.private} distinct private images are not to be had from {len(data)}; lower k."
             )
         if self.public is not None:
-            self.public.check(data.shape, data.table.dtype, self.law.k - self.law.private)
-        self.ledger = self.ledger or ExposureLedger(len(data), self.max_exposure)
+            self.public.check(data.shape, data.images.dtype, self.law.k - self.law.private)
+        if self.ledger is None:
+            self.ledger = ExposureLedger(len(data), self.max_exposure, self.rounds)
+            if world_size() > 1 and (self.max_exposure is not None or self.rounds is not None):
+                caution([RANKS])
         self._set = (images, targets, version, data)
         return data
 
@@ -277,10 +291,9 @@ class RowEncoder:
     def _private_rows(self, data: PrivateSet, index: NDArray[np.int64], epoch: int) -> tuple[Images, NDArray[np.int64]]:
         """(table, indices into it) of the private slots, augmented where asked."""
         inside = self.law.private
-        unchecked = isinstance(data.images, np.memmap) and data.images.dtype != np.uint8
         if self.augmentation is not None and self.augment == "per_epoch":
             return data.augmented(epoch, self.augmentation), index
-        if self.augmentation is None and not unchecked:
+        if self.augmentation is None and data.table is not None:
             return data.table, index
         taken = data.gathered(index[:, :inside].reshape(-1))
         if self.augmentation is not None:
@@ -289,7 +302,20 @@ class RowEncoder:
         return taken.flatten(1), np.concatenate([place, index[:, inside:]], 1)
 
 
-_NOT_KEPT = ("_lock", "_ring", "_set", "_kept", "_train_set")
+def _whole(least: int = 1, **given: object) -> list[int | None]:
+    """The values as int; raises BadInput unless each is None or a whole number from `least` (a seed: any)."""
+    found, values = [], list[int | None]()
+    for name, value in given.items():
+        values.append(int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else None)
+        last, seed = values[-1], name == "insecure_seed"
+        if value is not None and (last is None or (last < least and not seed)):
+            found.append(f"{name}: {value!r} is not possible; give whole numbers{'' if seed else f' from {least}'}.")
+    if found:
+        raise BadInput(found)
+    return values
+
+
+_NOT_KEPT = ("_lock", "_ring", "_set", "_kept", "_kept_of", "_train_set")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "mask": ("sign", "abs", "none"),
     "labels": ("exact", "quantised", "renormalised"),

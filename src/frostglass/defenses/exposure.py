@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,18 +14,33 @@ from torch.utils.data import get_worker_info
 from frostglass.core.errors import BadInput
 
 
+def rounds_used_up(rounds: int) -> str:
+    """The sentence that refuses a further round of fresh encodings."""
+    return (
+        f"rounds: the {rounds} rounds of fresh encodings are used up; train on them again with reuse=True from the "
+        "start (in epoch() or EncodedDataset, which keep them), or allow more rounds knowing that this is what breaks "
+        "them."
+    )
+
+
 class ExposureLedger:
     """Counts, for each image of one private set, the encodings it appeared in as first image and as partner.
 
     For the owner alone: per-image counts help whoever unmixes the encodings. What may leave is `histogram`.
 
+    It counts what this process and its DataLoader workers encode, and nothing else: each rank of a distributed run has
+    a ledger of its own, so ranks that share images each go up to the limits. Give each rank its own shard.
+
     Args:
         images: size of the set.
         max_exposure: encodings that no image may exceed, both roles together; None for no limit.
+        rounds: encodings that no image may exceed as first image; None for no limit.
     """
 
-    def __init__(self, images: int, max_exposure: int | None = None) -> None:
-        self.max_exposure = max_exposure
+    def __init__(self, images: int, max_exposure: int | None = None, rounds: int | None = None) -> None:
+        self.max_exposure, self.rounds = max_exposure, rounds
+        self._process = os.getpid()
+        self._earlier: Tensor = torch.zeros(images, dtype=torch.int64)
         # One slab for this process and one for each DataLoader worker: nobody writes where another does.
         self._counts: Tensor = torch.zeros(1, 2, images, dtype=torch.int64)
 
@@ -36,39 +54,75 @@ class ExposureLedger:
         grown[0] += self._counts[len(grown) :].sum(0)
         self._counts = grown.share_memory_()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._process = os.getpid()
+
+    def count_earlier(self, first: Tensor, partner: Tensor) -> None:
+        """Counts encodings of an earlier run or set ([N] each), which go into `max_exposure` and not into `rounds`.
+
+        Raises:
+            BadInput: an image is in more than `max_exposure` of them already (then nothing is counted).
+        """
+        held = self._counts[self._slab()]
+        over = self.total + first + partner
+        if self.max_exposure is not None and int(over.max()) > self.max_exposure:
+            raise BadInput(self._too_many(int((over > self.max_exposure).sum())))
+        held[0] += first
+        held[1] += partner
+        self._earlier = self._earlier + first
+
+    def _too_many(self, images: int) -> str:
+        return (
+            f"max_exposure: {images} images would appear in more than {self.max_exposure} encodings; "
+            "train on the encodings that exist (reuse), or raise the limit knowing that this is what breaks them."
+        )
+
     def add(self, first: NDArray[np.int64], partners: NDArray[np.int64]) -> None:
         """Counts encodings of the images `first` with the private `partners` [b, any], before they are released.
 
         Raises:
-            BadInput: an image would exceed `max_exposure` (then nothing is counted), or a DataLoader worker counts
-                in a ledger that is not shared with it.
+            BadInput: an image would exceed `max_exposure` or `rounds` (then nothing is counted), or a DataLoader
+                worker or another forked process counts in a ledger that is not shared with it.
         """
         counts: NDArray[np.int64] = self._counts.numpy()
         slab = counts[self._slab()]
         others = partners.reshape(-1)
         np.add.at(slab[0], first, 1)
         np.add.at(slab[1], others, 1)
-        if self.max_exposure is None:
-            return
         # Counted first, checked second: workers that add at the same time can then only refuse too early.
-        touched = np.unique(np.concatenate([first, others]))
-        over = counts[:, :, touched].sum((0, 1)) > self.max_exposure
-        if over.any():
+        refused = self._refusal(counts, first, others)
+        if refused:
             np.subtract.at(slab[0], first, 1)
             np.subtract.at(slab[1], others, 1)
-            raise BadInput(
-                f"max_exposure: {int(over.sum())} images would appear in more than {self.max_exposure} encodings; "
-                "train on the encodings that exist (reuse), or raise the limit knowing that this is what breaks them."
-            )
+            raise BadInput(refused)
+
+    def _refusal(self, counts: NDArray[np.int64], first: NDArray[np.int64], others: NDArray[np.int64]) -> str | None:
+        if self.rounds is not None and len(first):
+            fresh = counts[:, 0, first].sum(0) - self._earlier.numpy()[first]
+            if fresh.max() > self.rounds:
+                return rounds_used_up(self.rounds)
+        if self.max_exposure is not None:
+            touched = np.unique(np.concatenate([first, others]))
+            over = counts[:, :, touched].sum((0, 1)) > self.max_exposure
+            if over.any():
+                return self._too_many(int(over.sum()))
+        return None
 
     def _slab(self) -> int:
         worker = get_worker_info()
-        if worker is None:
+        if worker is None and os.getpid() == self._process:
             return 0
+        if worker is None:  # what a child of a plain fork counts, its parent would never see
+            raise BadInput(
+                "exposure: this process was forked from the one that owns the ledger, which would not see what is "
+                "encoded here; encode in the parent or in DataLoader workers, or make an encoder here with a shard of "
+                "its own."
+            )
         if worker.id + 1 >= len(self._counts):
             raise BadInput(
                 f"exposure: DataLoader worker {worker.id} cannot reach the ledger of its encoder; call "
-                f"encoder.share({worker.num_workers}, ...) before the loader starts."
+                f"encoder.share({worker.num_workers}) before the loader starts."
             )
         return int(worker.id) + 1
 

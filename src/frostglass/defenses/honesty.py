@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,10 @@ INFERENCE = (
     "many encodings of one image sent to a server are themselves an attack surface: their mean square already shows it"
 )
 
+RANKS = (
+    "max_exposure and rounds count the encodings of this process alone, so ranks that share images (a "
+    "DistributedSampler over one set) go beyond them together; give each rank its own shard (own_part)"
+)
 
 _NOT_THE_CALLER = ("frostglass.", "jaxtyping.", "beartype.")  # the latter two wrap functions in tests
 
@@ -30,21 +35,28 @@ def caution(messages: Sequence[str]) -> None:
     warnings.warn("InstaHide: " + "; ".join(messages) + ".", PrivacyCaution, stacklevel=depth)
 
 
-def cautions_of(k: int, has_pool: bool) -> list[str]:
+def cautions_of(k: int, has_pool: bool, blank_labels: bool = False) -> list[str]:
     """What about these settings makes an attack easier."""
     found = []
     if k < 4:
         found.append(f"k = {k} is below 4: such encodings have been inverted within a minute")
     if not has_pool:
         found.append("no public pool: every partner is a private image, which ties the encodings to each other")
+    if blank_labels:
+        found.append(
+            "quantised labels with c2 below 1/8: a private share that rounds to no quarter leaves a target of zeros"
+        )
     return found
 
 
 def claimed_work(k: int, private: int, images: int, public: int) -> tuple[float, float]:
-    """(naive, meet-in-the-middle) tries of the paper's brute-force estimate: n^(unknown partners) and n^(k / 2)."""
+    """(naive, meet-in-the-middle) tries of the paper's brute-force estimate: n^(unknown partners) and n^(k / 2).
+
+    Both as logarithms to base 10: at k = 100 the numbers themselves are beyond any float.
+    """
     if public:
-        return float(public) ** (k - private), float(public) ** (k / 2)
-    return float(images) ** (k - 1), float(images) ** (k / 2)
+        return (k - private) * math.log10(public), k / 2 * math.log10(public)
+    return (k - 1) * math.log10(images), k / 2 * math.log10(images)
 
 
 def histogram_line(histogram: dict[int, int]) -> str:

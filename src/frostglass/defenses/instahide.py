@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ from frostglass.core.errors import BadInput
 from frostglass.defenses.batch_mixer import BatchMixer
 from frostglass.defenses.cost import Cost, cost_of
 from frostglass.defenses.encoder import Encoded, RowEncoder
+from frostglass.defenses.exposure import rounds_used_up
 from frostglass.defenses.honesty import INFERENCE, WARNING, caution, histogram_line
 from frostglass.defenses.inference import TestEncodings, average_predictions
 from frostglass.defenses.key_ring import KeyRing
 from frostglass.defenses.registry import DEFENSES
+from frostglass.defenses.sets.owner import digest_of
 from frostglass.defenses.sources import Images, as_rows, check_images, images_and_labels
 from frostglass.numerics.key_rows import KeyRows, Law, MixLaw
 from frostglass.numerics.mixing import Labels, Mask, affine, mix
@@ -49,9 +51,13 @@ class InstaHide(RowEncoder):
         labels: "exact" publishes the coefficients; "quantised" rounds to quarters; "renormalised" has mass 1.
         partners: "iid", or "permutation" as in the paper (each image once per slot and epoch: exact counts).
         public: pool for the public slots: images or a `PublicPool`.
-        max_exposure: encodings that no image may exceed; beyond it encoding is refused.
-        rounds: fresh encodings of the whole set that `epoch` may make; None for one per epoch, as in the paper.
-        reuse: `epoch` keeps the encodings of its `rounds` (default 1) and trains on them again.
+        max_exposure: encodings that no image may exceed; beyond it encoding is refused. Counted in this process and
+            its DataLoader workers: ranks of a distributed run that share images exceed it together, so give each rank
+            its own shard.
+        rounds: fresh encodings of the whole set that may be made, by `epoch` or by any plug-in: no image comes first
+            in more. None for one per epoch, as in the paper. Counted as `max_exposure` is.
+        reuse: `epoch`, `EncodedDataset` and what builds on it keep the encodings of the `rounds` (default 1), in
+            memory, and train on them again. They belong to one set; another needs an `InstaHide` of its own.
         insecure_seed: keys that repeat, for tests and benchmarks; every output is marked.
         dtype: of the encodings, torch.float32 or torch.bfloat16.
         augment: "per_epoch" augments each image once an epoch (the paper); "per_use" at every use. Public images
@@ -73,7 +79,9 @@ class InstaHide(RowEncoder):
         """One epoch of encodings in random order: each image is slot 0 once, partners come from the whole set.
 
         Args:
-            train_set: (images, labels), a TensorDataset, or any map-style data set of (image tensor, label).
+            train_set: (images, labels), a TensorDataset, or any map-style data set of (image tensor, label), which is
+                read once: give random transforms as `augmentation`. Always the same set: another one needs an
+                `InstaHide` of its own.
             batch_size: the last batch may be shorter; `drop_last` leaves it out.
             num_classes: number of classes.
 
@@ -81,32 +89,50 @@ class InstaHide(RowEncoder):
             Encoded batches, which unpack as (images, targets).
 
         Raises:
-            BadInput: at the call: settings or images that cannot be encoded, or `rounds` are used up without `reuse`.
+            BadInput: at the call: settings or images that cannot be encoded, `rounds` are used up without `reuse`, or
+                with `reuse` another set than the one whose encodings are kept.
         """
         if batch_size < 1:
             raise BadInput(f"batch_size: {batch_size} must be at least 1.")
         number = self.epochs
         again = self.rounds is not None and number >= self.rounds
         if again and not (self.reuse and self._kept):
-            raise BadInput(
-                f"rounds: the {self.rounds} rounds of fresh encodings are used up; train on them again with "
-                "reuse=True from the start, or allow more rounds knowing that this is what breaks them."
-            )
+            raise BadInput(rounds_used_up(cast(int, self.rounds)))
         if self._train_set is None or self._train_set[0] is not train_set:
             self._train_set = train_set, images_and_labels(train_set)
         images, labels = self._train_set[1]
         data = self._private(images, labels, num_classes)
+        kept = self.kept_round(images, labels, number, num_classes) if self.reuse else None
         self.epochs += 1
         with self._lock:
             order = self._keys(number, len(data)).streams["order"].permutation(len(data))
         end = len(order) - len(order) % batch_size if drop_last else len(order)
-        if not self.reuse:
+        if kept is None:
             parts = (order[i : i + batch_size] for i in range(0, end, batch_size))
             return (self.encode_rows(images, labels, part, number, num_classes) for part in parts)
-        if not again:
-            self._kept.append(self.encode_rows(images, labels, np.arange(len(data)), number, num_classes))
-        kept = self._kept[number % len(self._kept)]
         return (kept.take(order[i : i + batch_size]) for i in range(0, end, batch_size))
+
+    def kept_round(self, images: Images, targets: Any, epoch: int, num_classes: int | None = None) -> Encoded:
+        """With `reuse`: the encodings of all images, in their order, that `epoch` trains on; made once and kept.
+
+        Args:
+            images, targets, num_classes: as in `encode_rows`.
+            epoch: from 0; the first `rounds` are made, later ones take them in turn.
+
+        Raises:
+            BadInput: `reuse` is off, images that cannot be encoded, another set than before, or `rounds` reached.
+        """
+        if not self.reuse or self.rounds is None:
+            raise BadInput("reuse: off in this encoder, which keeps no encodings; make it with reuse=True.")
+        data = self._private(images, targets, num_classes)
+        if self._kept_of is None or self._kept_of[0] is not data:
+            digest = digest_of(images, data.labels)
+            if self._kept_of is not None and self._kept_of[1] != digest:
+                raise BadInput("reuse: the encodings kept are those of another set; give each set its own InstaHide.")
+            self._kept_of = data, digest
+        for number in range(len(self._kept), min(epoch + 1, self.rounds)):
+            self._kept.append(self.encode_rows(images, targets, np.arange(len(data)), number, num_classes))
+        return self._kept[epoch % len(self._kept)]
 
     # ---- inference
 
@@ -224,6 +250,10 @@ class InstaHide(RowEncoder):
             lines.append(
                 f"encodings per image: mean {total.mean():.1f}, most {total.max():.0f}; as first image "
                 f"{first.mean():.1f}, as partner {partner.mean():.1f}"
+            )
+            lines.append(
+                "counted in this process and its DataLoader workers alone; other ranks, if there are any, each have a "
+                "ledger of their own and must hold a shard of their own"
             )
             cost = self.cost()
             lines += [] if cost is None else cost.lines()

@@ -86,7 +86,9 @@ class KeyRing:
         if block is None:
             block = draw(max(count, self.ahead))
         elif len(block) < count:
-            block = np.concatenate([block, draw(max(count - len(block), self.ahead))])
+            left = block
+            block = np.concatenate([left, draw(max(count - len(left), self.ahead))])
+            left[:] = 0  # these rows stand in the new block
         self._blocks[name] = block[count:]
         taken = block[:count].copy()
         block[:count] = 0  # used once, and gone from here
@@ -131,6 +133,12 @@ def _forget_all() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_all)
+
+
+def world_size() -> int:
+    """Processes that train together under torch.distributed, 1 without it."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if together else 1
 
 
 def process_path() -> tuple[str | int, ...]:

@@ -14,7 +14,10 @@ from frostglass.core.errors import BadInput
 from frostglass.numerics.keystream import Keystream
 
 Images: TypeAlias = "Tensor | NDArray[np.uint8] | NDArray[np.float32]"
-"""[N, c, h, w], uint8 or float32 in [0, 1]; a `numpy.memmap` is read row by row."""
+"""[N, c, h, w], uint8 or float32 in [0, 1]; a `numpy.memmap` is read row by row.
+
+What is not contiguous in memory (as after `permute`) is copied once; of a memory map only the rows drawn are.
+"""
 
 Augmentation: TypeAlias = Callable[[Tensor], Tensor]
 """[n, c, h, w] -> the same shape and dtype, each image changed at random."""
@@ -52,8 +55,17 @@ def as_rows(images: Images) -> Images:
     return cast(Images, flat)
 
 
+def in_place(images: Images) -> bool:
+    """Whether rows can be mixed from where the images are: not in a memory map that is checked or turned as read."""
+    on_disk = isinstance(images, np.memmap)
+    return not on_disk or (images.dtype == np.uint8 and bool(images.flags.c_contiguous))
+
+
 def images_and_labels(train_set: Any) -> tuple[Images, Any]:
     """(images [N, c, h, w], labels) of a pair, a TensorDataset or any map-style data set of (image, label).
+
+    A map-style data set is read once and kept: random transforms in it are drawn that one time and then stand still
+    for all epochs. Leave them out and give them to the encoder as `augmentation`.
 
     Raises:
         BadInput: its items are no (image tensor, label) pairs of one shape.
@@ -88,7 +100,7 @@ class PrivateSet:
         self.labels, self.classes = _class_indices(targets, classes)
         if len(self.labels) != len(images):
             raise BadInput(f"targets: {len(self.labels)} labels for {len(images)} images.")
-        self.table = as_rows(images)
+        self.table: Images | None = as_rows(images) if in_place(images) else None  # None: gather what is drawn
         self.shape = tuple(images.shape[1:])
         self._augmented: tuple[int, Images] | None = None
 
@@ -190,6 +202,10 @@ class PublicPool:
 
     def __init__(self, images: Images, crop: bool = False) -> None:
         check_images(images, "public")
+        if isinstance(images, Tensor):
+            images = images.detach().contiguous()  # once, and not at every batch
+        elif not isinstance(images, np.memmap):
+            images = cast(Images, np.ascontiguousarray(images))
         self.images, self.crop = images, crop
 
     def __len__(self) -> int:
@@ -207,8 +223,8 @@ class PublicPool:
             found.append(f"public: {mine[1:]} images are too small to crop {shape[1:]} from.")
         elif not self.crop and mine != shape:
             found.append(
-                f"public: images of shape {mine} against {shape} of the private ones; make both alike, or crop "
-                "larger public images (crop=True)."
+                f"public: images of shape {mine} against {shape} of the private ones; make both alike: encode "
+                "at the pool's size, or make a pool of this one (in Python, PublicPool(images, crop=True) crops)."
             )
         if _name(self.images.dtype) != _name(dtype):
             found.append(f"public: {_name(self.images.dtype)} against {_name(dtype)} private images; store both alike.")
@@ -219,16 +235,20 @@ class PublicPool:
         self, index: NDArray[np.int64], shape: tuple[int, ...], stream: Keystream
     ) -> tuple[Images, NDArray[np.int64]]:
         """(table [M, d], indices into it) for the drawn images `index` [b, slots]."""
-        in_place = not self.crop and not (isinstance(self.images, np.memmap) and self.images.dtype != np.uint8)
-        if in_place:
+        if not self.crop and in_place(self.images):
             return as_rows(self.images), index
         flat = index.reshape(-1)
+        place = np.arange(len(flat)).reshape(index.shape)
+        if not self.crop:
+            made = torch.from_numpy(np.ascontiguousarray(self.images[flat]))
+            check_range(made, "public")
+            return as_rows(made), place
         (_, h, w), (_, full_h, full_w) = shape, self.images.shape[1:]
         top, left = stream.integers(full_h - h + 1, len(flat)), stream.integers(full_w - w + 1, len(flat))
         crops = [self.images[i, :, y : y + h, x : x + w] for i, y, x in zip(flat, top, left, strict=True)]
         made = torch.stack([torch.as_tensor(np.array(c) if isinstance(c, np.ndarray) else c) for c in crops])
         check_range(made, "public")
-        return as_rows(made), np.arange(len(flat)).reshape(index.shape)
+        return as_rows(made), place
 
 
 def _name(dtype: object) -> str:

@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from frostglass.core.errors import BadInput
 from frostglass.federated.pickle_scan import scan_pickles
+from frostglass.federated.twister import TORCH_BYTES, twister_in
 
-ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
+ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".npz", ".safetensors")
 
-_NAMES = re.compile(
-    r"(^|[._/ ])(\w*rng\w*|random_?states?|generator(_state)?|mt19937|philox\w*)($|[._/ ])", re.IGNORECASE
-)
+_NAMES = re.compile(r"(^|[._/ ])(\w*(rng|random|generator)_?states?\w*|mt19937|philox\w*)($|[._/ ])", re.IGNORECASE)
+# Parts of networks have such names too (a GAN's generator): there numbers and bytes are suspect, weights are not.
+_DOUBTFUL = re.compile(r"(^|[._/ ])(\w*rng\w*|generators?)($|[._/ ])", re.IGNORECASE)
+_BARE = re.compile(r"\w*_?rng", re.IGNORECASE)
 _SEEDS = re.compile(r"(^|[._/ ])(manual_|initial_|random_|global_)?seed($|[._/ ])", re.IGNORECASE)
-_CPU_STATES = (5056, 5048)  # bytes of torch's CPU generator, now and before version 1.0.1
 _CUDA_STATE = 16  # seed and offset
+_STACKED = 64  # states in one tensor, as of all ranks
 _TWISTER = (624, 625)  # words of a Mersenne Twister, Python adds its position
 
 
@@ -50,7 +54,7 @@ def check_checkpoint(path: Path) -> list[Finding]:
     """All generator states and seeds in a file, or in all checkpoint files of a folder.
 
     Args:
-        path: .pt, .pth, .ckpt, .bin, .pkl or .safetensors; or a folder with such files.
+        path: .pt, .pth, .ckpt, .bin, .pkl, .npz or .safetensors; or a folder with such files.
 
     Raises:
         BadInput: missing, or no checkpoint.
@@ -66,6 +70,8 @@ def check_checkpoint(path: Path) -> list[Finding]:
         raise BadInput(f"check-checkpoint: {path} does not exist; give a checkpoint file or a folder of them.")
     if path.suffix == ".safetensors":
         return list(_unique(_safetensors(path)))
+    if path.suffix == ".npz":
+        return list(_unique(_npz(path)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on protocols of pickles, which the scan reads all the same
@@ -93,7 +99,7 @@ def _walk(node: Any, where: str) -> Iterator[Finding]:
             if _SEEDS.search(str(key)) and isinstance(value, int) and not isinstance(value, bool):
                 yield Finding(below, f"a seed ({value})", state=False)
             inner = list(_walk(value, below))
-            if not inner and _NAMES.search(str(key)) and value is not None and not isinstance(value, bool | str):
+            if not inner and _named(str(key), value):
                 inner = [Finding(below, "a generator state, by its name")]
             yield from inner
     elif isinstance(node, list | tuple):
@@ -101,24 +107,44 @@ def _walk(node: Any, where: str) -> Iterator[Finding]:
             yield from _walk(value, f"{where}[{i}]")
 
 
+def _named(key: str, value: Any) -> bool:
+    """Whether an entry passes for a generator's state by its name."""
+    if value is None or isinstance(value, bool | str):
+        return False
+    if _NAMES.search(key):
+        return True
+    whole = isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(v, int) for v in value)
+    return bool(_DOUBTFUL.search(key)) and (whole or isinstance(value, int | bytes | bytearray))
+
+
 def _state_of(node: Any, where: str) -> str | None:
     if isinstance(node, Tensor):
-        return _tensor_state(node.dtype == torch.uint8, tuple(node.shape), where)
+        found = _tensor_state(node.dtype == torch.uint8, tuple(node.shape), where)
+        return found or (None if node.is_floating_point() or node.is_complex() else _in_tensor(node))
+    if isinstance(node, bytes | bytearray):
+        return twister_in(bytes(node))
     if isinstance(node, list | tuple) and node:
         if node[0] == "MT19937":
             return "numpy's generator state"
         words = node[1] if len(node) == 3 and isinstance(node[1], list | tuple) else node
-        if len(words) in _TWISTER and all(isinstance(w, int) for w in words):
-            return "a Mersenne Twister state (624 words)"
+        if len(words) >= min(_TWISTER) and all(isinstance(w, int) and 0 <= w < 1 << 64 for w in words):
+            return twister_in(np.array(words, np.uint64))
     if isinstance(node, Mapping) and "bit_generator" in node and "state" in node:
         return f"numpy's generator state ({node['bit_generator']})"
     return None
 
 
+def _in_tensor(node: Tensor) -> str | None:
+    try:
+        return twister_in(node.detach().cpu().numpy())
+    except (TypeError, RuntimeError):  # quantised, sparse, meta: not how a state is kept
+        return None
+
+
 def _tensor_state(is_bytes: bool, shape: tuple[int, ...], where: str) -> str | None:
     if len(shape) != 1:
         return None
-    if is_bytes and shape[0] in _CPU_STATES:
+    if is_bytes and shape[0] in TORCH_BYTES:
         return f"torch's CPU generator state ({shape[0]} bytes)"
     if is_bytes and shape[0] == _CUDA_STATE and re.search(r"rng|random|seed|cuda|generator", where, re.IGNORECASE):
         return "a CUDA generator state (16 bytes: seed and offset)"
@@ -135,7 +161,9 @@ def _safetensors(path: Path) -> Iterator[Finding]:
             for key in held.keys():  # noqa: SIM118 - not a dict
                 part = held.get_slice(key)
                 kind = _tensor_state(part.get_dtype() == "U8", tuple(part.get_shape()), key)
-                if kind is None and _NAMES.search(key) and part.get_dtype()[0] in "UI":
+                if kind is None and part.get_dtype()[0] in "UI":
+                    kind = _in_tensor(held.get_tensor(key))
+                if kind is None and _NAMES.search(key):
                     kind = "a generator state, by its name"
                 if kind is not None:
                     yield Finding(key, kind)
@@ -148,6 +176,22 @@ def _safetensors(path: Path) -> Iterator[Finding]:
         raise BadInput(f"check-checkpoint: {path} cannot be read as safetensors ({wrong}).") from None
 
 
+def _npz(path: Path) -> Iterator[Finding]:
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            for key in held.files:
+                try:
+                    kind = twister_in(held[key])
+                except ValueError:  # an array of objects: it would have to be unpickled
+                    kind = "an array of objects, which is not read"
+                if kind is None and _NAMES.search(key):
+                    kind = "a generator state, by its name"
+                if kind is not None:
+                    yield Finding(key, kind)
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as wrong:
+        raise BadInput(f"check-checkpoint: {path} cannot be read as npz ({wrong}).") from None
+
+
 def _of_opcodes(path: Path) -> Iterator[Finding]:
     seen = scan_pickles(path)
     for name in seen.names:
@@ -156,10 +200,12 @@ def _of_opcodes(path: Path) -> Iterator[Finding]:
     for text in seen.texts:
         if text in ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"):
             yield Finding("pickle", f"numpy's generator state ({text})")
-        elif len(text) < 80 and _NAMES.search(text):
+        elif len(text) < 80 and (_NAMES.search(text) or _BARE.fullmatch(text)):
             yield Finding("pickle", f"an entry called {text!r}, which names a generator state")
     for size in seen.byte_storages:
-        if size in _CPU_STATES:
-            yield Finding("pickle", f"torch's CPU generator state ({size} bytes)")
-    if seen.longest_run_of_words >= min(_TWISTER):
-        yield Finding("pickle", "a Mersenne Twister state (624 words)")
+        held = [s for s in TORCH_BYTES if size and size % s == 0 and size // s <= _STACKED]
+        if held:
+            yield Finding("pickle", f"torch's CPU generator state ({held[0]} bytes)")
+    for kind in [*map(twister_in, seen.blobs), *map(twister_in, seen.runs_of_words)]:
+        if kind is not None:
+            yield Finding("pickle", kind)

@@ -27,7 +27,7 @@ class EncodedDataModule(_Base):  # type: ignore[misc]
 
     Args:
         train_set: as for `EncodedDataset`.
-        encoder: mixes and counts.
+        encoder: mixes and counts; its `rounds` and `reuse` hold as in `EncodedDataset`.
         num_classes: number of classes.
         validation_set: (images, labels) or a data set; None for no validation.
         batch_size: of both loaders.

@@ -222,9 +222,7 @@ class Run:
     def _recount(self, known: Progress) -> None:
         assert self.feed.encoder is not None
         assert self.feed.encoder.ledger is not None
-        every = torch.arange(len(self.train))
-        partner = every.repeat_interleave(known.partner)[:, None]
-        self.feed.encoder.ledger.add(every.repeat_interleave(known.first).numpy(), partner.numpy())
+        self.feed.encoder.ledger.count_earlier(known.first, known.partner)
 
     def _end(self, rows: list[dict[str, float]]) -> dict[str, Any]:
         encoded = self.accuracy_encoded()

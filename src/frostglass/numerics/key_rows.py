@@ -20,6 +20,8 @@ from frostglass.numerics.keystream import Keystream
 Law: TypeAlias = Literal["folded_normal", "dirichlet"]
 
 _RAREST = 1e-3
+_AT_ONCE = 1 << 22
+"""Values drawn at a time, 32 MiB of each array: where few rows are accepted, candidates are far more than rows."""
 MOST = 1024
 """Images in one encoding at the most: far beyond what could be trained on, and a bound on what a check costs."""
 
@@ -35,7 +37,8 @@ class MixLaw:
         c2: the private coefficients sum to at least this; without effect if all are private.
         law: "folded_normal" normalises k values |N(0, 1)|, as the released InstaHide does; "dirichlet" draws
             Dirichlet(3, 1, ..., 1), which gives slot 0 more weight, as GradAttack does.
-        first: slot 0 gets at least this (used for encoded inference).
+        first: slot 0 gets at least this (used for encoded inference); drawn from that part of the simplex where
+            rejection of whole rows would take longer, with the same distribution.
     """
 
     k: int = 4
@@ -65,7 +68,7 @@ class MixLaw:
             found.append(f"min_private: {self.first} cannot be reached by a coefficient of at most c1 = {self.c1}.")
         if found:
             raise BadInput(found)
-        if acceptance(self) < _RAREST:
+        if max(acceptance(self), acceptance_above(self)) < _RAREST:
             least = f", min_private = {self.first}" if self.first else ""
             raise BadInput(
                 f"c1, c2: with k = {k}, private = {p}, c1 = {self.c1}, c2 = {self.c2}{least} fewer than one draw in "
@@ -101,22 +104,61 @@ def acceptance(law: MixLaw) -> float:
     return float(law.accepts(_normalised(weights)).mean())
 
 
+def _above(law: MixLaw, uniforms: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Those of the candidates [n, k + 1] (uniform in (0, 1)) that `law` keeps, as rows, slot 0 above `first`.
+
+    On the simplex the normalised |N(0, 1)| have a density proportional to |row|^-k (the length of the normal vector
+    integrates out), and Dirichlet(3, 1, ..., 1) one proportional to row_0^2. Candidates are uniform on the part where
+    first <= row_0 <= c1: row_0 by its inverse distribution function, the others a share of what is left. They are kept
+    in the ratio of the density to its greatest value there, which is exact, as rejection from the whole simplex is.
+    """
+    k, f = law.k, law.first
+    least = ((1 - law.c1) / (1 - f)) ** (k - 1)
+    rest = (1 - f) * (least + (1 - least) * uniforms[:, 0]) ** (1 / (k - 1))  # 1 - row_0
+    shares = -np.log(uniforms[:, 1:k])
+    rows = np.empty((len(uniforms), k))
+    rows[:, 0] = 1 - rest
+    rows[:, 1:] = shares * (rest / shares.sum(1))[:, None]
+    if law.law == "dirichlet":
+        keep = uniforms[:, k] <= (rows[:, 0] / law.c1) ** 2
+    else:
+        shortest = f * f + (1 - f) ** 2 / (k - 1)  # squared length, at row_0 = first and the others alike
+        keep = uniforms[:, k] <= (shortest / np.square(rows).sum(1)) ** (k / 2)
+    kept = rows[keep].astype(np.float32)
+    return kept[law.accepts(kept)]
+
+
+@functools.lru_cache(maxsize=256)
+def acceptance_above(law: MixLaw) -> float:
+    """Share of the candidates of `_above` that are kept, estimated once; 0 where they cannot be drawn that way."""
+    if law.k < 2 or not 1 / law.k <= law.first < law.c1:
+        return 0.0
+    g, n = np.random.Generator(np.random.Philox(key=1)), min(1 << 16, (1 << 22) // law.k)
+    return len(_above(law, 1 - g.random((n, law.k + 1)))) / n
+
+
 def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.float32]:
     """[count, k] coefficient rows under `law`, from keystream bits; rows are rejected whole.
 
-    The caller has run `law.check()`, so this ends.
+    Memory stays bounded however few rows are accepted. The caller has run `law.check()`, so this ends.
     """
     kept: list[NDArray[np.float32]] = []
-    missing, rate = count, max(acceptance(law), _RAREST)
+    above = acceptance_above(law) if law.first else 0.0
+    above = above if above > acceptance(law) else 0.0
+    missing, rate = count, max(above or acceptance(law), _RAREST)
     while missing > 0:
-        n = int(missing / rate * 1.05) + 8
-        if law.law == "dirichlet":  # Gamma(3) is the sum of three exponentials
-            e = stream.exponentials(n * (law.k + 2)).reshape(n, law.k + 2)
-            weights = np.concatenate([e[:, :3].sum(1, keepdims=True), e[:, 3:]], 1)
+        n = min(int(missing / rate * 1.05) + 8, max(1, _AT_ONCE // law.k))
+        if above:
+            rows = _above(law, stream.uniforms(n * (law.k + 1)).reshape(n, law.k + 1))
         else:
-            weights = np.abs(stream.normals(n * law.k)).reshape(n, law.k)
-        rows = _normalised(weights)
-        rows = rows[law.accepts(rows)][:missing]
+            if law.law == "dirichlet":  # Gamma(3) is the sum of three exponentials
+                e = stream.exponentials(n * (law.k + 2)).reshape(n, law.k + 2)
+                weights = np.concatenate([e[:, :3].sum(1, keepdims=True), e[:, 3:]], 1)
+            else:
+                weights = np.abs(stream.normals(n * law.k)).reshape(n, law.k)
+            rows = _normalised(weights)
+            rows = rows[law.accepts(rows)]
+        rows = rows[:missing]
         kept.append(rows)
         missing -= len(rows)
     return kept[0] if len(kept) == 1 else np.concatenate(kept or [np.empty((0, law.k), np.float32)])

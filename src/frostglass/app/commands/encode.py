@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import click
 
 from frostglass.core.errors import BadInput
+
+MOST_CLASSES = 100_000
+"""Columns of the targets at the most: each encoding takes four bytes for every one of them."""
 
 _settings = [
     click.option("--k", default=4, show_default=True, help="Images in one encoding."),
@@ -106,6 +110,9 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
 
     if out.exists() and not resume:
         raise BadInput(f"encode: {out} exists; name a new folder.")
+    size = settings["size"]
+    if size is not None and not 4 <= size <= 4096:
+        raise BadInput(f"--size: {size} pixels a side are not possible; give 4 to 4096.")
     pool = open_pool(settings["public"], settings["size"]) if settings["public"] else None
     source = source_of(images)
     channels = int(settings["channels"]) if settings["channels"] else None
@@ -116,7 +123,7 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
         )  # fmt: skip
     for sentence in (*held.notes, *(f"skipped: {s}" for s in held.skipped)):
         click.echo(sentence, err=True)
-    labels, classes = _labels(settings["labels"], images, held)
+    labels, classes, class_names = _labels(settings["labels"], images, held)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PrivacyCaution)  # the manifest and the last lines printed say the same
         encoder = _encoder(settings, pool)
@@ -124,7 +131,7 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
     pixels = held.images.numpy() if pool is not None and not pool.crop else held.images
     writer = SetWriter(
         encoder, pixels, labels, classes, out, rounds=settings["rounds"], names=held.names,
-        ledger=settings["ledger"], with_targets=settings["labels"] != "none",
+        ledger=settings["ledger"], with_targets=settings["labels"] != "none", class_names=class_names,
     )  # fmt: skip
     with tqdm(total=len(held) * settings["rounds"], desc="encoding", unit="image", disable=None) as bar:
         return writer.write(resume=resume, tick=bar.update)
@@ -135,7 +142,9 @@ def _encoder(settings: dict[str, Any], pool: Any) -> Any:
 
     from frostglass.defenses.instahide import InstaHide
 
-    private = settings["private"] or (min(2, settings["k"]) if pool is not None else settings["k"])
+    private = settings["private"]
+    if private is None:
+        private = min(2, settings["k"]) if pool is not None else settings["k"]
     return InstaHide(
         k=settings["k"], private=private, c1=settings["c1"], c2=settings["c2"], law=settings["law"],
         mask=settings["mask"], labels=settings["label_mode"], public=pool, max_exposure=settings["max_exposure"],
@@ -149,9 +158,9 @@ def source_of(images: str) -> str:
     return f"folder:{images}" if Path(images).expanduser().is_dir() or ("/" in images and ":" not in images) else images
 
 
-def _labels(given: str | None, images: str, held: Any) -> tuple[Any, int]:
+def _labels(given: str | None, images: str, held: Any) -> tuple[Any, int, list[str] | None]:
     if given == "none":
-        return [0] * len(held), 1
+        return [0] * len(held), 1, None
     if given is not None:
         return read_labels(Path(given), held.names)
     if any("labels are arbitrary" in note for note in held.notes):
@@ -159,28 +168,51 @@ def _labels(given: str | None, images: str, held: Any) -> tuple[Any, int]:
             f"labels: {images} is one folder without classes; give --labels FILE.csv (file name, label), --labels "
             "none, or sort the images into one subfolder for each class."
         )
-    return held.labels, held.classes
+    return held.labels, held.classes, None
 
 
-def read_labels(path: Path, names: Sequence[str]) -> tuple[list[int], int]:
-    """(class index of each name, number of classes) from a CSV of file name and label, with or without a header.
+def read_labels(path: Path, names: Sequence[str]) -> tuple[list[int], int, list[str] | None]:
+    """(class index of each name, number of classes, their words) from a CSV of file name and label.
 
-    Whole numbers from 0 are class indices; other labels are numbered in sorted order.
+    With or without a header. Whole numbers from 0 are class indices (then there are no words); other labels are
+    numbered in sorted order.
 
     Raises:
-        BadInput: the file is unreadable, or a name is missing in it.
+        BadInput: the file is unreadable, a name is missing or has two labels, a label is empty or below 0, or there
+            are more than 100,000 classes.
     """
+    table: dict[str, str] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as held:
-            table = {row[0].strip(): row[1].strip() for row in csv.reader(held) if len(row) >= 2}
+            for name, label in ((row[0].strip(), row[1].strip()) for row in csv.reader(held) if len(row) >= 2):
+                if table.setdefault(name, label) != label:
+                    raise BadInput(f"labels: {path} gives {name} both {table[name]!r} and {label!r}; keep one of them.")
     except (OSError, UnicodeDecodeError, csv.Error) as wrong:
         raise BadInput(f"labels: {path} cannot be read ({wrong}).") from None
     missing = [name for name in names if name not in table]
     if missing:
         raise BadInput(f"labels: {path} has no label for {len(missing)} images, the first is {missing[0]}.")
     words = [table[name] for name in names]
-    if all(word.isdecimal() for word in words):
-        indices = [int(word) for word in words]
-        return indices, max(indices) + 1
-    order = {word: i for i, word in enumerate(sorted(set(words)))}
-    return [order[word] for word in words], len(order)
+    if "" in words:
+        raise BadInput(f"labels: {path} has an empty label for {names[words.index('')]}; give it one.")
+    if all(re.fullmatch(r"[+-]?\d+", word) for word in words):
+        least, most = (pick(words, key=_whole) for pick in (min, max))
+        if _whole(least) < 0:
+            raise BadInput(f"labels: {least} in {path} is no class index; number classes from 0, or name them.")
+        if _whole(most) >= MOST_CLASSES:
+            shown = most if len(most) < 20 else f"{most[:20]}..."
+            raise BadInput(
+                f"labels: {shown} in {path} would take as many classes, and {MOST_CLASSES} are the most; number them "
+                "without gaps from 0, or give words."
+            )
+        return [int(word) for word in words], int(most) + 1, None
+    named = sorted(set(words))
+    if len(named) > MOST_CLASSES:
+        raise BadInput(f"labels: {path} names {len(named)} classes, and {MOST_CLASSES} are the most; join some.")
+    order = {word: i for i, word in enumerate(named)}
+    return [order[word] for word in words], len(named), named
+
+
+def _whole(word: str) -> int:
+    """The number, cut short where Python refuses to read so many digits: it is far out of range anyway."""
+    return int(word[:1000])

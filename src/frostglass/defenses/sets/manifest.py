@@ -67,6 +67,8 @@ def _whole(held: dict[str, Any]) -> bool:
 def problems_of(folder: Path, held: dict[str, Any]) -> list[str]:
     """A sentence for each file that is not as the manifest says: missing, changed, or not part of the set.
 
+    Files whose name begins with a dot are not looked at: file managers leave them wherever they have been.
+
     The manifest itself is not signed: whoever can change a shard can change its hash there too. Send the manifest's
     own digest by another way if that matters.
     """
@@ -81,6 +83,6 @@ def problems_of(folder: Path, held: dict[str, Any]) -> list[str]:
                 "the set anew."
             )
     named = {MANIFEST, *(shard["file"] for shard in held["shards"])}
-    strays = sorted(p.name for p in folder.iterdir() if p.name not in named)
+    strays = sorted(p.name for p in folder.iterdir() if p.name not in named and not p.name.startswith("."))
     found += [f"encoded set: {name} is no part of the set; remove it." for name in strays]
     return found

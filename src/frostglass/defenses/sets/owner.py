@@ -63,18 +63,20 @@ class Progress:
         settings: digest of everything that must not change before it goes on.
         first, partner: [N] appearances in the shards that are finished, in this set alone.
         shards: file, rows and sha256 of each finished shard.
+        name: random, of this encoding; tells whether a ledger counts it already. In no file that is shared.
     """
 
     settings: str
     first: Int64[Tensor, " n"]
     partner: Int64[Tensor, " n"]
     shards: list[dict[str, Any]] = field(default_factory=list)
+    name: str = ""
 
     def save(self, path: Path) -> None:
         """Whole or not at all, for the owner alone."""
         from safetensors.torch import save_file
 
-        note = {"progress": json.dumps({"settings": self.settings, "shards": self.shards})}
+        note = {"progress": json.dumps({"settings": self.settings, "shards": self.shards, "name": self.name})}
         with owner_only(path) as beside:
             save_file({"first": self.first.contiguous(), "partner": self.partner.contiguous()}, beside, metadata=note)
 
@@ -90,7 +92,8 @@ def load_progress(path: Path) -> Progress:
     try:
         with safe_open(path, framework="pt") as held:
             note = json.loads((held.metadata() or {})["progress"])
-            return Progress(note["settings"], held.get_tensor("first"), held.get_tensor("partner"), note["shards"])
+            counts = held.get_tensor("first"), held.get_tensor("partner")
+            return Progress(note["settings"], *counts, note["shards"], str(note.get("name", "")))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as wrong:
         raise BadInput(f"--resume: {path} cannot be read ({wrong}); delete it and encode anew.") from None
 
@@ -102,18 +105,35 @@ class Counts:
     Args:
         digest: of the private set.
         first, partner: [N] as first image and in another slot.
+        sets: names of the encodings (see `Progress`) that are counted.
     """
 
     digest: str
     first: Int64[Tensor, " n"]
     partner: Int64[Tensor, " n"]
+    sets: tuple[str, ...] = ()
 
-    def save(self, path: Path, names: Sequence[str]) -> None:
-        """The ledger as JSON, image by image, for the owner alone."""
+    def without(self, progress: Progress) -> Counts:
+        """What other sets hold: a kill may have come after the ledger was written and before the set appeared."""
+        if progress.name not in self.sets:
+            return self
+        others = tuple(name for name in self.sets if name != progress.name)
+        return Counts(self.digest, self.first - progress.first, self.partner - progress.partner, others)
+
+    def beside(self, progress: Progress) -> Counts:
+        """With the encodings of `progress`."""
+        return Counts(
+            self.digest, self.first + progress.first, self.partner + progress.partner, (*self.sets, progress.name)
+        )
+
+    def save(self, path: Path, names: Sequence[str], classes: Sequence[str] | None = None) -> None:
+        """The ledger as JSON, image by image, for the owner alone; with the words that class indices stand for."""
         rows = zip(names, self.first.tolist(), self.partner.tolist(), strict=True)
         value = {
             "about": _ABOUT,
             "digest": self.digest,
+            "sets": list(self.sets),
+            **({} if classes is None else {"classes": list(classes)}),
             "images": [{"name": n, "first": f, "partner": p} for n, f, p in rows],
         }
         with owner_only(path) as beside:
@@ -130,10 +150,10 @@ def load_counts(path: Path, digest: str, images: int) -> Counts:
         return Counts(digest, torch.zeros(images, dtype=torch.int64), torch.zeros(images, dtype=torch.int64))
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        known, rows = str(held["digest"]), held["images"]
+        known, rows, sets = str(held["digest"]), held["images"], tuple(map(str, held.get("sets", ())))
         first, partner = (torch.tensor([int(r[key]) for r in rows], dtype=torch.int64) for key in ("first", "partner"))
-    except (OSError, ValueError, KeyError, TypeError) as wrong:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as wrong:
         raise BadInput(f"--ledger: {path} is no exposure ledger ({wrong}); name another file.") from None
     if known != digest or len(first) != images:
         raise BadInput(f"--ledger: {path} counts other images than these; name another file.")
-    return Counts(digest, first, partner)
+    return Counts(digest, first, partner, sets)

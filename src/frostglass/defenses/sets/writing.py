@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from frostglass.defenses.sets.manifest import (
     shard_name,
 )
 from frostglass.defenses.sets.owner import Counts, Progress, digest_of, load_counts, load_progress
-from frostglass.defenses.sources import Images, PrivateSet
+from frostglass.defenses.sources import Images, PrivateSet, PublicPool
 from frostglass.numerics.keystream import Secret
 
 SHARD_BYTES = 256 * 2**20
@@ -55,6 +57,7 @@ class SetWriter:
         ledger: owner's file with the exposure of each image; one that exists is continued. None: out + ".ledger.json".
         with_targets: False leaves targets out of the set.
         shard_rows: encodings in a shard; None for about 256 MiB.
+        class_names: what class index i stands for, for the ledger: labels may be as private as the images.
 
     Raises:
         BadInput: settings that cannot be met, or files that are in the way.
@@ -73,7 +76,9 @@ class SetWriter:
         ledger: Path | None = None,
         with_targets: bool = True,
         shard_rows: int | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
+        self.class_names = class_names
         self.encoder, self.images, self.targets, self.classes = encoder, images, targets, num_classes
         out = Path(os.path.abspath(out))
         self.out, self.rounds, self.with_targets = out, rounds, with_targets
@@ -84,7 +89,8 @@ class SetWriter:
         self.data = PrivateSet(images, targets, num_classes)
         self.names = tuple(names) if names is not None else tuple(f"image {i}" for i in range(len(self.data)))
         width = 2 if encoder.dtype == torch.bfloat16 else 4
-        self.shard_rows = shard_rows or max(1, SHARD_BYTES // (width * int(np.prod(self.data.shape))))
+        row = width * int(np.prod(self.data.shape)) + (4 * self.data.classes if with_targets else 0)
+        self.shard_rows = shard_rows or max(1, SHARD_BYTES // row)
         self.digest = digest_of(images, self.data.labels)
 
     def _check(self, rounds: int, shard_rows: int | None) -> None:
@@ -123,15 +129,14 @@ class SetWriter:
         if finished is not None:
             return finished
         try:
-            progress = self._begin(resume)
-            tick(sum(s["rows"] for s in progress.shards))
-            self._shards(prior, progress, tick)
-            return self._end(prior, progress)
-        except OSError as wrong:
-            raise BadInput(
-                f"encode: {self.out} cannot be written ({wrong.strerror or wrong}); what is finished is kept: make "
-                "room and go on with --resume."
-            ) from None
+            with _written(self.out):  # unless a step within names another file
+                progress = self._begin(resume)
+                prior = prior.without(progress)
+                tick(sum(s["rows"] for s in progress.shards))
+                self._shards(prior, progress, tick)
+                return self._end(prior, progress)
+        except _NotWritten as wrong:
+            raise BadInput(str(wrong)) from None
 
     def _finished(self, resume: bool) -> dict[str, Any] | None:
         """The manifest, if a kill came between the renaming of the whole set and the clearing up."""
@@ -151,10 +156,11 @@ class SetWriter:
         if not self.state.exists():
             shutil.rmtree(self.staging, ignore_errors=True)
             zeros = torch.zeros(len(self.data), dtype=torch.int64)
-            progress = Progress(settings, zeros, zeros.clone())
+            progress = Progress(settings, zeros, zeros.clone(), name=os.urandom(16).hex())
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.staging.mkdir(mode=0o700)
-            progress.save(self.state)
+            with _written(self.state):
+                progress.save(self.state)
             return progress
         if not resume:
             raise BadInput(
@@ -184,10 +190,7 @@ class SetWriter:
         """Opens the encoder's ledger with what earlier sets and finished shards hold."""
         self.encoder.begin(self.images, self.targets, self.classes)
         assert self.encoder.ledger is not None
-        every = torch.arange(len(self.data))
-        first = every.repeat_interleave(prior.first + progress.first)
-        partner = every.repeat_interleave(prior.partner + progress.partner)
-        self.encoder.ledger.add(first.numpy(), partner[:, None].numpy())
+        self.encoder.ledger.count_earlier(prior.first + progress.first, prior.partner + progress.partner)
 
     def _shards(self, prior: Counts, progress: Progress, tick: Callable[[int], object]) -> None:
         try:
@@ -210,7 +213,8 @@ class SetWriter:
             progress.shards.append({"file": path.name, "rows": len(rows), "sha256": sha256_of(path)})
             progress.first += ledger.first - before[0]
             progress.partner += ledger.partner - before[1]
-            progress.save(self.state)
+            with _written(self.state):
+                progress.save(self.state)
             tick(len(rows))
 
     def _order(self, progress: Progress) -> NDArray[np.int64]:
@@ -232,16 +236,15 @@ class SetWriter:
         tensors = {"images": made.images.cpu()}
         if self.with_targets:
             tensors["targets"] = made.targets.cpu().contiguous()
-        with written_beside(path) as beside:
+        with _written(path), written_beside(path) as beside:
             save_file(tensors, beside, metadata={"format": "pt"})
 
     def _end(self, prior: Counts, progress: Progress) -> dict[str, Any]:
         self.encoder.forget()
         manifest = self._manifest(prior, progress)
         write_json(self.staging / MANIFEST, manifest)
-        Counts(self.digest, prior.first + progress.first, prior.partner + progress.partner).save(
-            self.ledger, self.names
-        )
+        with _written(self.ledger, "free it, or name another --ledger"):
+            prior.beside(progress).save(self.ledger, self.names, self.class_names)
         umask = os.umask(0)
         os.umask(umask)
         self.staging.chmod(0o777 & ~umask)
@@ -260,7 +263,7 @@ class SetWriter:
         held = {
             "encoder": self.encoder.settings(), "insecure_seed": self.encoder.insecure_seed, "rounds": self.rounds,
             "shard_rows": self.shard_rows, "targets": self.with_targets, "images": self.digest,
-            "public": None if public is None else [*map(int, public.images.shape), public.crop],
+            "public": None if public is None else [*map(int, public.images.shape), public.crop, sample_digest(public)],
         }  # fmt: skip
         return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
@@ -287,6 +290,40 @@ class SetWriter:
         if before.any():
             manifest["exposure_histogram_with_earlier_sets"] = histogram(own + before)
         return manifest
+
+
+class _NotWritten(Exception):
+    """A sentence on the file that could not be written; work that is finished stays."""
+
+
+@contextmanager
+def _written(path: Path, fix: str = "make room") -> Iterator[None]:
+    """Turns what a full disk, or a place that takes no files, raises into a sentence that names `path`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as wrong:
+        reason = getattr(wrong, "strerror", None) or _reason(str(wrong))
+        raise _NotWritten(
+            f"encode: {path} cannot be written ({reason}); what is finished is kept: {fix} and go on with --resume."
+        ) from None
+
+
+def _reason(text: str) -> str:
+    """The operating system's words in what safetensors makes of them."""
+    found = re.search(r'(?:message: "|I/O error: )([^"(]*[^"( ])', text)
+    return found[1] if found else text
+
+
+def sample_digest(pool: PublicPool) -> str:
+    """SHA-256 of up to 64 images spread evenly over the pool: tells pools apart without reading all of one."""
+    rows = np.unique(np.linspace(0, len(pool) - 1, 64).astype(np.int64))
+    h = hashlib.sha256()
+    for row in rows:
+        image = pool.images[int(row)]
+        h.update(np.ascontiguousarray(image.cpu().numpy() if isinstance(image, Tensor) else image).tobytes())
+    return h.hexdigest()
 
 
 def histogram(counts: Tensor) -> dict[str, int]:

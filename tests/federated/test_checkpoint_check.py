@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from frostglass.core.errors import BadInput
-from frostglass.defenses.checkpoint_check import generator_states
 from frostglass.defenses.instahide import InstaHide
+from frostglass.federated.checkpoint_check import check_checkpoint
+
+
+def generator_states(path: Path) -> list[str]:
+    return [found.where for found in check_checkpoint(path) if found.state]
 
 
 def clean() -> dict[str, object]:
@@ -41,6 +46,20 @@ def clean() -> dict[str, object]:
         {"a": random.Random(3)},
         {"torch_rng": 1},
         {"cuda_rng_state_all": []},
+        # under an innocent name, in every shape that a saver may give it
+        {"x": torch.get_rng_state().numpy()},
+        {"x": torch.get_rng_state().numpy().tobytes()},
+        {"x": torch.get_rng_state().tolist()},
+        {"x": torch.get_rng_state().numpy().astype(np.int64)},
+        {"x": torch.get_rng_state().long()},
+        {"x": torch.stack([torch.get_rng_state()] * 3)},
+        {"x": torch.stack([torch.get_rng_state()] * 3).numpy()},
+        {"x": np.random.get_state()[1]},
+        {"x": np.random.get_state()[1].tobytes()},
+        {"x": np.random.RandomState(3).get_state()[1]},
+        {"x": torch.from_numpy(np.random.get_state()[1].astype(np.int64))},
+        {"x": torch.get_rng_state().numpy(), "y": np.random.default_rng()},
+        {"generator": torch.Generator()},
     ],
 )
 def test_generator_states_are_flagged(tmp_path, state, old) -> None:
@@ -79,11 +98,39 @@ def test_nothing_is_executed(tmp_path) -> None:
 
 
 def test_bad_files(tmp_path) -> None:
-    with pytest.raises(BadInput, match="no file"):
+    with pytest.raises(BadInput, match="does not exist"):
         generator_states(tmp_path / "none.pt")
     (tmp_path / "text").write_text("hello there, this is text")
     (tmp_path / "cut").write_bytes(pickle.dumps(list(range(1000)))[:100])
-    (tmp_path / "st").write_bytes((20).to_bytes(8, "little") + b"{broken" + bytes(40))
-    for name in ("text", "cut", "st"):
+    (tmp_path / "z.npz").write_bytes(b"PK nothing")
+    (tmp_path / "st.safetensors").write_bytes((20).to_bytes(8, "little") + b"{broken" + bytes(40))
+    for name in ("text", "cut", "st.safetensors", "z.npz"):
         with pytest.raises(BadInput):
             generator_states(tmp_path / name)
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"bits": torch.zeros(2, 5056, dtype=torch.uint8)},
+        # arrays, which only the scan of opcodes sees
+        {"numbers": np.arange(5000), "floats": np.random.default_rng(0).standard_normal(624).astype(np.float32)},
+    ],
+)
+def test_networks_with_the_names_of_generators_are_not_flagged(tmp_path, old, beside) -> None:
+    gan = torch.nn.ModuleDict({"generator": torch.nn.Linear(26, 24), "rng_head": torch.nn.BatchNorm1d(8)})
+    held = {
+        "gan": gan.state_dict(),
+        "generator": gan["generator"].state_dict(),
+        "generators": {"a": gan.state_dict(), "lr": 0.1},
+        "steps": list(range(5056)),
+        "counts": torch.arange(5056),
+    } | beside
+    torch.save(clean() | held, tmp_path / "x.pt", _use_new_zipfile_serialization=not old)
+    assert generator_states(tmp_path / "x.pt") == []
+    weights = {f"gan.{k}": v.contiguous() for k, v in gan.state_dict().items()}
+    save_file(weights, tmp_path / "y.safetensors")
+    assert generator_states(tmp_path / "y.safetensors") == []
+    save_file(weights | {"x": torch.stack([torch.get_rng_state()] * 2)}, tmp_path / "z.safetensors")
+    assert generator_states(tmp_path / "z.safetensors") == ["x"]
