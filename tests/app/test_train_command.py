@@ -80,6 +80,11 @@ def test_every_method_leaves_log_weights_and_result(plan, tmp_path, capsys) -> N
         assert not (out / label / "checkpoint.safetensors").exists()
         assert not [f for f in check_checkpoint(out / label) if f.state]
     assert [r["encodings_per_image"] for r in results] == [0, 4, 8]
+    for result in results:  # encodings of all images, k images in each; which images they are of is not said
+        held = result.get("exposure_histogram", {})
+        summed = sum(int(count) * images for count, images in held.items())
+        assert summed == result["images"] * result["encodings_per_image"]
+        assert sum(held.values()) == (result["images"] if held else 0)
     held = out / "instahide-inside-k4-0"
     assert stat.S_IMODE((held / "ledger.safetensors").stat().st_mode) == 0o600
     assert "broken" in (held / "privacy.txt").read_text()

@@ -97,6 +97,8 @@ def test_bad_pools_and_sources(pictures, tmp_path) -> None:
     with pytest.raises(BadInput) as caught:
         PoolSettings(size=1, crops=0, cut=0, channels=2)
     assert len(caught.value.problems) == 4
+    with pytest.raises(BadInput, match=r"are smaller than a cut of 100000 pixels; give larger images, or a smaller"):
+        make_pool(f"folder:{pictures}", tmp_path / "huge", PoolSettings(size=16, cut=100_000, crops=4), RNG)
     small = make_pool(f"folder:{pictures}", tmp_path / "small", PoolSettings(size=32, cut=160, crops=1), RNG)
     assert small.kept == 1
 

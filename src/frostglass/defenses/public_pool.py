@@ -132,6 +132,11 @@ def make_pool(
         found.broken = tuple(broken)
         if not found.kept:
             (out / PIXELS).unlink(missing_ok=True)
+            if not found.tried and found.too_small:
+                raise BadInput(
+                    f"public-pool: all {found.too_small} images of {source!r} are smaller than a cut of "
+                    f"{settings.side} pixels; give larger images, or a smaller --cut or --size."
+                )
             raise BadInput([
                 f"public-pool: none of {found.tried} patches of {source!r} has more than {settings.key_points} key "
                 "points; give larger or more detailed images, a larger --cut, or lower --key-points.",

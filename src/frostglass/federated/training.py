@@ -240,6 +240,8 @@ class Run:
             "pixels": self.method.takes,
             "insecure": encoder is not None and encoder.insecure,
         }
+        if encoder is not None and encoder.ledger is not None:  # {encodings: images}; which images is the owner's alone
+            result["exposure_histogram"] = {str(n): images for n, images in encoder.ledger.histogram().items()}
         save_weights(self.model, self.folder / "model.safetensors")
         if encoder is not None:
             write_text(self.folder / "privacy.txt", encoder.report() + "\n")
