@@ -70,6 +70,7 @@ def test_grad_inversion_moves_pixels_by_lr_times_noise_where_the_gradient_is_zer
     attack = replace(
         recipe("grad_inversion", box=False, consensus="none", seeds=2),
         terms=lambda seen: (terms.Term("nothing", 1.0, lambda c: 0 * c.z.sum()),),
+        steps=1000,
     )
     state = attack.init(seen, RUN)
     after, _ = attack.step(seen, state, RUN, 0)

@@ -74,7 +74,7 @@ def test_plain_images_are_compared_in_the_range_of_encodings(tmp_path: Path) -> 
     [
         ('checks = "frostglass.nowhere:checks"', "cannot be imported"),
         ("settings = { label_leakage = 2.0 }", "label_leakage"),
-        ("settings = { leakage = 0.5 }", "does not take them"),
+        ("settings = { leakage = 0.5 }", "did you mean 'label_leakage'"),
         ("settings = { gallery = 0.5 }", "decoys"),
     ],
 )

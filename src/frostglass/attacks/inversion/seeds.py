@@ -30,8 +30,10 @@ class Restart:
     until: float = 0.8
 
     def __post_init__(self) -> None:
-        if self.every < 1 or not self.factor > 0:
-            raise BadInput(f"attack.restart_every: {self.every} must be from 1 (factor {self.factor:g} above 0).")
+        if self.every < 1 or not self.factor >= 0:
+            raise BadInput(
+                f"attack.restart_every: {self.every} must be from 1, and its factor ({self.factor:g}) from 0."
+            )
 
     def due(self, t: int, steps: int) -> bool:
         """Whether seeds are checked before step t."""
