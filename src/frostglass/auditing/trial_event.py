@@ -63,7 +63,7 @@ def decided_on(
     if typical:
         found.append(f"As close to other images of the class, so not counted: {len(typical)} of {len(near)}.")
     blind = [t for t in targets if t not in near and not t.proved and not _rankable(plan, cell, t)]
-    if blind:  # of those that reach the threshold, `_invalid` says it
+    if blind:  # of those that reach the threshold, the verdict says it
         held = [t.null.n0 for t in blind if t.null is not None]
         has = f"the source holds {min(held)}" if held else "there was no such comparison"
         found.append(
@@ -74,7 +74,7 @@ def decided_on(
 
 
 def _least_others(plan: Plan, cell: Cell) -> int:
-    """Images of the class beside the target that a rank at the level of `_calibrated` takes."""
+    """Images of the class beside the target that a rank at the level of `calibrated` takes."""
     return max(LEAST_NULL, math.ceil(matched_among(cell) / plan.verdict.chance - 1 - 1e-9))
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from frostglass.core.errors import BadInput
 from frostglass.defenses.instahide import InstaHide
-from frostglass.defenses.sources import images_and_labels
+from frostglass.defenses.sources import images_and_labels, rows_of
 
 
 class EncodingCollate:
@@ -73,13 +73,8 @@ class EncodingCollate:
             BadInput: a row that is not in the set, or `max_exposure` or `rounds` reached.
         """
         if self._kept:
-            index = torch.as_tensor(rows)
-            if len(index) and not (int(index.min()) >= 0 and int(index.max()) < len(self)):
-                raise BadInput(f"rows: {int(index.min())} to {int(index.max())} are not all in the set of {len(self)} "
-                               "images.")  # fmt: skip
-            made = self._kept[self.epoch % len(self._kept)]
-            index = index.to(made.images.device)
-            return made.images[index], made.targets[index]
+            made = self._kept[self.epoch % len(self._kept)].take(rows_of(rows, len(self)))
+            return made.images, made.targets
         made = self.encoder.encode_rows(self.images, self.labels, torch.as_tensor(rows), self.epoch, self.classes)
         return made.images, made.targets
 

@@ -80,6 +80,21 @@ def images_and_labels(train_set: Any) -> tuple[Images, Any]:
         raise BadInput(f"train_set: give (images, labels) or a data set of (image tensor, label); {problem}.") from None
 
 
+def rows_of(rows: Sequence[int] | NDArray[np.int64] | Tensor, size: int) -> NDArray[np.int64]:
+    """Row numbers of a set of `size` images as an array.
+
+    Raises:
+        BadInput: a row is not in the set.
+    """
+    index = np.asarray(rows.cpu().numpy() if isinstance(rows, Tensor) else rows)
+    if index.ndim != 1 or (len(index) and index.dtype.kind not in "iu"):
+        raise BadInput("rows: give a list of row numbers of the private set.")
+    checked = index.astype(np.int64)
+    if len(checked) and int(checked.view(np.uint64).max()) >= size:  # negative ones are huge there
+        raise BadInput(f"rows: {int(index.min())} to {int(index.max())} are not all in the set of {size} images.")
+    return checked
+
+
 class PrivateSet:
     """Images of one owner with their labels.
 
@@ -118,15 +133,7 @@ class PrivateSet:
         Raises:
             BadInput: a row is not in the set.
         """
-        index = np.asarray(rows.cpu().numpy() if isinstance(rows, Tensor) else rows)
-        if index.ndim != 1 or (len(index) and index.dtype.kind not in "iu"):
-            raise BadInput("rows: give a list of row numbers of the private set.")
-        checked = index.astype(np.int64)
-        if len(checked) and int(checked.view(np.uint64).max()) >= len(self):  # negative ones are huge there
-            raise BadInput(
-                f"rows: {int(index.min())} to {int(index.max())} are not all in the set of {len(self)} images."
-            )
-        return checked
+        return rows_of(rows, len(self))
 
     def gathered(self, index: NDArray[np.int64]) -> Tensor:
         """[n, c, h, w]: copies of the images `index`."""

@@ -90,11 +90,11 @@ class CountRule:
             counts[int((posterior - head.grad_bias).argmax())] = 1
             return Counted(counts, "high", start.residual, "one image")
         if self.features is not None and (self.fresh or untrained(head, self.features)):
-            if head.classes > _MANY or _wobble(head, self.features) < _SETTLED:
+            settled = _wobble(head, self.features) < _SETTLED
+            if head.classes > _MANY or settled:
                 # of another number of images the estimates are seldom whole (multiples of it look like this one)
                 whole = float((start.estimate - start.counts).abs().sum()) / (2 * head.examples) <= MISFIT
-                sure = whole and _wobble(head, self.features) < _SETTLED
-                return Counted(start.counts, "high" if sure else "low", start.residual, "identity")
+                return Counted(start.counts, "high" if whole and settled else "low", start.residual, "identity")
             rule = self._likelihood_rule(head)
             found = label_likelihood.apply_likelihood(rule, head)
             return Counted(found.counts, "high" if rule.right >= _NEARLY_ALL else "low", found.residual, "likelihood")
