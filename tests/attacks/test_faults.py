@@ -180,7 +180,7 @@ def test_matching_and_priors_share_one_forward_pass() -> None:
     assert isinstance(inner, Tripwire)
     before = inner.calls
     attack.step(wired, state, RUN, 0)
-    assert inner.calls - before == 2  # one a seed
+    assert inner.calls - before == 1  # one for both seeds
 
 
 # --- nothing waits for the device ---------------------------------------------------------------------------------

@@ -23,8 +23,16 @@ def bn_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def batch_statistics(x: Tensor) -> BNStatistics:
     """Mean and biased variance per channel (dimension 1) of a layer's input, on the graph of `x`."""
-    mean, var = channel_statistics(x)
-    return BNStatistics(mean=mean, var=var, count=x.numel() // x.shape[1])
+    return _statistics_of(x, 1)[0]
+
+
+def _statistics_of(x: Tensor, clients: int) -> list[BNStatistics]:
+    """Of equal parts of the batch."""
+    count = x.numel() // (clients * x.shape[1])
+    if clients == 1:
+        return [BNStatistics(*channel_statistics(x), count)]
+    means, variances = channel_statistics(x.unflatten(0, (clients, -1)), clients=True)
+    return [BNStatistics(m, v, count) for m, v in zip(means.unbind(), variances.unbind(), strict=True)]
 
 
 @contextmanager
@@ -33,12 +41,20 @@ def recorded_bn(model: nn.Module) -> Iterator[dict[str, BNStatistics]]:
 
     If a layer is passed more than once, the first pass is kept.
     """
-    seen: dict[str, BNStatistics] = {}
+    with recorded_bn_of_clients(model, 1) as seen:
+        yield seen[0]
+
+
+@contextmanager
+def recorded_bn_of_clients(model: nn.Module, clients: int) -> Iterator[tuple[dict[str, BNStatistics], ...]]:
+    """The same for every client, where the batch holds the rows of several in turn, equally many of each."""
+    seen: tuple[dict[str, BNStatistics], ...] = tuple({} for _ in range(clients))
 
     def hook_for(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if name not in seen:
-                seen[name] = batch_statistics(inputs[0])
+            if name not in seen[0]:
+                for own, found in zip(seen, _statistics_of(inputs[0], clients), strict=True):
+                    own[name] = found
 
         return hook
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from frostglass.core.update import BNStatistics, LocalPlan
-from frostglass.numerics.bn import recorded_bn
+from frostglass.numerics.bn import recorded_bn, recorded_bn_of_clients
 from frostglass.numerics.client_optimizer import OptimizerState, optimizer_step
 from frostglass.numerics.fedavg import own_order
+from frostglass.numerics.many_clients import expanded, many_clients
 from frostglass.numerics.recompute import recomputed
 
 REMEMBERED = 8
@@ -112,6 +113,46 @@ def local_update(
                 weights, state = (client.recomputed if long else client.step)(weights, state, buffers, x, y)
             grads = {name: start[name] - weights[name] for name in start}
     return _trace(grads, bn, logits, loss, buffers, differentiable)
+
+
+def local_gradients(
+    model: nn.Module,
+    images: Float[Tensor, "s b c h w"],
+    targets: Float[Tensor, "s b k"],
+    mode: str,
+    *,
+    statistics: bool = True,
+) -> tuple[Trace, ...]:
+    """What several clients send who take one gradient each, simulated in one pass, differentiably.
+
+    As `local_update` of every client, for networks that treat the images of a batch independently but for BatchNorm;
+    whether one does is for the caller to compare.
+
+    Args:
+        model: the global model; left unchanged.
+        images: in the bounds of its domain.
+        targets: rows of mass at most 1.
+        mode: "train" or "eval".
+        statistics: False leaves `bn` of the traces empty.
+
+    Returns:
+        a trace for each client, without buffers.
+
+    Raises:
+        NotTogether: a layer is not known to `many_clients`.
+    """
+    clients, b = targets.shape[:2]
+    weights = {name: expanded(w, clients) for name, w in trainable(model).items()}
+    buffers = {name: x.clone() for name, x in model.named_buffers()}
+    none: tuple[dict[str, BNStatistics], ...] = ({},) * clients
+    watch = recorded_bn_of_clients(model, clients) if statistics else nullcontext(none)
+    with in_mode(model, mode), torch.enable_grad(), many_clients(weights.values(), clients), watch as bn:
+        logits = functional_call(model, {**weights, **buffers}, (images.flatten(0, 1),))
+    apart = logits.split(b)
+    losses = [soft_cross_entropy(own, y) for own, y in zip(apart, targets.unbind(), strict=True)]
+    grads = _gradients(torch.stack(losses).sum(), weights, differentiable=True)
+    rows = {name: g.unbind() for name, g in grads.items()}
+    return tuple(Trace({n: rows[n][i] for n in rows}, bn[i], apart[i], losses[i], {}) for i in range(clients))
 
 
 def _steps(plan: LocalPlan, examples: int, order: Sequence[Tensor] | None, device: torch.device) -> list[Tensor | None]:

@@ -7,6 +7,9 @@ gradient of the output for kernels of an image's size, which is slow on CPU. The
 With g the gradient of y = conv(x, w), and a and b what its gradients of x and of w are multiplied with,
 
     d/dg = conv(a, w) + conv(x, b),    d/dx = input gradient of (g, b),    d/dw = weight gradient of (g, a).
+
+Where several clients share one batch (see `many_clients`), w has a row for each, all alike: then conv(x, w) and the
+input gradient are those of one batch, and only the gradient of w, and what b is used for, is taken for each client.
 """
 
 from __future__ import annotations
@@ -56,9 +59,22 @@ def _conv2d(
 ) -> Tensor:
     if isinstance(padding, str) or input.ndim != 4:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    form = _Form(_pair(stride), _pair(padding), _pair(dilation), groups)
-    y: Tensor = _Convolution.apply(input, weight, form)  # type: ignore[no-untyped-call]
+    y = convolution(input, weight, stride, padding, dilation, groups)
     return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+def convolution(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+    """As `conv2d` without a bias.
+
+    Args:
+        x: [b, i, h, w].
+        w: [o, i, kh, kw], or [s, o, i, kh, kw] of s clients who have the same weights and b / s images each.
+        stride, padding, dilation: numbers or pairs.
+        groups: of channels.
+    """
+    form = _Form(_pair(stride), _pair(padding), _pair(dilation), groups)
+    y: Tensor = _Convolution.apply(x, w, form)  # type: ignore[no-untyped-call]
+    return y
 
 
 _REPLACED: dict[Callable[..., Any], Callable[..., Tensor]] = {
@@ -70,6 +86,10 @@ _REPLACED: dict[Callable[..., Any], Callable[..., Tensor]] = {
 def _pair(value: Any) -> tuple[int, int]:
     both = (value, value) if isinstance(value, int) else tuple(value)
     return (both[0], both[-1])
+
+
+def _shared(w: Tensor) -> Tensor:
+    return w[0] if w.ndim == 5 else w
 
 
 def _convolved(x: Tensor, w: Tensor, form: _Form) -> Tensor:
@@ -87,6 +107,46 @@ def _slopes(g: Tensor, x: Tensor, w: Tensor, form: _Form, of_x: bool, of_w: bool
     return found[0] if of_x else None, found[1] if of_w else None
 
 
+def _side_by_side(x: Tensor, clients: int) -> Tensor:
+    """[s b, c, ...] of s clients -> [b, s c, ...]: in s groups, a convolution has kernels of its own for each."""
+    return x.unflatten(0, (clients, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _one_after_another(y: Tensor, clients: int) -> Tensor:
+    """[b, s c, ...] -> [s b, c, ...]."""
+    return y.unflatten(1, (clients, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _convolved_apart(x: Tensor, b: Tensor, form: _Form) -> Tensor:
+    """conv(x, b), where each client has kernels of its own."""
+    if b.ndim == 4:
+        return _convolved(x, b, form)
+    s = len(b)
+    y = _convolved(_side_by_side(x, s), b.flatten(0, 1), form._replace(groups=form.groups * s))
+    return _one_after_another(y, s)
+
+
+def _slopes_apart(g: Tensor, x: Tensor, b: Tensor, form: _Form, of_x: bool, of_w: bool) -> tuple[Tensor | None, ...]:
+    """`_slopes` of that."""
+    if b.ndim == 4:
+        return _slopes(g, x, b, form, of_x, of_w)
+    s = len(b)
+    sides = _side_by_side(g, s), _side_by_side(x, s), b.flatten(0, 1), form._replace(groups=form.groups * s)
+    to_x, to_w = _slopes(*sides, of_x, of_w)
+    return (
+        None if to_x is None else _one_after_another(to_x, s),
+        None if to_w is None else to_w.unflatten(0, (s, -1)),
+    )
+
+
+def _shared_slopes(g: Tensor, x: Tensor, w: Tensor, form: _Form, of_x: bool, of_w: bool) -> tuple[Tensor | None, ...]:
+    """The same where all clients have the same kernels: the images' side is that of one batch."""
+    if w.ndim == 4:
+        return _slopes(g, x, w, form, of_x, of_w)
+    to_x = _slopes(g, x, w[0], form, True, False)[0] if of_x else None
+    return to_x, _slopes_apart(g, x, w, form, False, True)[1] if of_w else None
+
+
 def _wanted(w: Tensor) -> bool:
     return w.requires_grad and (torch.is_grad_enabled() or not w.is_leaf)
 
@@ -96,13 +156,13 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, form: _Form) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.form = form
-        return _convolved(x, w, form)
+        return _convolved(x, _shared(w), form)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         asked = (ctx.needs_input_grad[0], _wanted(w))
-        taken = _Slopes.apply if torch.is_grad_enabled() else _slopes
+        taken = _Slopes.apply if torch.is_grad_enabled() else _shared_slopes
         return *taken(slopes[0], x, w, ctx.form, *asked), None
 
 
@@ -114,7 +174,7 @@ class _Slopes(torch.autograd.Function):
         ctx.save_for_backward(g, x, w)
         ctx.form = form
         ctx.set_materialize_grads(False)
-        return _slopes(g, x, w, form, of_x, of_w)
+        return _shared_slopes(g, x, w, form, of_x, of_w)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -123,12 +183,12 @@ class _Slopes(torch.autograd.Function):
         form, needs = ctx.form, ctx.needs_input_grad
         of_g = of_x = of_w = None
         if needs[0] and a is not None:
-            of_g = _convolved(a, w, form)
+            of_g = _convolved(a, _shared(w), form)
         if needs[0] and b is not None:
-            more = _convolved(x, b, form)
+            more = _convolved_apart(x, b, form)
             of_g = more if of_g is None else of_g.add_(more)
         if needs[1] and b is not None:
-            of_x = _slopes(g, x, b, form, True, False)[0]
+            of_x = _slopes_apart(g, x, b, form, True, False)[0]
         if a is not None and _wanted(w):
             of_w = _slopes(g, a, w, form, False, True)[1]
         return of_g, of_x, of_w, None, None, None

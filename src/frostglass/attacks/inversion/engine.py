@@ -111,13 +111,13 @@ def evaluate(z: Tensor, problem: Objective, *, gradient: bool = True) -> Evaluat
     """The objective, and its gradient unless `gradient` is False, at the variable z of one seed."""
     if not gradient:
         with torch.no_grad():
-            return _detached(*_values(problem, _simulated(z, problem, differentiable=False)), None)
+            return finished(*valued(problem, _simulated(z, problem, differentiable=False)), None)
     z = z.detach().requires_grad_(True)
     if problem.engine == "frozen_fd" and any(t.gradient for t in problem.terms):
         return _frozen_differences(z, problem)
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention cannot be differentiated twice
-        own, total, values = _values(problem, _simulated(z, problem, differentiable=True))
-        return _detached(own, total, values, torch.autograd.grad(total, z)[0])
+        own, total, values = valued(problem, _simulated(z, problem, differentiable=True))
+        return finished(own, total, values, torch.autograd.grad(total, z)[0])
 
 
 ALIKE = 0.99
@@ -148,13 +148,14 @@ def refuse_unheld_kinks(z: Tensor, problem: Objective) -> None:
         )
 
 
-def _detached(own: Tensor, total: Tensor, values: Mapping[str, Tensor], gradient: Tensor | None) -> Evaluation:
+def finished(own: Tensor, total: Tensor, values: Mapping[str, Tensor], gradient: Tensor | None) -> Evaluation:
+    """Off the graph."""
     kept = {n: v.detach() for n, v in values.items()}
     return Evaluation(own.detach(), total.detach(), gradient, kept)
 
 
 def _simulated(z: Tensor, problem: Objective, *, differentiable: bool) -> Candidate:
-    pixels, images, targets = _decoded(z, problem)
+    pixels, images, targets = decoded(z, problem)
     target = problem.target
     if any(term.gradient for term in problem.terms):
         smooth = ADAM_SMOOTHING if target.plan.optimizer == "adam" else 0.0
@@ -175,8 +176,8 @@ def _simulated(z: Tensor, problem: Objective, *, differentiable: bool) -> Candid
     return Candidate(pixels, images, targets, trace, target)
 
 
-def _decoded(z: Tensor, problem: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalised images, what the network is shown, targets)."""
+def decoded(z: Tensor, problem: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalised images, what the network is shown, targets) of one seed, on its graph."""
     pixels = problem.space.images(z, problem.target)
     labels = problem.space.labels(z, problem.target)
     shown = pixels if problem.augment is None else problem.augment(pixels)
@@ -210,7 +211,7 @@ def _forward(
     return Trace({}, bn, logits, soft_cross_entropy(logits, targets), buffers)
 
 
-def _values(
+def valued(
     problem: Objective, candidate: Candidate, *, only: bool | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(own objective, total, values); `only` keeps the terms that match gradients, or those that do not."""
@@ -228,7 +229,7 @@ def _frozen_differences(z: Tensor, problem: Objective) -> Evaluation:
     """As the module says: two passes through the network, each differentiated once."""
     target = problem.target
     weights = dict(trainable(target.model))
-    pixels, images, targets = _decoded(z, problem)
+    pixels, images, targets = decoded(z, problem)
     inputs = [images] + ([targets] if targets.requires_grad else [])
     starts = [x.detach().requires_grad_(True) for x in inputs]
     choices = Choices()
@@ -240,18 +241,18 @@ def _frozen_differences(z: Tensor, problem: Objective) -> Evaluation:
         for (n, w), g in zip(weights.items(), found, strict=False)
     }
     matched = Candidate(pixels.detach(), images.detach(), targets.detach(), replace(trace, gradients=leaves), target)
-    loss, _, values = _values(problem, matched, only=True)
+    loss, _, values = valued(problem, matched, only=True)
     v = _or_zeros(loss, list(leaves.values()))
     step = _step_size(list(weights.values()), v)
     moved = {n: (w + step * to).detach() for (n, w), to in zip(weights.items(), v, strict=True)}
     reads = any(term.statistics and not term.gradient for term in problem.terms)
     with problem.drawing(), two_pass_norms(), choices.replayed():
         trace = _forward(target, moved, images, targets, statistics=reads)
-    priors, rest, others = _values(problem, Candidate(pixels, images, targets, trace, target), only=False)
+    priors, rest, others = valued(problem, Candidate(pixels, images, targets, trace, target), only=False)
     # linear in the inputs: its slope is what the first pass found
     before = sum(((g * x).sum() for g, x in zip(found[len(leaves) :], inputs, strict=True)), loss.new_zeros(()))
     change = torch.autograd.grad((trace.loss - before) / step + rest, z)[0]
-    return _detached(loss + priors, loss + rest, {**values, **others}, change)
+    return finished(loss + priors, loss + rest, {**values, **others}, change)
 
 
 def _or_zeros(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,13 +13,14 @@ from frostglass.attacks.inversion import ranks, seeds
 from frostglass.attacks.inversion.choice import AgreeingMean, choose, combined, ends_told
 from frostglass.attacks.inversion.consensus import Consensus, find_anchor, in_one_order
 from frostglass.attacks.inversion.elimination import Elimination, eliminated
-from frostglass.attacks.inversion.engine import Engine, Evaluation, Objective, evaluate, refuse_unheld_kinks
+from frostglass.attacks.inversion.engine import Engine, Objective, evaluate, refuse_unheld_kinks
 from frostglass.attacks.inversion.restore import Restore, by_counts, restored_of, targets_of
 from frostglass.attacks.inversion.rules import Rule, StepInfo
 from frostglass.attacks.inversion.spaces import Jitter, Space, pixels
 from frostglass.attacks.inversion.state import InversionState, per_seed
 from frostglass.attacks.inversion.target import Target, lay_out, update_problems
 from frostglass.attacks.inversion.terms import Term, epoch_agreement, live, require
+from frostglass.attacks.inversion.together import Evaluations, can_be_together, evaluate_all, seeds_at_once
 from frostglass.attacks.inversion.validate import warnings_of
 from frostglass.core.drive import Scalars
 from frostglass.core.errors import BadInput
@@ -31,7 +32,21 @@ from frostglass.numerics.fedavg import merge_epochs
 
 __all__ = ["Inversion", "InversionState"]
 
-_Laid = tuple[tuple[torch.device, torch.dtype], Target, tuple[Term, ...]]
+
+@dataclass
+class _Laid:
+    """What is worked out once for an observation.
+
+    Args:
+        where: it lies.
+        target, terms: the observation, and the live terms of its objective.
+        at_once: seeds in one pass; None before it is known.
+    """
+
+    where: tuple[torch.device, torch.dtype]
+    target: Target
+    terms: tuple[Term, ...]
+    at_once: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class Inversion:
         engine: how the gradient is taken (see `engine`).
         every: iterations between two reports.
         needs: grants without which it does not run.
+        at_once: most seeds in one pass; None for as many as are worth it (`together.seeds_at_once`), 1 for one by one.
     """
 
     name: str
@@ -72,6 +88,7 @@ class Inversion:
     engine: Engine = "double_backward"
     every: int = 50
     needs: frozenset[Knows] = frozenset({Knows.EXAMPLES})
+    at_once: int | None = None
 
     _laid_out: weakref.WeakKeyDictionary[Observation, _Laid] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False, compare=False
@@ -135,23 +152,26 @@ class Inversion:
             restarts=none.clone(),
             unregistered=torch.zeros((), dtype=run.dtype, device=run.device),
         )
+        problem = self._objective(target, terms, state, 0)
         if self.engine == "frozen_fd" and numbers and any(term.gradient for term in terms):
-            first = replace(self._objective(target, terms, state, 0), draws=run.rng.at("check"))
-            refuse_unheld_kinks(z[0], first)
+            refuse_unheld_kinks(z[0], replace(problem, draws=run.rng.at("check")))
+        self._at_once(seen, state, problem, run)
         return state
 
     def step(self, seen: Observation, state: InversionState, run: Runtime, t: int) -> tuple[InversionState, Scalars]:
-        """One iteration of every seed: simulate the client once a seed, sum the terms, follow the rule.
+        """One iteration of every seed: simulate the client, sum the terms, follow the rule.
 
         Nothing in it waits for the device, except a refresh of the consensus (registration works on the CPU).
         """
         target, terms = self._prepared(seen, run)
         state = self._arranged(state, target, run, t)
         problem = self._objective(target, terms, state, t)
-        rng = run.rng.at("step", t)
+        rng, at_once = run.rng.at("step", t), self._at_once(seen, state, problem, run)
 
-        def at(z: Tensor) -> _Found:
-            return self._evaluated(z, problem, state.seeds, rng)
+        problems = self._problems(problem, state.seeds, rng)
+
+        def at(z: Tensor) -> Evaluations:
+            return evaluate_all(z, problems, at_once)
 
         found = at(state.z)
         alive = seeds.living(state.alive, found.own, found.gradient)
@@ -182,7 +202,7 @@ class Inversion:
 
         Before the last step the choice is among the seeds of this rank.
         """
-        _, target, _ = self._laid_out[seen]
+        target = self._laid_out[seen].target
         if not state.seeds:  # a rank without seeds, before the end
             none = torch.zeros(0, *seen.image_shape)
             return Reconstruction(images=none, proved=torch.zeros(0, dtype=torch.bool), objective=float("nan"))
@@ -236,15 +256,15 @@ class Inversion:
     def _prepared(self, seen: Observation, run: Runtime) -> tuple[Target, tuple[Term, ...]]:
         where = (run.device, run.dtype)
         held = self._laid_out.get(seen)
-        if held is None or held[0] != where:
+        if held is None or held.where != where:
             terms = live(self.terms(seen))
             require(terms, seen)
             target = lay_out(seen, run)
             if target.epochs > 1 and self.space.per_row:
                 terms = (*terms, epoch_agreement())
-            held = (where, target, terms)
+            held = _Laid(where, target, terms)
             self._laid_out[seen] = held
-        return held[1], held[2]
+        return held.target, held.terms
 
     def _arranged(self, state: InversionState, target: Target, run: Runtime, t: int) -> InversionState:
         """Before a step: fewer seeds, restarts and a new anchor, where they are due."""
@@ -281,18 +301,26 @@ class Inversion:
         made = Objective(target, terms, self.space, self.engine, t, self.steps, state.targets)
         return replace(made, anchor=state.anchor, group=group)
 
-    def _evaluated(self, z: Tensor, problem: Objective, numbers: tuple[int, ...], rng: Rng) -> _Found:
-        found: list[Evaluation] = []
-        for s, number in enumerate(numbers):
-            shown = self.jitter(rng.at("jitter", number)) if self.jitter is not None else None
-            found.append(evaluate(z[s], replace(problem, augment=shown, draws=rng.at("model", number))))
-        if not found:
-            return _Found(z.new_zeros(0), z.new_zeros(0), torch.zeros_like(z), {})
-        values = {name: torch.stack([f.values[name] for f in found]) for name in found[0].values}
-        gradient = torch.stack([f.gradient for f in found if f.gradient is not None])
-        return _Found(torch.stack([f.own for f in found]), torch.stack([f.total for f in found]), gradient, values)
+    def _at_once(self, seen: Observation, state: InversionState, problem: Objective, run: Runtime) -> int:
+        """Seeds in one pass, found out once, at two starts of its own: a run that resumes finds the same."""
+        held = self._laid_out[seen]
+        if held.at_once is None:
+            most = min(seeds_at_once(held.target, len(state.targets)), self.at_once or self.seeds)
+            if most > 1:
+                own = run.at("together")
+                z = seeds.start_of(self.space, held.target, len(state.targets), (0, 1), own)
+                tried = self._problems(replace(problem, anchor=None, t=0), (0, 1), own.rng)
+                most = most if can_be_together(z, tried) else 1
+            held.at_once = most
+        return held.at_once
 
-    def _scalars(self, found: _Found, state: InversionState, run: Runtime, t: int) -> Scalars:
+    def _problems(self, problem: Objective, numbers: tuple[int, ...], rng: Rng) -> list[Objective]:
+        """Of each seed: what is done to its images, and what its network draws."""
+        shown = [None if self.jitter is None else self.jitter(rng.at("jitter", n)) for n in numbers]
+        draws = [rng.at("model", n) for n in numbers]
+        return [replace(problem, augment=a, draws=d) for a, d in zip(shown, draws, strict=True)]
+
+    def _scalars(self, found: Evaluations, state: InversionState, run: Runtime, t: int) -> Scalars:
         """Lowest objectives over all seeds, means of the terms over this rank's living ones."""
         alive, count = state.alive, state.alive.sum().clamp_min(1)
         wall = found.total.new_full((1,), float("inf"))
@@ -306,16 +334,6 @@ class Inversion:
         if self.seeds > 1:
             scalars["seeds_dropped"] = state.lost
         return scalars
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Of all seeds: own and total objective [s], gradient as the variables, values of the terms [s]."""
-
-    own: Tensor
-    total: Tensor
-    gradient: Tensor
-    values: Mapping[str, Tensor]
 
 
 def _counts(targets: Tensor) -> Tensor:
