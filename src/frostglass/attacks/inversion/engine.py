@@ -67,6 +67,8 @@ class Objective:
         group: weight of the distance to it.
         augment: applied to the images that the network sees, not to the pixel priors.
         draws: what a network that draws (Dropout in train mode) draws from; None for torch's own generator.
+        scales: [terms + 1] weights of the terms and of the anchor at this step, on the device; None to take them from
+            the schedules.
     """
 
     target: Target
@@ -80,14 +82,25 @@ class Objective:
     group: float | Schedule = 0.0
     augment: Augment | None = None
     draws: Rng | None = None
+    scales: Tensor | None = None
 
     def drawing(self) -> AbstractContextManager[None]:
         """Of one pass through the network; every pass of an evaluation draws the same."""
         return nullcontext() if self.draws is None else global_draws(self.draws, self.targets.device)
 
-    def weight(self, weight: float | Schedule) -> float:
-        """At this step."""
-        return as_schedule(weight)(self.t, self.steps)
+    def scale(self, which: int) -> float | Tensor:
+        """Weight at this step of a term, by its place, or with -1 of the distance to the anchor."""
+        return self._scheduled(which, self.t) if self.scales is None else self.scales[which]
+
+    def all_scales(self, like: Tensor) -> Tensor:
+        """[steps, terms + 1] what `scales` is at each step."""
+        places = [*range(len(self.terms)), -1]
+        made = [[self._scheduled(place, t) for place in places] for t in range(self.steps)]
+        return torch.tensor(made, dtype=like.dtype, device=like.device)
+
+    def _scheduled(self, which: int, t: int) -> float:
+        weight = self.group if which == -1 else self.terms[which].weight
+        return as_schedule(weight)(t, self.steps)
 
 
 @dataclass(frozen=True)
@@ -215,13 +228,13 @@ def valued(
     problem: Objective, candidate: Candidate, *, only: bool | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(own objective, total, values); `only` keeps the terms that match gradients, or those that do not."""
-    terms = [t for t in problem.terms if only is None or t.gradient is only]
-    values = {term.name: term.value(candidate) for term in terms}
-    own = sum((problem.weight(t.weight) * values[t.name] for t in terms), candidate.z.new_zeros(()))
+    terms = [(i, t) for i, t in enumerate(problem.terms) if only is None or t.gradient is only]
+    values = {term.name: term.value(candidate) for _, term in terms}
+    own = sum((problem.scale(i) * values[t.name] for i, t in terms), candidate.z.new_zeros(()))
     total = own
     if problem.anchor is not None and only is not True:
         values["group"] = anchor_distance(candidate.z, problem.anchor)
-        total = own + problem.weight(problem.group) * values["group"]
+        total = own + problem.scale(-1) * values["group"]
     return own, total, values
 
 

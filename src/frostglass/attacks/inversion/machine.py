@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from frostglass.attacks.inversion import ranks, seeds
+from frostglass.attacks.inversion.captured import Recordings
 from frostglass.attacks.inversion.choice import AgreeingMean, choose, combined, ends_told
 from frostglass.attacks.inversion.consensus import Consensus, find_anchor, in_one_order
 from frostglass.attacks.inversion.elimination import Elimination, eliminated
@@ -41,12 +42,14 @@ class _Laid:
         where: it lies.
         target, terms: the observation, and the live terms of its objective.
         at_once: seeds in one pass; None before it is known.
+        recordings: of iterations, on CUDA.
     """
 
     where: tuple[torch.device, torch.dtype]
     target: Target
     terms: tuple[Term, ...]
     at_once: int | None = None
+    recordings: Recordings = field(default_factory=Recordings)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Inversion:
         engine: how the gradient is taken (see `engine`).
         every: iterations between two reports.
         needs: grants without which it does not run.
-        at_once: most seeds in one pass; None for as many as are worth it (`together.seeds_at_once`), 1 for one by one.
+        graph: on CUDA, replay iterations as a graph where that repeats the eager path (see `captured`).
+        at_once: seeds in one pass; None for as many as are worth it (`together.seeds_at_once`), 1 for one by one.
     """
 
     name: str
@@ -88,6 +92,7 @@ class Inversion:
     engine: Engine = "double_backward"
     every: int = 50
     needs: frozenset[Knows] = frozenset({Knows.EXAMPLES})
+    graph: bool = False
     at_once: int | None = None
 
     _laid_out: weakref.WeakKeyDictionary[Observation, _Laid] = field(
@@ -95,7 +100,9 @@ class Inversion:
     )
 
     def __post_init__(self) -> None:
-        wrong = [w for w, n in (("steps", self.steps), ("seeds", self.seeds), ("every", self.every)) if n < 1]
+        counts = {"steps": self.steps, "seeds": self.seeds, "every": self.every}
+        counts |= {} if self.at_once is None else {"at_once": self.at_once}
+        wrong = [w for w, n in counts.items() if n < 1]
         if wrong:
             raise BadInput([f"attack.{w}: must be a whole number from 1." for w in wrong])
         if self.combine is not None and not self.space.per_row:
@@ -170,8 +177,10 @@ class Inversion:
 
         problems = self._problems(problem, state.seeds, rng)
 
+        evaluated = self._laid_out[seen].recordings.evaluate if self.graph else evaluate_all
+
         def at(z: Tensor) -> Evaluations:
-            return evaluate_all(z, problems, at_once)
+            return evaluated(z, problems, at_once)
 
         found = at(state.z)
         alive = seeds.living(state.alive, found.own, found.gradient)
@@ -218,6 +227,8 @@ class Inversion:
         told = {"seeds_dropped": state.lost, "restarts": state.restarts, "unregistered": state.unregistered}
         info |= {name: int(value) for name, value in told.items() if int(value)}
         info |= ends_told(state)
+        if self.graph:
+            info["cuda_graph"] = self._laid_out[seen].recordings.used
         if labels is None and seen.labels is None:
             info |= restored_of(seen, self.restore).info
         objective = float(state.best_loss[pick])
@@ -305,7 +316,7 @@ class Inversion:
         """Seeds in one pass, found out once, at two starts of its own: a run that resumes finds the same."""
         held = self._laid_out[seen]
         if held.at_once is None:
-            most = min(seeds_at_once(held.target, len(state.targets)), self.at_once or self.seeds)
+            most = min(self.at_once or seeds_at_once(held.target, len(state.targets)), self.seeds)
             if most > 1:
                 own = run.at("together")
                 z = seeds.start_of(self.space, held.target, len(state.targets), (0, 1), own)

@@ -55,6 +55,7 @@ def grad_inversion(
     box: bool = True,
     restore: str = "row_minimum",
     engine: Engine = "double_backward",
+    graph: bool = False,
     seeds: int = 8,
     every: int = 50,
 ) -> Inversion:
@@ -88,6 +89,7 @@ def grad_inversion(
             repeat, "least_squares", "sum" or "idlg".
         engine: "double_backward", or "frozen_fd", which is faster on networks of ReLU and max-pooling, and serves
             those that cannot be differentiated twice.
+        graph: on CUDA, replay iterations as one graph where that repeats the eager path. Off until it is measured.
         seeds: |G|; the lowest objective is returned.
         every: iterations between two reports.
     """
@@ -112,6 +114,7 @@ def grad_inversion(
         space=pixels(box=box),
         consensus=Consensus(group, start, consensus_every, method) if consensus != "none" and group else None,
         engine=engine,
+        graph=graph,
         every=every,
         needs=frozenset({Knows.EXAMPLES} | ({_SOURCE[bn]} if bn in _SOURCE and bn_weight else set())),
     )

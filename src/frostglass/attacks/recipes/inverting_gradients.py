@@ -20,6 +20,7 @@ def inverting_gradients(
     tv: float = 1e-1,
     seeds: int = 1,
     engine: Engine = "double_backward",
+    graph: bool = False,
     every: int = 50,
 ) -> Inversion:
     """Cosine matching and total variation, Adam on the sign of the gradient, box projection.
@@ -35,6 +36,7 @@ def inverting_gradients(
         seeds: restarts.
         engine: "double_backward", or "frozen_fd", which is faster on networks of ReLU and max-pooling, and serves
             those that cannot be differentiated twice.
+        graph: on CUDA, replay iterations as one graph where that repeats the eager path. Off until it is measured.
         every: iterations between two reports.
     """
     return Inversion(
@@ -44,6 +46,7 @@ def inverting_gradients(
         steps=steps,
         seeds=seeds,
         engine=engine,
+        graph=graph,
         every=every,
         needs=frozenset({Knows.EXAMPLES, Knows.LABELS}),
     )

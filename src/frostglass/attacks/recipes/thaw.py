@@ -29,6 +29,7 @@ def thaw(
     eliminate: bool = False,
     restore: str = "counts",
     engine: Engine = "double_backward",
+    graph: bool = False,
     every: int = 50,
 ) -> Inversion:
     """Cosine matching, falling total variation and whatever BatchNorm statistics are granted; plain Adam, cosine decay.
@@ -50,6 +51,7 @@ def thaw(
             twelve tries ended 1.1 dB below four seeds averaged, so it is off.
         restore: how labels that are not granted are restored: "counts", "least_squares", "row_minimum", "sum", "idlg".
         engine: "double_backward", or "frozen_fd", which is faster on networks of ReLU and max-pooling.
+        graph: on CUDA, replay iterations as one graph where that repeats the eager path. Off until it is measured.
         every: iterations between two reports.
     """
 
@@ -73,6 +75,7 @@ def thaw(
         eliminate=Elimination() if eliminate and seeds > 1 else None,
         combine=AgreeingMean() if mean and seeds > 1 else None,
         engine=engine,
+        graph=graph,
         every=every,
         needs=frozenset({Knows.EXAMPLES}),
     )
