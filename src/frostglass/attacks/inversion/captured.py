@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -25,24 +26,26 @@ WARM_UP = 3
 """Runs before a recording: libraries choose their kernels, and allocate, in the first ones."""
 
 
-def cuda_graph(function: Callable[[], Evaluations]) -> Replay:
-    """Records `function` on the current CUDA device.
+def cuda_graph(function: Callable[[], Evaluations], device: torch.device) -> Replay:
+    """Records `function` on a CUDA device.
 
     Raises:
         RuntimeError: something in it cannot be recorded (it waits for the device, say).
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = function()
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = function()
 
     def replay() -> Evaluations:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return found
 
     return replay
@@ -50,7 +53,7 @@ def cuda_graph(function: Callable[[], Evaluations]) -> Replay:
 
 def recorder_for(device: torch.device) -> Recorder | None:
     """How iterations are recorded on a device; None where they are not."""
-    return cuda_graph if device.type == "cuda" else None
+    return partial(cuda_graph, device=device) if device.type == "cuda" else None
 
 
 class Captured:
