@@ -22,7 +22,7 @@ from frostglass.core.defense import Defense
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure, OsKey
 from frostglass.defenses import encoder as encoder_module
-from frostglass.defenses import key_ring
+from frostglass.defenses import exposure, key_ring, sources
 from frostglass.defenses.cost import cost_of
 from frostglass.defenses.honesty import PrivacyCaution, claimed_work
 from frostglass.defenses.instahide import InstaHide, average_predictions
@@ -461,6 +461,32 @@ def test_ledger_counts_both_roles_and_refuses_to_go_on() -> None:
     assert sum(n * images for n, images in enc.ledger.histogram().items()) == int(appeared.sum())
     assert enc.manifest()["exposure_histogram"] == {str(k): v for k, v in enc.ledger.histogram().items()}
     assert "ledger" not in enc.manifest()
+
+
+@pytest.mark.parametrize("outside", [-1, 40])
+def test_the_ledger_counts_nothing_outside_its_set(outside: int) -> None:
+    enc = InstaHide()
+    enc.begin(photos(), own_class(40), 40)
+    inside = np.arange(3)
+    for first, partners in ((np.array([1, outside]), inside[:, None]), (inside, np.array([[1, 2], [outside, 3]]))):
+        with pytest.raises(BadInput, match="not in the set of 40"):
+            enc.ledger.add(first, partners)
+    assert not enc.ledger.total.any()
+
+
+def test_without_numba_the_same_keys_are_drawn_and_counted(monkeypatch) -> None:
+    made = []
+    for partners in ("iid", "permutation"):
+        for compiles in (True, False):
+            if not compiles:
+                monkeypatch.setattr(key_ring, "fastest", lambda function: function)
+                monkeypatch.setattr(exposure, "fastest", lambda function: function)
+                monkeypatch.setattr(sources, "fastest", lambda function: function)
+            enc = InstaHide(private=3, public=photos(30), partners=partners, insecure_seed=4)
+            out, y = enc.encode_rows(photos(), own_class(40), [3, 0, 0, 39], num_classes=40)
+            made.append((out, y, enc.ledger.first, enc.ledger.partner))
+        monkeypatch.undo()
+        assert all(torch.equal(a, b) for a, b in zip(*made[-2:], strict=True))
 
 
 def test_the_ledger_belongs_to_one_set() -> None:

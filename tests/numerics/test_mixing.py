@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,8 @@ from scipy import stats
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure
 from frostglass.numerics import key_rows, mixing
-from frostglass.numerics.fused_mixing import kernel, mix_rows
+from frostglass.numerics.compiled import kernel, rounded
+from frostglass.numerics.fused_mixing import mix_more_rows, mix_rows
 from frostglass.numerics.key_rows import (
     KeyRows,
     MixLaw,
@@ -273,12 +276,29 @@ def test_without_numba_torch_does_the_work(monkeypatch) -> None:
 
 def test_the_kernel_is_plain_python_too() -> None:
     """The uncompiled function gives the bits of the compiled one (without fused multiply-add: to 1e-6)."""
-    private, keys = table(8, 19, torch.uint8).numpy(), keys_for(3, 6, 6, 8, 0, 19, 1)
-    weights, wide = keys.coefficients / np.float32(127.5), [np.empty((3, 19), np.uint32) for _ in range(2)]
-    for run, out in zip((mix_rows, kernel(mix_rows)), wide, strict=True):
-        rest = np.float32(-1), keys.bits, np.uint32(0xFFFFFFFF), out, np.empty((0, 0), np.uint16)
-        run(private, private, 6, keys.indices, weights, *rest)
-    assert np.allclose(wide[0].view(np.float32), wide[1].view(np.float32), atol=1e-6)
+    for function, k in ((mix_rows, 4), (mix_more_rows, 7)):
+        private, keys = table(8, 19, torch.uint8).numpy(), keys_for(3, k, k, 8, 0, 19, 1)
+        affine = np.float32(1 / 127.5), np.float32(-1)
+        made = {dtype: [np.empty((3, 19), dtype) for _ in range(2)] for dtype in (np.uint32, np.uint16)}
+        for both in made.values():
+            for run, out in zip((function, kernel(function)), both, strict=True):
+                keep = np.uint32(0xFFFFFFFF)
+                run(private, private, k, keys.indices, keys.coefficients, *affine, keys.bits, keep, out)
+        plain, fused = (out.view(np.float32) for out in made[np.uint32])
+        assert np.allclose(plain, fused, atol=1e-6)
+        halves = [torch.from_numpy(out).view(torch.bfloat16) for out in made[np.uint16]]
+        assert torch.equal(halves[0], torch.from_numpy(plain).bfloat16())
+        assert torch.equal(halves[1], torch.from_numpy(fused).bfloat16())
+
+
+def test_bfloat16_by_integers_is_that_of_torch() -> None:
+    """For processors that do not round by themselves: ties, both signs, zeros, the largest numbers, and many others."""
+    some = [0x0, 0x80000000, 0x3F808000, 0x3F818000, 0xBF808000, 0x3F807FFF, 0x3F808001, 0x3FFFFFFF, 0x7F7F7FFF]
+    bits = np.concatenate([np.array(some, np.uint32), stream().bytes(40_000).view("<u4") & np.uint32(0xBFFFFFFF)])
+    want = torch.from_numpy(bits.view(np.int32)).view(torch.float32).bfloat16().view(torch.uint16).numpy()
+    compiled = numba.njit(inspect.unwrap(rounded))
+    assert [int(compiled(b)) for b in bits] == want.tolist()
+    assert [int(rounded(b)) for b in bits[:1000]] == want[:1000].tolist()
 
 
 def test_tables_that_do_not_go_together_are_refused() -> None:

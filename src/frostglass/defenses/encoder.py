@@ -23,7 +23,7 @@ from frostglass.defenses.key_ring import KeyRing, Partners, forget_on_fork, proc
 from frostglass.defenses.sources import Augmentation, Images, PrivateSet, PublicPool, augment
 from frostglass.numerics.key_rows import KeyRows, Law, MixLaw, mask_width
 from frostglass.numerics.keystream import Secret
-from frostglass.numerics.mixing import Backend, Labels, Mask, coarse_targets, mix, mix_targets
+from frostglass.numerics.mixing import Backend, Labels, Mask, as_source, coarse_targets, mix, mix_targets
 
 _MASK_BYTES = 1 << 16  # keystream made at a time: it is used up before it leaves the cache
 
@@ -209,14 +209,13 @@ class RowEncoder:
             return self._encode(data, index, epoch, out)
 
     def _private(self, images: Images, targets: Any, classes: int | None) -> PrivateSet:
-        # inference tensors count no versions
-        version = sum(int(t._version) for t in (images, targets) if isinstance(t, Tensor) and not t.is_inference())
-        known = self._set
+        version, known = _version(images) + _version(targets), self._set
         if known is not None and known[0] is images and known[1] is targets and known[2] == version:
             if classes is not None and classes != known[3].classes:
                 raise BadInput(f"num_classes: {classes}, and {known[3].classes} before; keep it.")
             return known[3]
         data = PrivateSet(images, targets, classes)
+        data.table = None if data.table is None else as_source(data.table, self.backend)
         if self.ledger is not None and len(self.ledger) != len(data):
             raise BadInput(
                 f"images: this encoder counts the exposure of {len(self.ledger)} images, not {len(data)}; give it the "
@@ -263,7 +262,13 @@ class RowEncoder:
             out = torch.empty(shape, dtype=self.dtype, device=data.device)
         elif tuple(out.shape) != shape or out.dtype != self.dtype or not out.is_contiguous():
             raise BadInput(f"out: give contiguous memory of shape {shape} and {self.dtype}.")
-        self._mix(data, ring, indices, weights, epoch, out.flatten(1))
+        step = len(rows) if out.is_cuda else max(1, _MASK_BYTES // mask_width(shape[1] * shape[2] * shape[3]))
+        if 0 < len(rows) <= step:  # slices of tensors take as long as everything else here
+            self._mix(data, ring, indices, weights, epoch, out)
+        else:
+            for start in range(0, len(rows), step):
+                part = slice(start, start + step)
+                self._mix(data, ring, indices[part], weights[part], epoch, out[part])
         return Encoded(out, coarse_targets(soft, self.labels).to(out.device), encoded_domain(shape[1]), self.insecure)
 
     def _mix(
@@ -275,18 +280,14 @@ class RowEncoder:
         epoch: int,
         out: Tensor,
     ) -> None:
-        inside, width = self.law.private, mask_width(out.shape[1])
-        step = len(out) if out.is_cuda else max(1, _MASK_BYTES // width)
-        for start in range(0, len(out), step):
-            part = slice(start, start + step)
-            index = indices[part]
-            private, index = self._private_rows(data, index, epoch)
-            public = None
-            if self.public is not None:
-                public, drawn = self.public.rows_for(index[:, inside:], data.shape, ring.streams["crops"])
-                index = np.concatenate([index[:, :inside], drawn], 1)
-            bits = ring.mask(len(index), out.shape[1]) if self.mask == "sign" else None
-            mix(private, public, inside, KeyRows(index, weights[part], bits), self.mask, out[part], self.backend)
+        inside = self.law.private
+        private, indices = self._private_rows(data, indices, epoch)
+        public = None
+        if self.public is not None:
+            public, drawn = self.public.rows_for(indices[:, inside:], data.shape, ring.streams["crops"])
+            indices = np.concatenate([indices[:, :inside], drawn], 1)
+        bits = ring.mask(len(indices), private.shape[1]) if self.mask == "sign" else None
+        mix(private, public, inside, KeyRows(indices, weights, bits), self.mask, out, self.backend)
 
     def _private_rows(self, data: PrivateSet, index: NDArray[np.int64], epoch: int) -> tuple[Images, NDArray[np.int64]]:
         """(table, indices into it) of the private slots, augmented where asked."""
@@ -300,6 +301,11 @@ class RowEncoder:
             taken = augment(taken, self.augmentation)
         place = np.arange(len(taken)).reshape(len(index), inside)
         return taken.flatten(1), np.concatenate([place, index[:, inside:]], 1)
+
+
+def _version(values: Any) -> int:
+    """How often a tensor was changed in place; 0 for others, and for inference tensors, which do not count it."""
+    return int(values._version) if isinstance(values, Tensor) and not values.is_inference() else 0
 
 
 def _whole(least: int = 1, **given: object) -> list[int | None]:

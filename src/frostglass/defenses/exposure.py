@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from frostglass.core.errors import BadInput
+from frostglass.numerics.compiled import fastest
+from frostglass.numerics.fused_mixing import count_rows
 
 
 def rounds_used_up(rounds: int) -> str:
@@ -42,7 +44,11 @@ class ExposureLedger:
         self._process = os.getpid()
         self._earlier: Tensor = torch.zeros(images, dtype=torch.int64)
         # One slab for this process and one for each DataLoader worker: nobody writes where another does.
-        self._counts: Tensor = torch.zeros(1, 2, images, dtype=torch.int64)
+        self._hold(torch.zeros(1, 2, images, dtype=torch.int64))
+
+    def _hold(self, counts: Tensor) -> None:
+        self._counts = counts
+        self._array: NDArray[np.int64] = counts.numpy()  # the same memory
 
     def __len__(self) -> int:
         return self._counts.shape[2]
@@ -52,10 +58,14 @@ class ExposureLedger:
         grown = torch.zeros(1 + workers, 2, len(self), dtype=torch.int64)
         grown[: len(self._counts)] = self._counts[: len(grown)]
         grown[0] += self._counts[len(grown) :].sum(0)
-        self._counts = grown.share_memory_()
+        self._hold(grown.share_memory_())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_array"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._hold(self._counts)
         self._process = os.getpid()
 
     def count_earlier(self, first: Tensor, partner: Tensor) -> None:
@@ -82,29 +92,26 @@ class ExposureLedger:
         """Counts encodings of the images `first` with the private `partners` [b, any], before they are released.
 
         Raises:
-            BadInput: an image would exceed `max_exposure` or `rounds` (then nothing is counted), or a DataLoader
-                worker or another forked process counts in a ledger that is not shared with it.
+            BadInput: an image would exceed `max_exposure` or `rounds`, or is not in the set (then nothing is counted),
+                or a DataLoader worker or another forked process counts in a ledger that is not shared with it.
         """
-        counts: NDArray[np.int64] = self._counts.numpy()
-        slab = counts[self._slab()]
-        others = partners.reshape(-1)
-        np.add.at(slab[0], first, 1)
-        np.add.at(slab[1], others, 1)
+        own, count = self._array[self._slab()], fastest(count_rows)
+        if not count(own, first, partners, 1):
+            raise BadInput(f"exposure: rows that are not in the set of {len(self)} images; give row numbers from 0.")
         # Counted first, checked second: workers that add at the same time can then only refuse too early.
-        refused = self._refusal(counts, first, others)
+        refused = self._refusal(first, partners)
         if refused:
-            np.subtract.at(slab[0], first, 1)
-            np.subtract.at(slab[1], others, 1)
+            count(own, first, partners, -1)
             raise BadInput(refused)
 
-    def _refusal(self, counts: NDArray[np.int64], first: NDArray[np.int64], others: NDArray[np.int64]) -> str | None:
+    def _refusal(self, first: NDArray[np.int64], partners: NDArray[np.int64]) -> str | None:
         if self.rounds is not None and len(first):
-            fresh = counts[:, 0, first].sum(0) - self._earlier.numpy()[first]
+            fresh = self._array[:, 0, first].sum(0) - self._earlier.numpy()[first]
             if fresh.max() > self.rounds:
                 return rounds_used_up(self.rounds)
         if self.max_exposure is not None:
-            touched = np.unique(np.concatenate([first, others]))
-            over = counts[:, :, touched].sum((0, 1)) > self.max_exposure
+            touched = np.unique(np.concatenate([first, partners.reshape(-1)]))
+            over = self._array[:, :, touched].sum((0, 1)) > self.max_exposure
             if over.any():
                 return self._too_many(int(over.sum()))
         return None

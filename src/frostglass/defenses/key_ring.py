@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
+from frostglass.numerics.compiled import fastest
+from frostglass.numerics.fused_mixing import next_keys
 from frostglass.numerics.key_rows import (
     MixLaw,
     draw_coefficients,
@@ -56,32 +58,29 @@ class KeyRing:
         Raises:
             BadInput: the set or the pool is too small for k distinct sources.
         """
-        k, p = self.law.k, self.law.private
-        streams = self.streams
-        indices = np.empty((len(rows), k), np.int64)
-        indices[:, 0] = rows
+        law, streams, count = self.law, self.streams, len(rows)
+        k, p, others, pool = law.k, law.private, self.images - 1, self.public
+        partners = public = np.empty((count, 0), np.int64)
         if p > 1 and self.partners == "permutation":
             if self._permutations is None:
                 self._permutations = draw_partner_permutations(streams["indices"], self.images, p - 1)
-            indices[:, 1:p] = self._permutations[:, rows].T
-        elif p > 1:  # ranks among the other images: skip over the row itself
-            n = self.images - 1
-            ranks = self._take("partners", len(rows), lambda m: draw_distinct(streams["indices"], n, p - 1, m))
-            indices[:, 1:p] = ranks + (ranks >= rows[:, None])
+            partners = np.ascontiguousarray(self._permutations.T[rows])
+            partners -= partners > rows[:, None]  # as ranks among the others, like those drawn below
+        elif p > 1:
+            partners = self._next("partners", count, lambda m: draw_distinct(streams["indices"], others, p - 1, m))
         if p < k:
-            n_public = self.public
-            indices[:, p:] = self._take(
-                "public", len(rows), lambda m: draw_distinct(streams["public"], n_public, k - p, m)
-            )
-        law = self.law
-        weights = self._take("weights", len(rows), lambda m: draw_coefficients(streams["coefficients"], law, m))
-        return indices, weights
+            public = self._next("public", count, lambda m: draw_distinct(streams["public"], pool, k - p, m))
+        weights = self._next("weights", count, lambda m: draw_coefficients(streams["coefficients"], law, m))
+        indices, coefficients = np.empty((count, k), np.int64), np.empty((count, k), np.float32)
+        fastest(next_keys)(rows, partners, public, weights, indices, coefficients)
+        return indices, coefficients
 
     def mask(self, count: int, d: int) -> NDArray[np.uint8]:
         """[count, ceil(d / 8)] fresh bits of the sign mask."""
         return draw_mask(self.streams["mask"], count, d)
 
-    def _take(self, name: str, count: int, draw: Callable[[int], Any]) -> Any:
+    def _next(self, name: str, count: int, draw: Callable[[int], Any]) -> Any:
+        """The next rows of the block `name`, where they are: whoever uses them overwrites them."""
         block = self._blocks.get(name)
         if block is None:
             block = draw(max(count, self.ahead))
@@ -90,9 +89,7 @@ class KeyRing:
             block = np.concatenate([left, draw(max(count - len(left), self.ahead))])
             left[:] = 0  # these rows stand in the new block
         self._blocks[name] = block[count:]
-        taken = block[:count].copy()
-        block[:count] = 0  # used once, and gone from here
-        return taken
+        return block[:count]
 
     def wipe(self) -> None:
         """Overwrites keys drawn ahead and forgets the streams."""

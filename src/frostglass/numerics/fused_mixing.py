@@ -1,97 +1,99 @@
 """The fused encoder for CPUs: gather k rows, weighted sum, affine, mask, one read of the sources and one write.
 
-The functions are plain Python over arrays (and run as such, slowly); `kernel` compiles one with numba where numba is
-installed. Each is self-contained because a compiled function cannot call an uncompiled one.
+The functions are plain Python over arrays (and run as such, slowly); `compiled.kernel` compiles one with numba where
+numba is installed. Each is self-contained but for `compiled.fetch` and `compiled.stored`, because a compiled function
+cannot call an uncompiled one.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
+from frostglass.numerics.compiled import fetch, stored
 
-def mix_rows(private, public, inside, indices, weights, shift, bits, keep, wide, narrow):  # type: ignore[no-untyped-def]
-    """wide[r] = mask(shift + sum_j weights[r, j] * source_j[indices[r, j]]), as IEEE bits; narrow as bfloat16; k <= 4.
+LINE = 64  # bytes that a processor fetches at a time
 
-    The mask flips pixel i by bit i // m of byte i % m (m = ceil(d / 8)): within one of these eight planes the flip is
-    a shift by a constant, so that every inner loop below turns into vector instructions.
+
+def mix_rows(private, public, inside, indices, coefficients, scale, shift, bits, keep, out):  # type: ignore[no-untyped-def]
+    """out[r] = mask(shift + sum_j scale coefficients[r, j] source_j[indices[r, j]]), as IEEE bits; k <= 4.
+
+    The mask flips pixel i by bit i // m of byte i % m (m = ceil(d / 8)): within one of these eight planes all pixels
+    look at the same bit of consecutive bytes, so that every inner loop below turns into vector instructions.
 
     Args:
         private, public: [N, d] and [M, d], uint8 or float32, of one type.
         inside: slots 0 .. inside - 1 read `private`, the others `public`.
-        indices, weights: [b, k] int64 and float32; weights are coefficients times the scale of a pixel.
-        shift: float32 added once.
+        indices, coefficients: [b, k] int64 and float32.
+        scale, shift: float32; a pixel p as stored stands for scale p + shift.
         bits: [b, m] keystream for the sign mask; one row of zeros for none (one loop for all masks: a second one
             beside it costs a third of the speed).
         keep: the result's IEEE bits are and-ed with it (0x7fffffff gives the absolute value).
-        wide: [b, d] uint32, the result; [1, d] scratch where `narrow` takes it.
-        narrow: [b, d] uint16, the result rounded to nearest even; [0, d] if not wanted.
+        out: [b, d], uint32 for float32, or uint16 for bfloat16 (rounded to nearest even).
     """
     b, k = indices.shape
     d = private.shape[1]
     m = (d + 7) // 8
-    rounding, masked = narrow.shape[0] > 0, bits.shape[0] == b
+    masked = bits.shape[0] == b
     # Fewer than four slots are padded by slot 0 at weight 0.
     j1, j2, j3 = (1 if k > 1 else 0), (2 if k > 2 else 0), (3 if k > 3 else 0)
-    zero = np.float32(0)
-    flip = np.uint32(0x80000000)
+    zero, kind = np.float32(0), out.dtype.type(0)
+    flip, same = np.uint32(0x80000000), np.uint32(0)
     for r in range(b):
-        w0 = weights[r, 0]
-        w1 = weights[r, 1] if k > 1 else zero
-        w2 = weights[r, 2] if k > 2 else zero
-        w3 = weights[r, 3] if k > 3 else zero
+        w0 = coefficients[r, 0] * scale
+        w1 = coefficients[r, 1] * scale if k > 1 else zero
+        w2 = coefficients[r, 2] * scale if k > 2 else zero
+        w3 = coefficients[r, 3] * scale if k > 3 else zero
         for plane in range(8):
             lo = plane * m
             n = min(m, d - lo)
             if n <= 0:
                 break
+            if r + 1 < b:
+                for j in range(k):
+                    for c in range(lo, lo + n, LINE):
+                        fetch(private if j < inside else public, indices[r + 1, j], c)
             s0 = private[indices[r, 0], lo : lo + n]
             s1 = (private if j1 < inside else public)[indices[r, j1], lo : lo + n]
             s2 = (private if j2 < inside else public)[indices[r, j2], lo : lo + n]
             s3 = (private if j3 < inside else public)[indices[r, j3], lo : lo + n]
-            out = wide[0 if rounding else r, lo : lo + n]
-            row = bits[r if masked else 0]
-            up = np.uint32(31 - plane)
+            to = out[r, lo : lo + n]
+            row, bit = bits[r if masked else 0], np.uint8(1 << plane)
             for i in range(n):
                 x = shift + w0 * np.float32(s0[i]) + w1 * np.float32(s1[i])
                 x = x + w2 * np.float32(s2[i]) + w3 * np.float32(s3[i])
-                out[i] = (np.float32(x).view(np.uint32) ^ ((np.uint32(row[i]) << up) & flip)) & keep
-        if rounding:
-            full, half = wide[0], narrow[r]
-            for i in range(d):
-                tie = (full[i] >> np.uint32(16)) & np.uint32(1)
-                half[i] = np.uint16((full[i] + np.uint32(0x7FFF) + tie) >> np.uint32(16))
+                sign = flip if np.uint8(row[i] & bit) != 0 else same
+                to[i] = stored(kind, (np.float32(x).view(np.uint32) ^ sign) & keep)
 
 
-def mix_more_rows(private, public, inside, indices, weights, shift, bits, keep, wide, narrow):  # type: ignore[no-untyped-def]
+def mix_more_rows(private, public, inside, indices, coefficients, scale, shift, bits, keep, out):  # type: ignore[no-untyped-def]
     """As `mix_rows`, for k >= 5: six slots in the inner loop (a fifth faster than four), further pairs first."""
     b, k = indices.shape
     d = private.shape[1]
     m = (d + 7) // 8
-    head = np.empty(m, np.float32)  # shift, plus all slots but the first six
-    head[:] = shift
-    rounding, masked = narrow.shape[0] > 0, bits.shape[0] == b
+    head = np.full(m, shift, np.float32)  # shift, plus all slots but the first six
+    masked = bits.shape[0] == b
     j5 = 5 if k > 5 else 0
-    zero = np.float32(0)
-    flip = np.uint32(0x80000000)
+    zero, kind = np.float32(0), out.dtype.type(0)
+    flip, same = np.uint32(0x80000000), np.uint32(0)
     for r in range(b):
-        w0, w1, w2 = weights[r, 0], weights[r, 1], weights[r, 2]
-        w3, w4, w5 = weights[r, 3], weights[r, 4], weights[r, 5] if k > 5 else zero
+        w0, w1, w2 = coefficients[r, 0] * scale, coefficients[r, 1] * scale, coefficients[r, 2] * scale
+        w3, w4 = coefficients[r, 3] * scale, coefficients[r, 4] * scale
+        w5 = coefficients[r, 5] * scale if k > 5 else zero
         for plane in range(8):
             lo = plane * m
             n = min(m, d - lo)
             if n <= 0:
                 break
+            if r + 1 < b:
+                for j in range(k):
+                    for c in range(lo, lo + n, LINE):
+                        fetch(private if j < inside else public, indices[r + 1, j], c)
             for j in range(6, k, 2):
                 second = j + 1 if j + 1 < k else j
                 e0 = (private if j < inside else public)[indices[r, j], lo : lo + n]
                 e1 = (private if second < inside else public)[indices[r, second], lo : lo + n]
-                v0 = weights[r, j]
-                v1 = weights[r, second] if second > j else zero
+                v0 = coefficients[r, j] * scale
+                v1 = coefficients[r, second] * scale if second > j else zero
                 for i in range(n):
                     before = shift if j == 6 else head[i]
                     head[i] = before + v0 * np.float32(e0[i]) + v1 * np.float32(e1[i])
@@ -101,19 +103,39 @@ def mix_more_rows(private, public, inside, indices, weights, shift, bits, keep, 
             s3 = (private if inside > 3 else public)[indices[r, 3], lo : lo + n]
             s4 = (private if inside > 4 else public)[indices[r, 4], lo : lo + n]
             s5 = (private if j5 < inside else public)[indices[r, j5], lo : lo + n]
-            out = wide[0 if rounding else r, lo : lo + n]
-            row = bits[r if masked else 0]
-            up = np.uint32(31 - plane)
+            to = out[r, lo : lo + n]
+            row, bit = bits[r if masked else 0], np.uint8(1 << plane)
             for i in range(n):
                 x = head[i] + w0 * np.float32(s0[i]) + w1 * np.float32(s1[i])
                 x = x + w2 * np.float32(s2[i]) + w3 * np.float32(s3[i])
                 x = x + w4 * np.float32(s4[i]) + w5 * np.float32(s5[i])
-                out[i] = (np.float32(x).view(np.uint32) ^ ((np.uint32(row[i]) << up) & flip)) & keep
-        if rounding:
-            full, half = wide[0], narrow[r]
-            for i in range(d):
-                tie = (full[i] >> np.uint32(16)) & np.uint32(1)
-                half[i] = np.uint16((full[i] + np.uint32(0x7FFF) + tie) >> np.uint32(16))
+                sign = flip if np.uint8(row[i] & bit) != 0 else same
+                to[i] = stored(kind, (np.float32(x).view(np.uint32) ^ sign) & keep)
+
+
+def next_keys(rows, partners, public, weights, indices, coefficients):  # type: ignore[no-untyped-def]
+    """Moves drawn keys to where they are used: what was drawn is overwritten, so that no key row is there twice.
+
+    Args:
+        rows: [b] slot 0 of each encoding.
+        partners: [b, p - 1] ranks among the images other than the row itself.
+        public: [b, k - p] rows of the public pool.
+        weights: [b, k] float32.
+        indices, coefficients: [b, k] int64 and float32, to be filled.
+    """
+    p = 1 + partners.shape[1]
+    for r in range(len(rows)):
+        indices[r, 0] = rows[r]
+        for j in range(1, p):
+            rank = partners[r, j - 1]
+            indices[r, j] = rank + (1 if rank >= rows[r] else 0)
+            partners[r, j - 1] = 0
+        for j in range(p, indices.shape[1]):
+            indices[r, j] = public[r, j - p]
+            public[r, j - p] = 0
+        for j in range(indices.shape[1]):
+            coefficients[r, j] = weights[r, j]
+            weights[r, j] = 0
 
 
 def mix_labels(labels, inside, indices, weights, out):  # type: ignore[no-untyped-def]
@@ -123,17 +145,30 @@ def mix_labels(labels, inside, indices, weights, out):  # type: ignore[no-untype
             out[r, labels[indices[r, j]]] += weights[r, j]
 
 
-@functools.cache
-def kernel(function: Callable[..., None]) -> Callable[..., None] | None:
-    """`function` compiled with numba (kept on disk between runs), or None if numba is not installed."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    plain = inspect.unwrap(function)  # tests wrap every function in shape checks
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-    try:
-        made: Callable[..., None] = numba.njit(cache=True, **options)(plain)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        made = numba.njit(**options)(plain)
-    return made
+def within(rows, size):  # type: ignore[no-untyped-def]
+    """Whether all of `rows` [any] are in 0 .. size - 1."""
+    for i in rows:  # noqa: SIM110 - numba compiles no generators
+        if not 0 <= i < size:
+            return False
+    return True
+
+
+def count_rows(counts, first, partners, step):  # type: ignore[no-untyped-def]
+    """Adds `step` to counts[0, i] for each i of `first` [any], and to counts[1, i] for each of `partners` [any, any].
+
+    Returns:
+        False, with nothing counted, if one of them is not in 0 .. counts.shape[1] - 1.
+    """
+    for i in first:
+        if not 0 <= i < counts.shape[1]:
+            return False
+    for row in range(partners.shape[0]):
+        for j in range(partners.shape[1]):
+            if not 0 <= partners[row, j] < counts.shape[1]:
+                return False
+    for i in first:
+        counts[0, i] += step
+    for row in range(partners.shape[0]):
+        for j in range(partners.shape[1]):
+            counts[1, partners[row, j]] += step
+    return True

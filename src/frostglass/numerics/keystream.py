@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import OsKey, Randomness
 
-_BLOCK = bytes(1 << 16)  # zeros to be encrypted; small enough to stay in cache
+_BLOCK = memoryview(bytes(1 << 16))  # zeros to be encrypted; small enough to stay in cache
 _WORD = 1 << 32
 
 
@@ -100,7 +100,7 @@ class Keystream:
         view = memoryview(out.reshape(-1))  # type: ignore[arg-type]
         for start in range(0, len(view), len(_BLOCK)):
             part = view[start : start + len(_BLOCK)]
-            self._cipher.update_into(_BLOCK if len(part) == len(_BLOCK) else _BLOCK[: len(part)], part)
+            self._cipher.update_into(_BLOCK[: len(part)], part)
 
     def bytes(self, count: int) -> NDArray[np.uint8]:
         """The next `count` bytes."""

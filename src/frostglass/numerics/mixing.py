@@ -10,7 +10,7 @@ because coefficients sum to 1 and all sources share one normalisation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from frostglass.core.errors import BadInput
-from frostglass.numerics.fused_mixing import kernel, mix_labels, mix_more_rows, mix_rows
+from frostglass.numerics.compiled import kernel
+from frostglass.numerics.fused_mixing import mix_labels, mix_more_rows, mix_rows
 from frostglass.numerics.key_rows import KeyRows, mask_width
 
 Mask: TypeAlias = Literal["sign", "abs", "none"]
@@ -48,8 +49,7 @@ def mask_images(images: Float[Tensor, "b d"], mask: Mask, bits: UInt8[Tensor, "b
 
 def affine(dtype: torch.dtype | np.dtype[np.generic]) -> tuple[float, float]:
     """(scale, shift) that take pixels as stored to [-1, 1]: uint8 from 0 .. 255, floats from [0, 1]."""
-    stored_as_bytes = dtype in (torch.uint8, np.dtype(np.uint8))
-    return (1 / 127.5 if stored_as_bytes else 2.0), -1.0
+    return (1 / 127.5 if dtype is torch.uint8 or dtype == np.uint8 else 2.0), -1.0
 
 
 def mix(
@@ -58,7 +58,7 @@ def mix(
     inside: int,
     keys: KeyRows,
     mask: Mask,
-    out: Float[Tensor, "b d"],
+    out: Float[Tensor, "b ..."],
     backend: Backend = "auto",
 ) -> Tensor:
     """Writes the encodings, in [-1, 1], to `out` and returns it.
@@ -67,7 +67,7 @@ def mix(
         private, public: source tables of one dtype; slots 0 .. inside - 1 read the private one.
         keys: one row per encoding.
         mask: "sign" flips each pixel by a key bit; "abs" gives |mix|, which holds exactly as much; "none" is Mixup.
-        out: float32 or bfloat16 [b, d], contiguous; its device decides where "torch" computes.
+        out: float32 or bfloat16, [b, d] or images of d pixels, contiguous; its device decides where "torch" computes.
         backend: "auto" is "fused" on CPUs that have numba, else "torch".
 
     Raises:
@@ -83,9 +83,9 @@ def mix(
     if backend == "fused" and not fits:
         raise BadInput("backend: 'fused' needs numba, CPU and float32 or bfloat16 output; use 'auto' or 'torch'.")
     if backend == "reference":
-        return out.copy_(mix_reference(private, public, inside, keys, mask))
+        return out.copy_(mix_reference(private, public, inside, keys, mask).view_as(out))
     if backend == "torch" or not fits:
-        return out.copy_(mix_torch(private, public, inside, keys, mask, out.device))
+        return out.copy_(mix_torch(private, public, inside, keys, mask, out.device).view_as(out))
     assert run is not None
     _mix_fused(run, private, public, inside, keys, mask, out)
     return out
@@ -96,8 +96,16 @@ def pixel_type(table: Table) -> str:
     return str(table.dtype).removeprefix("torch.")
 
 
-def _readonly(table: Table) -> NDArray[np.generic]:
+def as_source(table: Table, backend: Backend) -> Table:
+    """The table in the form that `mix` reads without converting it first: for what is mixed from at every batch."""
+    here = not isinstance(table, Tensor) or table.device.type == "cpu"
+    return _readonly(table) if here and backend in ("auto", "fused") and kernel(mix_rows) is not None else table
+
+
+def _readonly(table: Table) -> Any:
     """The table as an array that numba types the same way, memory map or not."""
+    if type(table) is np.ndarray and not table.flags.writeable:
+        return table
     plain = table.numpy() if isinstance(table, Tensor) else np.asarray(table)
     view = plain.view(np.ndarray)
     view.flags.writeable = False
@@ -117,23 +125,18 @@ def _mix_fused(
     first = _readonly(private)
     if mask == "sign" and keys.bits is None:
         raise ValueError("the sign mask needs bits")
-    if out.dtype == torch.bfloat16:
-        # torch's memory starts at a cache line; numpy's does not, and the loop over it takes a fifth longer
-        wide = torch.empty(1, out.shape[1], dtype=torch.int32).numpy().view(np.uint32)
-        narrow = out.view(torch.uint16).numpy()
-    else:
-        wide, narrow = out.view(torch.int32).numpy().view(np.uint32), np.empty((0, 0), np.uint16)
+    whole = out.numpy().view(np.uint32) if out.dtype == torch.float32 else out.view(torch.uint16).numpy()
     run(
         first,
         first if public is None else _readonly(public),
         inside,
         keys.indices,
-        keys.coefficients * np.float32(scale),
+        keys.coefficients,
+        np.float32(scale),
         np.float32(shift),
-        keys.bits if mask == "sign" else np.zeros((1, mask_width(out.shape[1])), np.uint8),
+        keys.bits if mask == "sign" else np.zeros((1, mask_width(first.shape[1])), np.uint8),
         np.uint32(0x7FFFFFFF if mask == "abs" else 0xFFFFFFFF),
-        wide,
-        narrow,
+        whole.reshape(len(whole), first.shape[1]),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frostglass.core.errors import BadInput
-from frostglass.numerics.fused_mixing import kernel
+from frostglass.numerics.compiled import kernel
 from frostglass.numerics.key_rows import MixLaw
 from frostglass.numerics.mixing import Labels
 from frostglass.numerics.prng_search_kernels import scan_numpy, scan_torch

@@ -1,0 +1,122 @@
+"""How plain functions over arrays are compiled with numba, and the two instructions that numba has no name for.
+
+`fetch` and `stored` are called from compiled loops. As plain Python they do what a machine without those instructions
+would; numba is taught the fast forms when it first compiles something, so that nothing here needs it to be installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+# ruff: noqa: ARG001 - numba goes by the names of arguments, whether they are used or not
+
+
+def fetch(table: Any, row: Any, column: Any) -> None:
+    """Asks for what lies around table[row, column] to be brought into the cache; changes nothing.
+
+    Only tables of bytes are asked for: their rows are so short that the processor hardly sees that it is reading on.
+    With rows of float32 it sees so by itself, and asking costs a tenth of the speed.
+    """
+
+
+def stored(kind: Any, bits: Any) -> Any:
+    """A float32, given by its IEEE bits, as `kind` stores it: uint32 the same bits, uint16 those of the bfloat16.
+
+    Args:
+        kind: a number of the type of the array that it goes to.
+        bits: uint32.
+    """
+    return rounded(bits) if isinstance(kind, np.uint16) else np.uint32(bits)
+
+
+def rounded(bits: Any) -> Any:
+    """The IEEE bits of a float32 to those of the nearest bfloat16, ties to even."""
+    tie = np.uint32(np.uint32(bits) >> np.uint32(16)) & np.uint32(1)
+    return np.uint16(np.uint32(np.uint32(bits) + np.uint32(0x7FFF) + tie) >> np.uint32(16))
+
+
+@functools.cache
+def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """`function` compiled with numba (kept on disk between runs), or None if numba is not installed."""
+    try:
+        import numba
+    except ImportError:
+        return None
+    _teach()
+    plain = inspect.unwrap(function)  # tests wrap every function in shape checks
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        made: Callable[..., Any] = numba.njit(cache=True, **options)(plain)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        made = numba.njit(**options)(plain)
+    return made
+
+
+def fastest(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled where numba is installed, and as it is elsewhere: for loops that are short enough."""
+    return kernel(function) or function
+
+
+def rounds_in_hardware() -> bool:
+    """Whether this processor rounds to bfloat16 by itself and numba's compiler knows how to say so."""
+    from llvmlite import binding
+
+    # Earlier releases call a function that is not there.
+    return bool(binding.llvm_version_info >= (20, 0, 0) and binding.get_host_cpu_features().get("avx512bf16"))
+
+
+@functools.cache
+def _teach() -> None:
+    """Tells numba what `fetch` and `stored` are in compiled code."""
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic, overload, register_jitable
+
+    tools: Any = cgutils
+
+    @intrinsic  # type: ignore[misc, unused-ignore]
+    def prefetch(typing: Any, table: Any, row: Any, column: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            array = context.make_array(signature.args[0])(context, builder, given[0])
+            place = tools.get_item_pointer(context, builder, signature.args[0], array, given[1:], wraparound=False)
+            number = ir.IntType(32)
+            of = ir.FunctionType(ir.VoidType(), [tools.voidptr_t, number, number, number])
+            call = tools.get_or_insert_function(builder.module, of, "llvm.prefetch.p0")
+            how = [number(0), number(3), number(1)]  # to read, to all caches, data
+            builder.call(call, [builder.bitcast(place, tools.voidptr_t), *how])
+            return context.get_dummy_value()
+
+        return types.none(table, types.intp, types.intp), generate
+
+    class BFloat(ir.Type):  # type: ignore[misc, unused-ignore]
+        def _to_string(self) -> str:
+            return "bfloat"
+
+    @intrinsic  # type: ignore[misc, unused-ignore]
+    def by_instruction(typing: Any, number: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            return builder.bitcast(builder.fptrunc(given[0], BFloat()), ir.IntType(16))
+
+        return types.uint16(types.float32), generate
+
+    by_integers = register_jitable(inspect.unwrap(rounded))
+
+    @overload(fetch)  # type: ignore[misc, unused-ignore]
+    def _(table, row, column):  # type: ignore[no-untyped-def]
+        if table.dtype == types.uint8:
+            return lambda table, row, column: prefetch(table, row, column)  # type: ignore[call-arg, unused-ignore]
+        return lambda table, row, column: None
+
+    @overload(stored)  # type: ignore[misc, unused-ignore]
+    def _(kind, bits):  # type: ignore[no-untyped-def]
+        if kind != types.uint16:
+            return lambda kind, bits: np.uint32(bits)
+        if rounds_in_hardware():
+            return lambda kind, bits: by_instruction(np.uint32(bits).view(np.float32))  # type: ignore[call-arg, unused-ignore]
+        return lambda kind, bits: by_integers(np.uint32(bits))
