@@ -9,6 +9,7 @@ import pickle
 import random
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from frostglass.defenses.honesty import PrivacyCaution, claimed_work
 from frostglass.defenses.instahide import InstaHide, average_predictions
 from frostglass.defenses.registry import DEFENSES
 from frostglass.defenses.sources import PublicPool
-from frostglass.numerics.keystream import Keystream
+from frostglass.numerics.keystream import Keystream, Secret
 
 pytestmark = pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution")
 
@@ -263,6 +264,41 @@ def test_crops_are_streamed_from_larger_public_images() -> None:
     out, y = enc.encode_rows(x, [0], [0] * 400, num_classes=1)
     corner = (((out[:, 0, 0, 0] + 1) * 127.5) / (1 - y[:, 0]) / 20).round()
     assert set(corner.tolist()) == {0.0, 1.0, 3.0, 4.0}
+
+
+@pytest.mark.parametrize("stored", ["tensor", "array", "map"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.data())
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_crops_are_slices(tmp_path, stored: str, dtype: torch.dtype, c: int, full_h: int, full_w: int, data) -> None:
+    """From one pixel to the whole image, wherever the pool is kept, and none at all."""
+    h, w = data.draw(st.integers(1, full_h)), data.draw(st.integers(1, full_w))
+    images: Any = photos(5, c, full_h, full_w, dtype)
+    rows, top, left = (
+        np.array(data.draw(st.lists(st.integers(0, last), min_size=4, max_size=4)), np.int64)
+        for last in (4, full_h - h, full_w - w)
+    )
+    want = [images[i, :, y : y + h, x : x + w] for i, y, x in zip(rows, top, left, strict=True)]
+    if stored != "tensor":
+        images = images.numpy()
+    if stored == "map":
+        images.tofile(tmp_path / "pool")
+        images = np.memmap(tmp_path / "pool", images.dtype, "r", shape=images.shape)
+    assert torch.equal(sources.crops(images, rows, top, left, h, w), torch.stack(want))
+    assert sources.crops(images, rows[:0], top[:0], left[:0], h, w).shape == (0, c, h, w)
+    with pytest.raises(IndexError):
+        sources.crops(images, rows, top + full_h - h + 1, left, h, w)
+
+
+def test_a_crop_is_drawn_as_it_always_was() -> None:
+    """Rows first, then all upper edges, then all left ones: a set can be made again from its secret."""
+    pool, shape = PublicPool(photos(6, 2, 7, 9), crop=True), (2, 4, 5)
+    table, place = pool.rows_for(np.array([[0, 5], [3, 1]]), shape, Secret.draw(Insecure(3)).stream("crops"))
+    stream = Secret.draw(Insecure(3)).stream("crops")
+    top, left = stream.integers(4, 4), stream.integers(5, 4)
+    want = [pool.images[i, :, y : y + 4, x : x + 5] for i, y, x in zip((0, 5, 3, 1), top, left, strict=True)]
+    assert torch.equal(table, torch.stack(want).flatten(1))
+    assert place.tolist() == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 7), (3, 4, 4), (2, 9, 3)])

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -254,10 +255,27 @@ class PublicPool:
             return as_rows(made), place
         (_, h, w), (_, full_h, full_w) = shape, self.images.shape[1:]
         top, left = stream.integers(full_h - h + 1, len(flat)), stream.integers(full_w - w + 1, len(flat))
-        crops = [self.images[i, :, y : y + h, x : x + w] for i, y, x in zip(flat, top, left, strict=True)]
-        made = torch.stack([torch.as_tensor(np.array(c) if isinstance(c, np.ndarray) else c) for c in crops])
+        made = crops(self.images, flat, top, left, h, w)
         check_range(made, "public")
         return as_rows(made), place
+
+
+def crops(
+    images: Images, rows: NDArray[np.int64], top: NDArray[np.int64], left: NDArray[np.int64], h: int, w: int
+) -> Tensor:
+    """[n, c, h, w]: of image rows[i] what lies h down and w right of (top[i], left[i]), read from where it is.
+
+    All positions of the window are a view of the images, without memory of its own; n of them are then copied at once.
+
+    Raises:
+        IndexError: a row or a corner is outside.
+    """
+    if isinstance(images, Tensor) and images.device.type != "cpu":
+        seen = images.unfold(2, h, 1).unfold(3, w, 1)
+        at = [torch.from_numpy(values).to(images.device) for values in (rows, top, left)]
+        return seen[at[0], :, at[1], at[2]]
+    plain = images.numpy() if isinstance(images, Tensor) else images.view(np.ndarray)
+    return torch.from_numpy(sliding_window_view(plain, (h, w), (2, 3))[rows, :, top, left])
 
 
 def _name(dtype: object) -> str:
