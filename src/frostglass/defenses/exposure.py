@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 
 from frostglass.core.errors import BadInput
 from frostglass.numerics.compiled import fastest
-from frostglass.numerics.fused_mixing import count_rows
+from frostglass.numerics.key_loops import count_rows
 
 
 def rounds_used_up(rounds: int) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from frostglass.numerics.compiled import fastest
-from frostglass.numerics.fused_mixing import next_keys
+from frostglass.numerics.key_loops import next_keys
 from frostglass.numerics.key_rows import (
     MixLaw,
     draw_coefficients,

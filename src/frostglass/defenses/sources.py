@@ -13,7 +13,7 @@ from torch import Tensor
 
 from frostglass.core.errors import BadInput
 from frostglass.numerics.compiled import fastest
-from frostglass.numerics.fused_mixing import within
+from frostglass.numerics.key_loops import within
 from frostglass.numerics.keystream import Keystream
 
 Images: TypeAlias = "Tensor | NDArray[np.uint8] | NDArray[np.float32]"
