@@ -71,6 +71,43 @@ def test_a_broken_check_fails_open_or_closed(on_failure: Any, passed: bool, tmp_
     assert lines(tmp_path / "gate.jsonl")[0]["failed"]
 
 
+def leaves(out: Outgoing) -> Decision:
+    raise SystemExit(3)
+
+
+def forgets(out: Outgoing) -> Any:
+    return None
+
+
+@pytest.mark.parametrize("decide", [leaves, forgets])
+@pytest.mark.parametrize(("on_failure", "passed"), [("open", True), ("closed", False)])
+def test_a_check_that_exits_or_decides_nothing_is_a_failure(
+    decide: Any, on_failure: Any, passed: bool, tmp_path: Path
+) -> None:
+    ruling = Gate(decide, on_failure=on_failure)(outgoing())
+    assert (ruling.passed, ruling.failed) == (passed, True)
+    with Gate(decide, action="record", journal=tmp_path / "j") as gate:
+        for number in (1, 2):
+            gate(outgoing(number))
+            gate.close()
+    assert [row["failed"] for row in lines(tmp_path / "j")] == [True, True]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_checks_take_no_random_numbers_from_training(seconds: float) -> None:
+    def draws(out: Outgoing) -> Decision:
+        nn.Dropout()(torch.ones(100))
+        time.sleep(seconds)
+        return Decision((), 0.1)
+
+    leaving = outgoing()  # its network draws its weights
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    Gate(draws, budget=0.25)(leaving)
+    assert torch.equal(torch.rand(3), wanted)
+
+
 def test_warning_never_blocks() -> None:
     ruling = Gate(broken, action="warn", on_failure="closed")(outgoing())
     assert ruling.passed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -103,6 +105,49 @@ def test_nothing_that_breaks_reaches_the_training(tmp_path: Path) -> None:
     record.received(Received(1, "c", {"w": "no tensor"}))  # type: ignore[dict-item]
     record.close()
     assert len(record.problems) >= 4
+
+
+def test_a_closed_record_takes_nothing_and_can_be_closed_again(tmp_path: Path) -> None:
+    """A DDP hook cannot be taken off: training goes on into a tap that was closed."""
+    record = Recorder(tmp_path / "r", engine="test", in_flight=1)
+    record.received(Received(1, "a", update()))
+    record.close()
+    for number in range(2, 7):
+        record.sent(number, {"w": torch.full((2,), float(number))})
+        record.received(Received(number, "a", update()))
+    again = threading.Thread(target=record.close, daemon=True)
+    again.start()
+    again.join(10)
+    assert not again.is_alive()
+    assert record.problems == []
+    assert [u.header.round for u in read_record(tmp_path / "r").updates] == [1]
+
+
+def test_a_process_that_ends_without_closing_leaves_what_it_received(tmp_path: Path) -> None:
+    """As a training that broke off does."""
+    script = f"""
+import torch
+from frostglass.federated.recording import Received, Recorder
+record = Recorder({str(tmp_path / "r")!r}, engine="test")
+for number in range(1, 6):
+    record.sent(number, {{"w": torch.full((300, 300), float(number))}})
+    record.received(Received(number, "a", {{"w": torch.ones(300, 300)}}))
+raise SystemExit("broke off")
+"""
+    subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=120)
+    assert len([u for u in read_record(tmp_path / "r").updates if u.payload()]) >= 4
+
+
+def test_texts_of_another_side_do_not_make_a_header_unreadable(tmp_path: Path) -> None:
+    long = "x" * 2**21
+    with Recorder(tmp_path / "r", engine="test") as record:
+        record.received(Received(1, "a", update(), reason=long, problems=(long,) * 3))
+        record.received(Received(1, long, None, problems=("p",) * 10**5, metrics={long: long}))
+        record.received(Received(1, "b", None, metrics={f"m{i}": 1.0 for i in range(10**5)}))
+    held = read_record(tmp_path / "r")
+    assert held.problems == ()
+    assert len(held.updates) == 3
+    assert held.updates[1].header.problems[-1] == "99950 further problems"
 
 
 def test_numbers_that_json_lacks_are_left_out(tmp_path: Path) -> None:

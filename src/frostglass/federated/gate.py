@@ -12,16 +12,20 @@ tensors meanwhile does not matter.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
+
+import torch
 
 from frostglass.core.errors import BadInput, close_match
 from frostglass.core.journal import json_ready
@@ -106,7 +110,8 @@ class Gate:
         """Rules about one update; never raises, never takes much longer than the budget."""
         if self.action == "record":
             return self._put_aside(outgoing)
-        decision, problem = self._decided(outgoing)
+        with _torch_draws_as_before():
+            decision, problem = self._decided(outgoing)
         ruling = self._rule(decision, problem)
         self._write(outgoing, ruling)
         if not ruling.passed or ruling.failed or (decision is not None and decision.exceeded):
@@ -252,9 +257,25 @@ class _Check:
 
 def _run(decide: Decide, outgoing: Outgoing) -> tuple[Decision | None, str]:
     try:
-        return decide(outgoing), ""
-    except Exception as wrong:  # whatever breaks in a check must not break the round
+        found: Any = decide(outgoing)
+    except BaseException as wrong:  # whatever breaks in a check, sys.exit too, must not break the round or this thread
         return None, f"the checks broke ({_words(wrong)})"
+    if not isinstance(found, Decision):
+        return None, f"the checks returned {type(found).__name__} and no Decision"
+    return found, ""
+
+
+@contextlib.contextmanager
+def _torch_draws_as_before() -> Iterator[None]:
+    """What checks draw (dropout of a network in train mode, say) is not taken from training's random numbers."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
 
 
 def _words(wrong: BaseException) -> str:

@@ -6,6 +6,7 @@ own, from a queue that holds one update a client; when the queue or the disk is 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -35,6 +36,9 @@ from frostglass.federated.record_header import (
 log = logging.getLogger(__name__)
 
 DEFAULT_BYTES = 2 * 2**30
+
+LETTERS, MOST = 500, 50
+"""Of a text, and texts about one update: what another side sent must not make a header that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,16 @@ class Recorder:
         self._sent: dict[int, tuple[str | None, str]] = {}
         self._files: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._closed = False
         self._queue: queue.Queue[tuple[Header | None, str, dict[str, Tensor]] | None] = queue.Queue(in_flight + 1)
         self._thread = threading.Thread(target=self._write_all, name="frostglass-recorder", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a training that broke off leaves what was received
 
     def sent(self, round: int, state: Mapping[str, Tensor]) -> None:
         """What the server sends out in this round; written once however many clients get it."""
+        if self._closed:
+            return
         try:
             kept = {n: t.detach().cpu().contiguous() for n, t in state.items()}
             found = digest(kept)
@@ -142,6 +150,8 @@ class Recorder:
 
     def received(self, got: Received) -> None:
         """One update; returns at once."""
+        if self._closed:
+            return
         try:
             header, tensors = self._header(got)
             if tensors is None:
@@ -157,8 +167,12 @@ class Recorder:
 
     def close(self) -> None:
         """Waits until everything is on disk. Updates that come later are not recorded."""
-        self._queue.put(None)
+        with self._lock:
+            first, self._closed = not self._closed, True
+        if first:
+            self._queue.put(None)
         self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Recorder:
         return self
@@ -177,13 +191,18 @@ class Recorder:
         if got.gradients is not None:
             tensors = {f"{UPDATE}{n}": t.detach() for n, t in got.gradients.items()}
             tensors |= {f"{BUFFER}{n}": t.detach() for n, t in got.buffers.items()}
-        finite = {n: v for n, v in got.metrics.items() if isinstance(v, str) or (v == v and abs(v) != float("inf"))}
+        finite = {
+            short(n): short(v) if isinstance(v, str) else v
+            for n, v in list(got.metrics.items())[:MOST]
+            if isinstance(v, str) or (v == v and abs(v) != float("inf"))
+        }
         header = Header(
-            number=number, round=got.round, client=got.client, kind="gradient" if got.kind == "gradient" else "delta",
+            number=number, round=got.round, client=short(got.client),
+            kind="gradient" if got.kind == "gradient" else "delta",
             examples=got.examples, clients=got.clients, plan=None if got.plan is None else plan_fields(got.plan),
             defence=got.defence, file=None if tensors is None else f"{PAYLOADS}/{number:06d}.safetensors",
-            bytes=0 if tensors is None else _size(tensors), sent=file, sent_sha256=sent, reason=got.reason,
-            problems=list(got.problems), metrics=finite,
+            bytes=0 if tensors is None else _size(tensors), sent=file, sent_sha256=sent,
+            reason=short(got.reason), problems=_first(got.problems), metrics=finite,
         )  # fmt: skip
         return header, tensors
 
@@ -246,6 +265,16 @@ class Recorder:
     def _note(self, text: str) -> None:
         self.problems.append(text)
         log.warning("frostglass recorder: %s", text)
+
+
+def short(text: str) -> str:
+    """What somebody else wrote, at most so long."""
+    return text if len(text) <= LETTERS else f"{text[:LETTERS]}..."
+
+
+def _first(problems: tuple[str, ...]) -> list[str]:
+    told = [short(p) for p in problems[:MOST]]
+    return told if len(problems) <= MOST else [*told, f"{len(problems) - MOST} further problems"]
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
