@@ -2,8 +2,10 @@
 
     python examples/nvflare_job/job.py FOLDER [ROUNDS]
 
-FOLDER must be new and without spaces. It then holds workspace/ (NVFlare's), record/ (`frostglass audit-updates` reads
-it) and a journal of each client's gate. The gate only warns here: labels of an update leak whatever is pruned.
+FOLDER must be new and without spaces. It then holds workspace/ (NVFlare's), record/ and a journal of each client's
+gate, which only warns here: labels of an update leak whatever is pruned. To audit the record, in this script's folder:
+
+    frostglass audit-updates FOLDER/record --model task:Net --out AUDIT
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def test_a_run_and_its_folder(plan, tmp_path, capsys) -> None:
     assert {p.name for p in out.iterdir()} == {"plan.toml", "history.json", "model.safetensors", "recorded"}
     assert [line.split(":")[0] for line in err.splitlines()] == ["start", "round 1/2", "round 2/2"]
     assert text.startswith("small: 3 clients, 2 rounds on local, defence none\naccuracy on 50 test images: ")
-    assert f"Next: frostglass audit-updates {out / 'recorded'}" in text
+    assert f"Next: frostglass audit-updates {out / 'recorded'} --out {out}-audit" in text
     assert len(read_record(out / "recorded").updates) == 6
     history = json.loads((out / "history.json").read_text())
     row = history["rounds"][2]

@@ -28,8 +28,9 @@ from frostglass.core.errors import BadInput
 from frostglass.core.threat import Observation
 from frostglass.core.update import LocalPlan
 from frostglass.federated.feeds import takes_encodings
+from frostglass.federated.recording import Received, Recorder
 from frostglass.numerics.local_update import local_update
-from recorded_scenes import Federation, Tiny
+from recorded_scenes import ONE_STEP, Federation, Tiny
 
 MLP = {"network": "mlp", "options": {"hidden": [200]}}
 CPU = torch.device("cpu")
@@ -297,6 +298,78 @@ def test_another_network_than_the_recorded_one_is_refused_in_words(mlp: Federati
         audit_updates(mlp.record, model="small_bn_cnn")
     with pytest.raises(BadInput, match="was sent with shape"):
         audit_updates(mlp.record, model="mlp", known={"options": {"hidden": [100]}})
+
+
+def described(record: Path, **model: Any) -> Path:
+    """The record with another description of its network."""
+    info = json.loads((record / "record.json").read_text())
+    info["model"] |= model
+    (record / "record.json").write_text(json.dumps(info))
+    return record
+
+
+def test_what_a_record_names_is_not_called_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Federation(tmp_path / "a", **MLP)
+    (tmp_path / "theirs.py").write_text(
+        "from pathlib import Path\nfrom frostglass.core.randomness import Rng\n"
+        "from frostglass.vision.networks import build\n"
+        "def make(classes, channels, size, hidden):\n"
+        f"    Path({str(tmp_path / 'called')!r}).touch()\n"
+        "    return build('mlp', classes=classes, channels=channels, size=size, options={'hidden': hidden},\n"
+        "                 rng=Rng.from_seed(0))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    record = described(made.run(), name="theirs:make")
+    with pytest.raises(BadInput, match="give --model theirs:make"):
+        load_recording(UpdatesPlan(record=str(record)))
+    assert not (tmp_path / "called").exists()
+    assert load_recording(UpdatesPlan(record=str(record), model="theirs:make")).network.options == {"hidden": [200]}
+    assert (tmp_path / "called").exists()
+    (tmp_path / "called").unlink()
+    with pytest.raises(BadInput, match="give --model theirs:make"):
+        frostglass.unmix(record, out=tmp_path / "out")
+    with pytest.raises(BadInput, match="usable updates"):
+        frostglass.unmix(record, model="theirs:make", out=tmp_path / "out")
+    assert (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"name": 7}, "does not name its network"),
+        ({"classes": "ten"}, ""),
+        ({"classes": [10]}, ""),
+        ({"options": "wide"}, ""),
+        ({"options": [1]}, ""),
+        ({"channels": "x", "size": {}}, ""),
+    ],
+)
+def test_a_record_whose_description_makes_no_sense(tmp_path: Path, model: Any, words: str) -> None:
+    record = described(Federation(tmp_path).run(), **model)
+    if words:
+        with pytest.raises(BadInput, match=words):
+            load_recording(UpdatesPlan(record=str(record)))
+    else:  # the image shape, what was sent and defaults say the same
+        assert load_recording(UpdatesPlan(record=str(record))).network.classes == 10
+
+
+def test_a_state_that_was_kept_as_it_came_is_no_difference(tmp_path: Path) -> None:
+    made = Federation(tmp_path / "a", clients=2, **MLP)
+    state = made.model.state_dict()
+    returned, update = made.message(1, state, 1)
+    with Recorder(
+        tmp_path / "r", engine="flower", model={"name": "mlp", "options": made.options, "classes": 10},
+        image_shape=made.shape,
+    ) as recorder:  # fmt: skip
+        recorder.sent(1, state)
+        whole = dict(list(returned.items())[1:])
+        recorder.received(
+            Received(1, "c0", whole, examples=4, plan=ONE_STEP, reason="kept as it came, since it is no state")
+        )
+        recorder.received(made.received(1, "c1", returned, update, update.gradients))
+    report = audit_updates(tmp_path / "r", attacks="spear")
+    assert "kept as it came" in passed_over(report)["1 c0"]
+    assert [r["client"] for r in rows(report)] == ["c1"]
 
 
 def states(made: Federation, client: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -19,6 +19,7 @@ from frostglass.core.batch import one_hot
 from frostglass.core.update import LocalPlan
 from frostglass.federated.recording import Received, Recorder
 from frostglass.numerics.local_update import local_update
+from frostglass.vision.weights import save_weights
 from recorded_scenes import ONE_STEP, Federation
 
 State = dict[str, torch.Tensor]
@@ -56,17 +57,61 @@ def test_an_honest_update_has_no_warning(tmp_path: Path) -> None:
     assert [f for f in found(Federation(tmp_path).run()) if f.severity != "note"] == []
 
 
-def test_names_of_a_wrapper_are_read_without_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod.", "_fsdp_wrapped_module."])
+def test_names_of_a_wrapper_are_read_without_it(tmp_path: Path, prefix: str) -> None:
     made = Federation(tmp_path / "a")
     state = made.model.state_dict()
     _, update = made.message(0, state, 1)
     with Recorder(
         tmp_path / "r", engine="ddp", model={"name": "small_bn_cnn", "classes": 10}, image_shape=made.shape
     ) as r:
-        r.sent(1, {f"module.{n}": t for n, t in state.items()})
-        gradients = {f"module.{n}": t for n, t in update.gradients.items()}
+        r.sent(1, {f"{prefix}{n}": t for n, t in state.items()})
+        gradients = {f"{prefix}{n}": t for n, t in update.gradients.items()}
         r.received(Received(1, "c0", gradients, {}, examples=4, plan=ONE_STEP))
-    assert "'module.' (DataParallel" in told(found(tmp_path / "r"), "names")
+    text = told(found(tmp_path / "r"), "names")
+    assert all(f"'{part}.' (" in text for part in prefix.split(".")[:-1])
+    assert "of no parameter" not in text
+
+
+def test_wrappers_of_a_part_of_the_network(tmp_path: Path) -> None:
+    def compiled(state: State) -> State:
+        return {(n.replace(".", "._orig_mod.", 1) if n == next(iter(state)) else n): t for n, t in state.items()}
+
+    made = Federation(tmp_path / "a")
+    state = made.model.state_dict()
+    _, update = made.message(0, state, 1)
+    with Recorder(
+        tmp_path / "r", engine="ddp", model={"name": "small_bn_cnn", "classes": 10}, image_shape=made.shape
+    ) as r:
+        r.sent(1, compiled(state))
+        r.received(Received(1, "c0", compiled(dict(update.gradients)), {}, examples=4, plan=ONE_STEP))
+    assert "of no parameter" not in told(found(tmp_path / "r"), "names")
+
+
+def test_tied_weights_and_buffers_of_two_states_are_no_strangers(tmp_path: Path) -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 3)
+            self.b.weight = self.a.weight
+            self.register_buffer("scale", torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.b(self.a(x.flatten(1) * self.scale).relu()).relu())  # type: ignore[no-any-return]
+
+    net = Tied()
+    save_weights(net, tmp_path / "before.safetensors")
+    net(torch.rand(2, 1, 4, 4))[:, 0].sum().backward()
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    save_weights(net, tmp_path / "after.safetensors")
+    plan = UpdatesPlan(
+        before=str(tmp_path / "before.safetensors"), after=str(tmp_path / "after.safetensors"), model="python:Tied",
+        channels=1, size=4, examples=2, local={"lr": 0.1},
+    )  # fmt: skip
+    recording = load_recording(plan, net)
+    (sent,) = recording.source.updates
+    seen = seen_of(recording, scenario_of(recording, sent, [PLACEHOLDER]), 0, torch.device("cpu"))
+    assert told(validate(recording, sent, seen), "names") == ""
 
 
 def test_strange_names_come_with_the_renaming_that_would_fit(tmp_path: Path) -> None:

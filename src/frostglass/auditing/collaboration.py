@@ -164,7 +164,8 @@ def _audited(plan: CollaborationPlan, method: MethodPlan, text: str, out: Path, 
             "rounds": rounds, "gallery": plan.leakage.candidates, "budget": plan.leakage.budget,
             "most": len(made.rows) * len(rounds),
         }  # fmt: skip
-        audit_updates(record, truth=_truth(made), known=known, out=done.parent, device="cpu")
+        name = made.plan.model.name  # this very plan's, so that the record may name it
+        audit_updates(record, model=name, truth=_truth(made), known=known, out=done.parent, device="cpu")
     found = leakage_of(json.loads(done.read_text(encoding="utf-8")))
     kept = folder / GAMES
     if not kept.exists():

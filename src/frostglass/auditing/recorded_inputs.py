@@ -17,13 +17,8 @@ from frostglass.core.update import LocalPlan
 from frostglass.federated.exchange import State, difference
 from frostglass.federated.record_header import Header, digest
 from frostglass.federated.recorded import Recorded, read_record
-from frostglass.vision.weights import read_weights
-
-WRAPPERS = {
-    "module.": "DataParallel or DistributedDataParallel",
-    "_module.": "Opacus",
-    "_orig_mod.": "torch.compile",
-}
+from frostglass.vision.weights import WRAPPERS, read_weights
+from frostglass.vision.weights import unwrapped as without_wrappers
 
 
 @dataclass(frozen=True)
@@ -173,12 +168,9 @@ def _loader(one: Recorded) -> Callable[[], Held]:
 
 
 def unwrapped(state: State, told: list[str]) -> dict[str, Tensor]:
-    """Names without the prefix of a wrapper that all of them have; what was cut is noted in `told`."""
-    held = dict(state)
-    for prefix, wrapper in WRAPPERS.items():
-        if held and all(name.startswith(prefix) for name in held):
-            held = {name.removeprefix(prefix): t for name, t in held.items()}
-            told.append(f"{prefix!r} ({wrapper})")
+    """Names without those of wrappers; what was cut is noted in `told`."""
+    held, cut = without_wrappers(state)
+    told += [f"{prefix!r} ({WRAPPERS[prefix]})" for prefix in cut]
     return held
 
 

@@ -69,20 +69,26 @@ def network_of(plan: UpdatesPlan, source: Source, given: nn.Module | None = None
     """The network that the plan names, or the one of the record; `given` from Python before both.
 
     Raises:
-        BadInput: it is not named, or cannot be built.
+        BadInput: it is not named, or cannot be built; or the record names code, which nobody has confirmed by `model`.
     """
-    shape = _image_shape(plan, source)
-    about = source.model
+    about = _described(source)
+    shape = _image_shape(plan, source, about)
+    own = given is None and plan.model in (None, about.get("name"))
     if given is not None:
         module, name = copy.deepcopy(given), f"{FROM_PYTHON}:{type(given).__name__}"
         options: dict[str, Any] = {}
     else:
-        name = plan.model or str(about.get("name", ""))
+        name = plan.model or about.get("name", "")
         if not name:
             raise BadInput("updates.model: the record does not name its network; give --model NAME or pkg:factory.")
         if name.partition(":")[0] == FROM_PYTHON:
             raise BadInput("updates.model: it was given from Python; call frostglass.auditing.audit_updates again.")
-        options = dict(plan.options) or (dict(about.get("options") or {}) if plan.model is None else {})
+        if plan.model is None and ":" in name and not name.startswith("torchvision:"):
+            raise BadInput(
+                f"updates.model: the record names {name!r}, and what a record names is not called unasked; if you know "
+                f"this code, give --model {name}."
+            )
+        options = dict(plan.options) or (dict(about.get("options", {})) if own else {})
         classes = plan.classes or about.get("classes")
         if classes is None:
             classes = _outputs_sent(source)
@@ -91,9 +97,9 @@ def network_of(plan: UpdatesPlan, source: Source, given: nn.Module | None = None
             rng=Rng.from_seed(0, "recorded network"),
         )  # fmt: skip
     module = module.float()
-    if given is None and plan.model is None and about.get("fix") == "opacus":
+    if own and about.get("fix") == "opacus":
         module = networks.fix_for_opacus(module)
-    encodings = given is None and plan.model is None and about.get("takes") == "encodings"
+    encodings = own and about.get("takes") == "encodings"
     if encodings:
         module = takes_encodings(module, "magnitudes" if about.get("sees") == "magnitudes" else "pixels")
     if not trainable(module):
@@ -101,9 +107,14 @@ def network_of(plan: UpdatesPlan, source: Source, given: nn.Module | None = None
     return Network(name, options, module, shape, _outputs(module, shape), encodings)
 
 
-def _image_shape(plan: UpdatesPlan, source: Source) -> tuple[int, int, int]:
+def _described(source: Source) -> dict[str, Any]:
+    """What the record says of the network, as far as it is of the kind that it should be: a record is not trusted."""
+    kinds = {"name": str, "options": dict, "classes": int, "channels": int, "size": int}
+    return {k: v for k, v in source.model.items() if type(v) is kinds.get(k, type(v))}
+
+
+def _image_shape(plan: UpdatesPlan, source: Source, about: Mapping[str, Any]) -> tuple[int, int, int]:
     known = source.image_shape
-    about = source.model
     channels: Any = plan.channels or (known[0] if known else about.get("channels"))
     size: Any = plan.size or (known[1] if known else about.get("size"))
     lacking = [w for w, v in (("channels", channels), ("size", size)) if not v]

@@ -77,6 +77,8 @@ def unreadable(recording: Recording, sent: Sent) -> str:
     if broken:
         count = sum(int((~held.update[n].isfinite()).sum()) for n in broken)
         return f"values that are not finite: {count}, the first in {broken[0]!r}"
+    if sent.recorded and sent.header.reason:  # a whole state, not its difference
+        return f"it was {sent.header.reason.rstrip('.')}"
     if not any(bool(held.update[n].any()) for n in fitting):
         return "every value is zero: nothing can be recovered from it, and nothing was learnt"
     return ""

@@ -9,13 +9,14 @@ import torch
 from frostglass.attacks.inversion.validate import mismatches
 from frostglass.auditing.recorded_finding import Finding
 from frostglass.auditing.recorded_head import head_findings
-from frostglass.auditing.recorded_inputs import WRAPPERS, Held, Sent
+from frostglass.auditing.recorded_inputs import Held, Sent
 from frostglass.auditing.recorded_view import Recording, as_update, mode_of, moved_buffers
 from frostglass.core.threat import Observation
 from frostglass.core.update import LocalPlan
 from frostglass.numerics.bn import bn_layers
 from frostglass.numerics.local_update import trainable
 from frostglass.vision.normalise import Normalise
+from frostglass.vision.weights import WRAPPERS
 
 SPARSE, FEW_VALUES, MANY_VALUES = 0.1, 256, 4096
 SAME_NORM = 1e-3
@@ -41,10 +42,11 @@ def validate(recording: Recording, sent: Sent, seen: Observation) -> list[Findin
 
 def _names(recording: Recording, held: Held) -> Iterator[Finding]:
     for cut in held.unwrapped:
-        yield Finding("note", "names", f"All names began with {cut}; they were read without it.")
+        yield Finding("note", "names", f"Names held {cut}; they were read without it.")
     weights = trainable(recording.network.module)
     known = {n for n, _ in recording.network.module.named_parameters()}
-    strange = [n for n in held.update if n not in known]
+    carried = set(recording.network.module.state_dict())  # tied weights by their second name, buffers
+    strange = [n for n in held.update if n not in known and n not in carried]
     if strange:
         hint = _renaming(strange, [n for n in known if n not in held.update])
         yield Finding(

@@ -29,6 +29,7 @@ def unmix(
     groups: str | Path | None = None,
     auxiliary: str | None = None,
     client: str | None = None,
+    model: str | None = None,
     known: Mapping[str, Any] | None = None,
     attacks: Entry | Sequence[Entry] = (),
     seed: int = 0,
@@ -53,6 +54,7 @@ def unmix(
         groups: .npy with a number for each encoding; those with equal numbers are of one image.
         auxiliary: a data source with other images of the same kind.
         client: of recorded updates: whose; the only client if left out.
+        model: of recorded updates: confirms the package.module:factory that the record names.
         known: what the attacker knows, keys as in a plan's [known]: images, per_class, k, private, labels, ...
         attacks: names, or tables with parameters; all that apply if left out.
         seed: of everything random.
@@ -88,6 +90,7 @@ def unmix(
             "groups": _placed(groups),
             "auxiliary": _placed(auxiliary),
             "client": client,
+            "model": model,
             "known": dict(known or {}),
             "attack": [{"name": e} if isinstance(e, str) else dict(e) for e in entries],
             "report": {"show_images": show_images},

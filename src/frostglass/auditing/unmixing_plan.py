@@ -58,6 +58,7 @@ class UnmixPlan(Resolved):
         description="an encoded set, a folder with encryption.npy, or recorded updates; python: given there"
     )
     client: str | None = Field(None, description="of recorded updates: whose; none: the only client")
+    model: str | None = Field(None, description="of recorded updates: package.module:factory, to confirm the record's")
     truth: str | None = Field(None, description="the private images, as for frostglass encode; for scoring alone")
     pool: str | None = Field(None, description="the public pool that was mixed in, as frostglass public-pool writes it")
     groups: str | None = Field(None, description=".npy, a number for each encoding: equal ones are of one image")
@@ -125,6 +126,8 @@ def parse_unmix_plan(values: Mapping[str, Any]) -> UnmixPlan:
     found = _attack_problems(plan) + _known_problems(plan.known) + _metric_problems(plan)
     if plan.client is not None and not plan.of_updates:
         found.append("client: an encoded set names no clients; leave it out.")
+    if plan.model is not None and not plan.of_updates:
+        found.append("model: an encoded set has no network; leave it out.")
     if plan.of_updates and (plan.pool or plan.groups or plan.auxiliary):
         found.append("pool, groups, auxiliary: attacks on recorded updates do not use them; leave them out.")
     if found:

@@ -35,7 +35,7 @@ def view_of_record(plan: UnmixPlan) -> tuple[EncodedSet, View]:
         BadInput: no usable update, a client that must be named, or a network that the record does not tell.
     """
     source = read_source(UpdatesPlan(record=plan.encoded))
-    network = network_of(UpdatesPlan(record=plan.encoded), source)
+    network = network_of(UpdatesPlan(record=plan.encoded, model=plan.model), source)
     client = _client(plan, source)
     messages, notes, counts, digests = [], list(source.problems), [], []
     for sent in (u for u in source.updates if u.header.client == client):

@@ -14,7 +14,16 @@ from frostglass.core.errors import BadInput
 from frostglass.core.files import written_beside
 from frostglass.vision.normalise import Normalised
 
-_WRAPPERS = ("module.", "_module.", "_orig_mod.")  # DataParallel and DDP, Opacus, torch.compile
+WRAPPERS = {
+    "module.": "DataParallel or DistributedDataParallel",
+    "_module.": "Opacus",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FullyShardedDataParallel",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+}
+"""What wrappers put before the names of all parameters."""
+
+_INSIDE = tuple(f".{part}" for part in WRAPPERS if part not in ("module.", "_module."))  # no name of anybody's own
 _COUNTER = "num_batches_tracked"  # many published files leave it out; it changes nothing while momentum is set
 
 
@@ -37,7 +46,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
             that differ; values that are not finite. Of each, the first three are named.
     """
     path = Path(path)
-    stored = _without_wrappers(_read(path))
+    stored, _ = unwrapped(_read(path))
     target: nn.Module = model
     own = model.state_dict()
     if isinstance(model, Normalised) and not any(key.startswith("model.") for key in stored):
@@ -78,7 +87,7 @@ def read_weights(path: str | Path) -> Mapping[str, Tensor]:
     Raises:
         BadInput: a file that is missing, unreadable or of another kind.
     """
-    return _without_wrappers(_read(Path(path)))
+    return unwrapped(_read(Path(path)))[0]
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
@@ -117,11 +126,23 @@ def _state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
     return content
 
 
-def _without_wrappers(stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    for prefix in _WRAPPERS:
-        if stored and all(key.startswith(prefix) for key in stored):
-            stored = {key.removeprefix(prefix): value for key, value in stored.items()}
-    return stored
+def unwrapped(stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(the same by the names that the network itself gives them, the prefixes that were cut).
+
+    Wrappers stand in any order (`torch.compile` of a DDP network, DDP of a compiled one), each once; those that wrap
+    parts of a network leave their name in the middle.
+    """
+    held, cut, left = dict(stored), list[str](), dict(WRAPPERS)
+    while prefix := next((p for p in left if held and all(key.startswith(p) for key in held)), ""):
+        held = {key.removeprefix(prefix): value for key, value in held.items()}
+        cut.append(prefix)
+        del left[prefix]
+    for part in _INSIDE:
+        short = {key.replace(part, "."): value for key, value in held.items()}
+        if len(short) == len(held) and short.keys() != held.keys():
+            held = short
+            cut.append(part.removeprefix("."))
+    return held, list(dict.fromkeys(cut))
 
 
 def _differences(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: Path) -> list[str]:

@@ -55,7 +55,7 @@ def command(
     if as_json:
         click.echo(json.dumps(history, indent=2))
     else:
-        click.echo(summary(history, out, made.record_folder))
+        click.echo(summary(history, out, made.record_folder, asked.model.name))
     _refuse_nothing(history)
 
 
@@ -156,7 +156,7 @@ def _history(out: Path, engine: str) -> dict[str, Any]:
     return held
 
 
-def summary(history: dict[str, Any], out: Path, recorded: str | None) -> str:
+def summary(history: dict[str, Any], out: Path, recorded: str | None, model: str = "") -> str:
     """What a person wants to know at the end."""
     last = history["rounds"][-1]
     encoded = last["accuracy_encoded"]
@@ -185,7 +185,8 @@ def summary(history: dict[str, Any], out: Path, recorded: str | None) -> str:
         lines.append("INSECURE: keys and noise come from a number in the plan; anybody who knows it can undo them")
     lines += history["notes"]
     if recorded is not None:
-        lines.append(f"Next: frostglass audit-updates {out / recorded}")
+        own = f" --model {model}" if ":" in model and not model.startswith("torchvision:") else ""
+        lines.append(f"Next: frostglass audit-updates {out / recorded} --out {out}-audit{own}")
     return "\n".join(lines)
 
 

@@ -37,6 +37,7 @@ from frostglass.core.errors import BadInput
     help="An attack, as prng_attack:last=1000000.  [default: all that apply]",
 )
 @click.option("--client", help="Of recorded updates: whose.  [default: the only client]")
+@click.option("--model", help="Of recorded updates: the network, where the record names a package.module:factory.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of a plan.")
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
 @click.option("--hide-images", is_flag=True, help="Leave pictures out of the report.")
@@ -76,7 +77,9 @@ def _plan(encoded: Path, overrides: Sequence[str], options: dict[str, Any]) -> A
         return None if text is None else anchored(str(text), Path.cwd())
 
     if encoded.suffix == ".toml":
-        given = [k for k in ("truth", "public", "groups", "auxiliary", "client", "known", "attacks") if options[k]]
+        given = [
+            k for k in ("truth", "public", "groups", "auxiliary", "client", "model", "known", "attacks") if options[k]
+        ]
         if given:
             raise BadInput(
                 f"unmix: --{given[0]} goes with a set, not with a plan; write it into the plan, or use --set."
@@ -90,6 +93,7 @@ def _plan(encoded: Path, overrides: Sequence[str], options: dict[str, Any]) -> A
             "seed": options["seed"],
             "encoded": placed(encoded),
             "client": options["client"],
+            "model": options["model"],
             "truth": placed(options["truth"]),
             "pool": placed(options["public"]),
             "groups": placed(options["groups"]),
