@@ -124,6 +124,23 @@ def test_a_negated_submission_is_taken_only_when_asked(tmp_path) -> None:
     assert plain["Max_SSIM"] < 0.6
 
 
+def test_rounding_below_0_leaves_a_submission_in_0_to_1(tmp_path) -> None:
+    folder, opening = make(tmp_path), tmp_path / "c.opening"
+    held = load_opening(opening)
+    given = (held.images[held.indices[:, 0]] / 255).astype(np.float32)
+    given[0, 0, 0, 0] = -1e-6
+    np.save(tmp_path / "decryption.npy", given)
+    assert score_challenge(folder, tmp_path, opening)["Max_SSIM"] > 0.999
+
+
+def test_an_archive_is_no_submission(tmp_path) -> None:
+    folder = make(tmp_path)
+    with (tmp_path / "decryption.npy").open("wb") as held:
+        np.savez(held, a=np.zeros((50, 16, 16, 3)))
+    with pytest.raises(BadInput, match="is an archive"):
+        score_challenge(folder, tmp_path / "decryption.npy", tmp_path / "c.opening")
+
+
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
@@ -157,6 +174,21 @@ def test_challenges_that_cannot_be_made_leave_nothing(tmp_path) -> None:
     make(tmp_path)
     with pytest.raises(BadInput, match="is in the way"):
         make(tmp_path)
+
+
+def test_the_opening_never_lands_in_the_folder_to_be_published(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # paths as a person types them, not made absolute
+    asked = Settings(images=4, rounds=1, law=MixLaw(2, 2))
+    for opening in ("c/opening", "c", "./c/deeper/opening", str(tmp_path / "c" / "opening")):
+        with pytest.raises(BadInput, match="the opening outside"):
+            make_challenge(asked, images()[:4], torch.zeros(4).long(), 2, None, Path("c"), Path(opening))
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_cannot_be_written_are_named(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="cannot be written"):
+        make(tmp_path, "file/c")
 
 
 def test_the_generator_of_2020_can_be_had_for_the_seed_search(tmp_path) -> None:

@@ -145,7 +145,8 @@ def make_challenge(
         raise BadInput(f"challenge: {len(images)} images are fewer than the {n} asked for; lower --private-images.")
     if (law.private < law.k) != (pool is not None):
         raise BadInput(f"challenge: {law.k - law.private} of k = {law.k} slots are public; --public must match.")
-    if out.exists() or opening.exists() or out in opening.resolve().parents:
+    hidden = opening.resolve()  # both made absolute: a relative path has other parents
+    if out.exists() or opening.exists() or out.resolve() in (hidden, *hidden.parents):
         raise BadInput(
             f"challenge: {out if out.exists() else opening} is in the way; name new paths, the opening outside."
         )
@@ -158,12 +159,15 @@ def make_challenge(
         np.zeros((len(encodings), 0), np.uint8) if keys.bits is None else keys.bits, law.private, os.urandom(32),
     )  # fmt: skip
     about = _about(settings, encodings, classes, pool, made)
-    made.save(opening)
-    with written_beside(out / ENCODINGS) as beside, beside.open("wb") as held:
-        np.save(held, np.ascontiguousarray(encodings.permute(0, 2, 3, 1).numpy()), allow_pickle=False)
-    with written_beside(out / LABELS) as beside, beside.open("wb") as held:
-        np.save(held, targets.numpy(), allow_pickle=False)
-    write_json(out / ABOUT, about)
+    try:
+        made.save(opening)
+        with written_beside(out / ENCODINGS) as beside, beside.open("wb") as held:
+            np.save(held, np.ascontiguousarray(encodings.permute(0, 2, 3, 1).numpy()), allow_pickle=False)
+        with written_beside(out / LABELS) as beside, beside.open("wb") as held:
+            np.save(held, targets.numpy(), allow_pickle=False)
+        write_json(out / ABOUT, about)
+    except OSError as wrong:
+        raise BadInput(f"challenge: {out} or {opening} cannot be written ({wrong.strerror or wrong}).") from None
     return about
 
 

@@ -55,8 +55,15 @@ def _submission(path: Path, about: dict[str, Any]) -> Tensor:
         raise BadInput(
             f"challenge: the submission {path} cannot be read ({wrong}); save numbers with np.save."
         ) from None
-    c, h, w = about["shape"]
-    want = (about["encodings"], h, w, c)
+    try:
+        c, h, w = about["shape"]
+        want = (about["encodings"], h, w, c)
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(
+            "challenge: challenge.json does not say how many encodings there are, or of which shape."
+        ) from None
+    if not isinstance(held, np.ndarray):
+        raise BadInput(f"challenge: the submission {path} is an archive; save one array with np.save.")
     if held.shape != want or held.dtype.kind not in "fiu":
         raise BadInput(f"challenge: the submission is {held.shape} {held.dtype} and must be {want} of numbers.")
     x = torch.from_numpy(np.ascontiguousarray(held, np.float32)).permute(0, 3, 1, 2)
@@ -65,7 +72,7 @@ def _submission(path: Path, about: dict[str, Any]) -> Tensor:
     low, high = float(x.min()), float(x.max())
     if not (np.isfinite(low) and np.isfinite(high)) or low < -1.001 or high > 1.001:
         raise BadInput(f"challenge: pixels of the submission run from {low:.4g} to {high:.4g}; give [-1, 1] or [0, 1].")
-    return x * 2 - 1 if low >= 0 else x
+    return x * 2 - 1 if low >= -0.001 else x  # the same room for rounding at 0 as at the ends
 
 
 def _scores(given: Tensor, held: Opening) -> dict[str, float]:

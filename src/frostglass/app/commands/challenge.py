@@ -63,6 +63,8 @@ def make(images: str, out: Path, public: Path | None, opening: Path | None, as_j
         options["generator"],
     )  # fmt: skip
     settings.check()
+    if not 4 <= options["size"] <= 4096:
+        raise BadInput(f"--size: {options['size']} pixels a side are not possible; give 4 to 4096.")
     channels = int(options["channels"]) if options["channels"] else None
     held = load_bytes(source_of(images), size=options["size"], channels=channels, limit=20_000)
     seed = settings.seed
