@@ -126,6 +126,45 @@ def test_mixup_attack_needs_the_pool() -> None:
     assert "--public POOL" in attack.check(scene(k=2, rounds=2).seen)[0]
 
 
+@pytest.mark.parametrize("mask", ["none", "sign"])
+def test_a_pool_of_any_size_gives_no_partner_that_is_not_there(mask: str, monkeypatch) -> None:
+    """The parts in which a pool is compared are even: of a last one of a single image nobody can tell chance."""
+    from frostglass.attacks.encodings import mixup_attack
+
+    monkeypatch.setattr(mixup_attack, "BLOCK", 64)
+    held = scene(k=3, private=1, rounds=4, mask=mask)
+    noise = torch.randn(65, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    others = torch.nn.functional.interpolate(noise, size=16, mode="bilinear").tanh()  # none is in the encodings
+    defence = held.seen.defence
+    assert defence is not None
+    told = replace(defence, settings={**defence.settings, "public": others})
+    found = run("mixup_attack", replace(held, seen=replace(held.seen, defence=told)))
+    assert int(found.info["found"]) <= 1
+
+
+def test_a_pool_too_small_to_tell_chance_is_refused() -> None:
+    held = scene(k=3, private=1, rounds=2, pool=5, grant_pool=True)
+    assert "too small to tell" in ATTACKS["mixup_attack"].make().check(held.seen)[0]
+    many = scene(k=5, private=1, rounds=2, grant_pool=True)
+    assert "more than slots = 3" in ATTACKS["mixup_attack"].make(slots=3).check(many.seen)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("demask", {"views": 0}),
+        ("demask", {"views": -4}),
+        ("averaging", {"first": 5.0}),
+        ("averaging", {"groups": 0}),
+        ("mixup_attack", {"shown": 0}),
+        ("mixup_attack", {"slots": 0}),
+    ],
+)
+def test_settings_out_of_range_are_refused(name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=name):
+        ATTACKS[name].make(**settings)
+
+
 def grouped(n: int, auxiliary: bool) -> Scene:
     """n encodings of each of 6 images, and which belong together."""
     held = scene(k=4, private=1, rounds=n)

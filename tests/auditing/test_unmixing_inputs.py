@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from encoded_scenes import crops
+from frostglass.attacks.encodings.given import encodings_of, targets_of
+from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.unmixing_inputs import from_tensors, read_encoded
 from frostglass.auditing.unmixing_plan import parse_unmix_plan
 from frostglass.auditing.unmixing_view import view_of
@@ -73,6 +75,7 @@ def test_encodings_beyond_one_are_scaled_and_said_so(tmp_path) -> None:
         (None, np.full((12, 4), 0.5, np.float32), "sum to at most 1"),
         (None, np.array([{"a": 1}] * 12, dtype=object), "label.npy holds Python objects"),
         (None, np.full(12, 0.5), "give class numbers or"),
+        (None, np.full(12, 10**10), "more than 100000"),
     ],
 )
 def test_arrays_that_cannot_be_used_are_refused(tmp_path, encodings, labels, sentence) -> None:
@@ -169,6 +172,35 @@ def test_grants_that_contradict_the_set_are_refused(known, sentence) -> None:
     with pytest.raises(BadInput) as wrong:
         see(from_tensors(torch.zeros(6, 3, 8, 8), torch.full((6, 2), 0.25)), **known)
     assert sentence in str(wrong.value)
+
+
+def test_groups_leave_the_order_of_the_set_alone(tmp_path) -> None:
+    x, y = torch.rand(6, 3, 8, 8), torch.rand(6, 2) / 2
+    np.save(tmp_path / "g.npy", np.array([1, 0, 1, 0, 2, 0]))
+    plan = parse_unmix_plan({"encoded": "x", "groups": str(tmp_path / "g.npy")})
+    seen = view_of(plan, from_tensors(x, y)).seen
+    assert [len(m.images) for m in seen.messages] == [3, 2, 1]
+    assert torch.equal(encodings_of(seen), x), "seeds are searched by rows in their order"
+    assert torch.equal(targets_of(seen), y)
+
+
+def test_all_encodings_may_be_of_one_image(tmp_path) -> None:
+    np.save(tmp_path / "g.npy", np.zeros(6, int))
+    plan = parse_unmix_plan({"encoded": "x", "groups": str(tmp_path / "g.npy")})
+    seen = view_of(plan, from_tensors(torch.rand(6, 3, 8, 8), None)).seen
+    assert ATTACKS["averaging"].make().check(seen) == []
+
+
+def test_archives_are_no_arrays(tmp_path) -> None:
+    folder = arrays(tmp_path / "a")
+    for name in ("a/encryption.npy", "g.npy"):
+        with (tmp_path / name).open("wb") as held:
+            np.savez(held, a=np.zeros(6, int))
+    with pytest.raises(BadInput, match="is an archive"):
+        read_encoded(folder)
+    plan = parse_unmix_plan({"encoded": "x", "groups": str(tmp_path / "g.npy")})
+    with pytest.raises(BadInput, match="is an archive"):
+        view_of(plan, from_tensors(torch.rand(6, 3, 8, 8), None))
 
 
 def test_counts_by_class_without_labels_are_refused() -> None:

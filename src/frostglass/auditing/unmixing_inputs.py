@@ -21,6 +21,8 @@ from frostglass.defenses.sets.manifest import MANIFEST, problems_of, read_manife
 ENCODINGS, LABELS = "encryption.npy", "label.npy"
 """Names in the challenge's format."""
 _CHUNK = 4096
+MOST_CLASSES = 100_000
+"""Columns of labels at the most."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,10 @@ def _labels(path: Path, encodings: int) -> Tensor | None:
             raise BadInput(
                 f"unmix: {path.name} holds one {held.dtype} an encoding; give class numbers or rows of mass."
             )
+        if int(held.max()) >= MOST_CLASSES:
+            raise BadInput(
+                f"unmix: {path.name} names class {int(held.max())}, more than {MOST_CLASSES}; number them from 0."
+            )
         return torch.nn.functional.one_hot(torch.from_numpy(held.astype(np.int64))).float()
     made = torch.from_numpy(np.ascontiguousarray(held, dtype=np.float32))
     if not bool(made.isfinite().all()) or float(made.min()) < 0 or float(made.sum(1).max()) > 1.01:
@@ -160,6 +166,8 @@ def _load(path: Path) -> NDArray[Any]:
         raise BadInput(f"unmix: {path.name} cannot be read ({wrong}); save it anew with np.save.") from None
     except (OSError, EOFError) as wrong:
         raise BadInput(f"unmix: {path.name} cannot be read ({wrong}); save it anew with np.save.") from None
+    if not isinstance(held, np.ndarray):
+        raise BadInput(f"unmix: {path.name} is an archive; save one array of numbers with np.save.")
     return held
 
 

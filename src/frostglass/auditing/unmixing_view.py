@@ -171,10 +171,12 @@ def _messages(plan: UnmixPlan, images: Tensor, targets: Tensor | None) -> tuple[
         held = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as wrong:
         raise BadInput(f"--groups: {path} cannot be read ({wrong}); save whole numbers with np.save.") from None
+    if not isinstance(held, np.ndarray):
+        raise BadInput(f"--groups: {path} is an archive; save one array of whole numbers with np.save.")
     if held.shape != (len(images),) or held.dtype.kind not in "iu":
         raise BadInput(f"--groups: {held.shape} {held.dtype} must be {len(images)} whole numbers, one an encoding.")
     rows = [torch.from_numpy(np.flatnonzero(held == g)) for g in np.unique(held)]
-    return tuple(EncodingMessage(images[r], None if targets is None else targets[r]) for r in rows)
+    return tuple(EncodingMessage(images[r], None if targets is None else targets[r], r) for r in rows)
 
 
 def _source(text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from frostglass.core.batch import Domain
@@ -104,10 +104,16 @@ class GradientMessage:
 
 @dataclass(frozen=True)
 class EncodingMessage:
-    """Instance encodings as an eavesdropper sees them."""
+    """Instance encodings as an eavesdropper sees them.
+
+    Args:
+        images, targets: encodings, and the labels that were published with them.
+        rows: places in the set, where the encodings of one image were put together; None for the order of the set.
+    """
 
     images: Float[Tensor, "b c h w"]
     targets: Float[Tensor, "b k"] | None
+    rows: Int[Tensor, " b"] | None = None
 
 
 Message = GradientMessage | EncodingMessage

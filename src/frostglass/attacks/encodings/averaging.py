@@ -17,7 +17,7 @@ from torch import Tensor
 from frostglass.attacks.encodings.given import NO_ENCODINGS, messages_of, mixing_of
 from frostglass.attacks.registry import ATTACKS
 from frostglass.core.drive import Scalars
-from frostglass.core.errors import AttackFailed
+from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import EncodingMessage, Knows, Observation
@@ -53,7 +53,7 @@ class Averaging:
         groups = messages_of(seen)
         if not groups:
             return [NO_ENCODINGS]
-        if len(groups) == 1 and seen.examples != 1 and len(groups[0].images) > 1:
+        if len(groups) == 1 and groups[0].rows is None and seen.examples != 1 and len(groups[0].images) > 1:
             return [
                 "it needs to know which encodings are of one image, as a server that predicts on them does; give "
                 "--groups FILE.npy (a number for each encoding)."
@@ -139,4 +139,6 @@ def averaging(*, first: float = 0.35, groups: int = 10_000) -> Averaging:
         first: coefficient of the common image where no label says it.
         groups: of encodings, at the most; one step each.
     """
+    if not 0 < first < 1 or groups < 1:
+        raise BadInput(f"averaging: first = {first} must be between 0 and 1, and groups = {groups} from 1.")
     return Averaging("averaging", first, groups)

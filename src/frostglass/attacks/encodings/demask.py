@@ -10,7 +10,7 @@ from torch import Tensor
 from frostglass.attacks.encodings.given import NO_ENCODINGS, encodings_of, messages_of
 from frostglass.attacks.registry import ATTACKS
 from frostglass.core.drive import Scalars
-from frostglass.core.errors import AttackFailed
+from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
@@ -85,4 +85,6 @@ def demask(*, views: int = 2000) -> Demask:
     Args:
         views: encodings shown at the most, drawn from all.
     """
+    if views < 1:
+        raise BadInput(f"demask: views = {views} must be from 1.")
     return Demask("demask", views)

@@ -49,9 +49,9 @@ def messages_of(seen: Observation) -> list[EncodingMessage]:
 
 
 def encodings_of(seen: Observation) -> Float[Tensor, "e c h w"]:
-    """All encodings in the order in which they were sent."""
+    """All encodings in the order in which they were sent, also where messages put those of one image together."""
     found = messages_of(seen)
-    return found[0].images if len(found) == 1 else torch.cat([m.images for m in found])
+    return found[0].images if len(found) == 1 else _in_order(found, torch.cat([m.images for m in found]))
 
 
 def targets_of(seen: Observation) -> Float[Tensor, "e k"] | None:
@@ -59,7 +59,12 @@ def targets_of(seen: Observation) -> Float[Tensor, "e k"] | None:
     found = [m.targets for m in messages_of(seen)]
     if not found or any(t is None for t in found):
         return None
-    return torch.cat([t for t in found if t is not None])
+    return _in_order(messages_of(seen), torch.cat([t for t in found if t is not None]))
+
+
+def _in_order(messages: list[EncodingMessage], joined: Tensor) -> Tensor:
+    places = [m.rows for m in messages if m.rows is not None]
+    return joined if len(places) < len(messages) else joined[torch.cat(places).argsort()]
 
 
 def per_class_of(seen: Observation) -> Tensor | None:

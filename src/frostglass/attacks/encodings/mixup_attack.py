@@ -10,6 +10,7 @@ not subtracted.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ from frostglass.numerics.unmixing_similarity import differences, similarity
 
 BLOCK = 4096
 """Rows of encodings and of the pool that are compared at a time."""
+LEAST = 32
+"""Public images that chance is judged from, at the least."""
 MARGIN = 1.5
 """Standard deviations above the greatest of that many chance matches at which one counts as found."""
 
@@ -68,6 +71,14 @@ class MixupAttack:
         if tuple(mixing.public.shape[1:]) != seen.image_shape:
             pool = tuple(mixing.public.shape[1:])
             return [f"images of the pool are {pool}, encodings {seen.image_shape}; cut a pool of the same size."]
+        if len(mixing.public) < LEAST:
+            return [
+                f"a pool of {len(mixing.public)} images is too small to tell a match from chance; it takes {LEAST}."
+            ]
+        if mixing.law.k - mixing.law.private > self.steps:
+            return [
+                f"{mixing.law.k - mixing.law.private} public images in one encoding are more than slots = {self.steps}."
+            ]
         return []
 
     def init(self, seen: Observation, run: Runtime) -> Partners:
@@ -141,8 +152,8 @@ def _best(rest: Tensor, pool: Tensor, taken: Int[Tensor, "e s"]) -> tuple[Tensor
     top, where = torch.full((e,), -torch.inf), torch.full((e,), -1)
     middle, spread, blocks = torch.zeros(e), torch.zeros(e), 0
     unit = torch.nn.functional.normalize(rest, dim=1)
-    for start in range(0, len(pool), BLOCK):
-        part = torch.nn.functional.normalize(differences(pool[start : start + BLOCK].float()).flatten(1), dim=1)
+    for start, held in _parts(pool):
+        part = torch.nn.functional.normalize(differences(held.float()).flatten(1), dim=1)
         c = unit @ part.T
         m, s = _chance(c)
         middle, spread, blocks = middle + m, spread + s, blocks + 1
@@ -153,6 +164,14 @@ def _best(rest: Tensor, pool: Tensor, taken: Int[Tensor, "e s"]) -> tuple[Tensor
         better = value > top
         top, where = torch.where(better, value, top), torch.where(better, at + start, where)
     return _judged(top, where, middle / blocks, spread / blocks, len(pool))
+
+
+def _parts(pool: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of parts of even size: chance is judged in each, and a few rows left over would not tell it."""
+    start = 0
+    for part in pool.tensor_split(-(-len(pool) // BLOCK)):
+        yield start, part
+        start += len(part)
 
 
 def _chance(c: Float[Tensor, "e m"]) -> tuple[Tensor, Tensor]:
@@ -198,8 +217,8 @@ def _masked(y: Tensor, pool: Tensor, state: Partners) -> Partners:
     e = len(y)
     top, where = torch.full((e, slots), -torch.inf), torch.full((e, slots), -1)
     middle, spread, blocks = torch.zeros(e), torch.zeros(e), 0
-    for start in range(0, len(pool), BLOCK):
-        c = similarity(y, (pool[start : start + BLOCK].float() + 1) / 2)
+    for start, held in _parts(pool):
+        c = similarity(y, (held.float() + 1) / 2)
         m, s = _chance(c)
         middle, spread, blocks = middle + m, spread + s, blocks + 1
         both = torch.cat([top, c], 1)
@@ -235,4 +254,6 @@ def mixup_attack(*, shown: int = 1000, slots: int = 8) -> MixupAttack:
         shown: private remainders shown at the most.
         slots: public images in one encoding, at the most.
     """
+    if shown < 1 or slots < 1:
+        raise BadInput(f"mixup_attack: shown {shown} and slots {slots} must be from 1.")
     return MixupAttack("mixup_attack", shown, slots)
