@@ -73,6 +73,17 @@ def test_a_clients_update_has_no_ceiling(capsys: pytest.CaptureFixture[str]) -> 
     assert "PSNR ceiling: none" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", [["--sigma", "1", "--steps", "100000"], ["--sigma", "1e300", "--rate", "0.5"]])
+def test_bound_leaves_out_an_accountant_that_overflows(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PRV asked for 84 GiB at 100,000 steps, and Opacus squares the noise."""
+    assert run("bound", *arguments, *(["--samples", "1000"] if "--rate" in arguments else [])) == 0
+    out = capsys.readouterr().out
+    assert "PRV" not in out
+    assert "epsilon at delta" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -87,6 +98,8 @@ def test_a_clients_update_has_no_ceiling(capsys: pytest.CaptureFixture[str]) -> 
         (["--sigma", "1", "--rate", "0.5", "--samples", "3"], "--samples: 3 is too few"),
         (["--sigma", "nan"], "noise multiplier: nan"),
         (["--sigma", "1e-300"], "--sigma: 1e-300 is too little noise"),
+        (["--sigma", "1", "--steps", "1" + "0" * 23], "--steps: 1" + "0" * 23 + " must be at most 1000000000000"),
+        (["--sigma", "1", "--steps", "10000000", "--rate", "0.01"], "must be at most 1000000 where --rate"),
     ],
 )
 def test_bound_refuses_in_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,3 +192,11 @@ def test_check_of_a_received_model(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)
     assert run("check", "--model", "mlp", "--format", "sarif") == 2
     assert run("check", "--model", "mlp", "--image", "1x8x9") == 2
+
+
+@pytest.mark.parametrize("declared", ["0", "-1"])
+def test_a_sensitivity_of_nothing_is_an_error_of_the_configuration(
+    declared: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("check", "--sensitivity", declared, "--epsilon", "1", "--delta", "1e-5", "--clip", "1") == 1
+    assert "Noise that follows from it is no noise." in capsys.readouterr().out

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
+from frostglass.guarantees import summary
 from frostglass.guarantees.dfil import dfil, van_trees_floor
 from frostglass.guarantees.dp_instahide import PIXELS_ONLY, encoding_privacy, l1_sensitivity, l2_sensitivity
 from frostglass.guarantees.interval import clopper_pearson, zero_successes
@@ -175,3 +176,11 @@ def test_intervals_hold_what_they_promise() -> None:
 def test_intervals_of_nothing_are_refused(x: int, n: int, confidence: float) -> None:
     with pytest.raises(BadInput):
         clopper_pearson(x, n, confidence)
+
+
+def test_the_ceiling_of_a_sampled_image_is_not_rounded_down() -> None:
+    """100 releases at rate .014 hold an image 1.4 times: two observations, not one."""
+    sampled = summary.ceiling(summary.Setting(1e-3, steps=100, rate=0.014), 3072)
+    assert sampled == pytest.approx(psnr_ceiling(1e-3, 3072, observations=2))
+    assert summary.ceiling(summary.Setting(1e-3, steps=100, rate=0.07), 3072) == psnr_ceiling(1e-3, 3072, observations=7)
+    assert summary.ceiling(summary.Setting(1e-3, steps=3), 3072) == psnr_ceiling(1e-3, 3072, observations=3)

@@ -82,7 +82,8 @@ def test_the_classical_formula() -> None:
         (lambda: to.gdp_epsilon(1.0, 0.0), "delta: 0 must be strictly between"),
         (lambda: to.gdp_delta(1.0, -1.0), "epsilon: -1 must be at least 0"),
         (lambda: accounted_epsilon(1.0, steps=1, rate=1.5), "sampling rate: 1.5 must be above 0 and at most 1"),
-        (lambda: to.classical_noise(1.0, 0.0, 1e-5), "must be above 0"),
+        (lambda: to.classical_noise(1.0, 0.0, 1e-5), "epsilon: 0 must be above 0"),
+        (lambda: to.classical_noise(-1.0, 1.0, 1e-5), "sensitivity: -1 must be above 0"),
     ],
 )
 def test_what_no_theorem_is_about_is_refused(call: object, sentence: str) -> None:

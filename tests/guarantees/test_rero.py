@@ -86,8 +86,32 @@ def test_less_sampling_and_more_noise_leak_less_and_replace_one_counts_twice() -
 
     assert gamma(rate=0.1) < gamma(rate=0.5) < gamma(rate=1.0)
     assert gamma(sigma=2.0) < gamma(sigma=1.0) < gamma(adjacency="replace_one")
-    assert gamma(adjacency="replace_one") == gamma(sigma=0.5)
+    assert gamma(rate=1.0, adjacency="replace_one") == gamma(rate=1.0, sigma=0.5)
     assert rero.gaussian(0.05, 2.0, adjacency="replace_one") == rero.gaussian(0.05, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps", "gammas"),
+    [
+        (1.0, 0.1, 1, (0.0198, 0.3635, 0.5681, 0.9322)),  # by integration
+        (0.5, 0.1, 4, (0.1063, 0.5589, 0.7536, 0.9914)),  # by convolution of the ratios' distributions
+    ],
+)
+def test_an_image_exchanged_under_sampling(sigma: float, rate: float, steps: int, gammas: tuple[float, ...]) -> None:
+    """Half the noise is no bound there: it gives .547 and .672 where an attack reaches .568 and .754 (kappa .5)."""
+    found = rero.subsampled([0.01, 0.3, 0.5, 0.9], sigma, steps, rate, RNG, adjacency="replace_one", samples=100_000)
+    for estimate, exact in zip(found, gammas, strict=True):
+        assert estimate.gamma == pytest.approx(exact, abs=4 * estimate.standard_error + 5e-4)
+
+
+def test_no_attack_is_bounded_below_guessing() -> None:
+    """Where no sample reaches the threshold, nothing is known but kappa and the number of samples."""
+    for kappa in (1e-9, 1e-7, 1 - 1e-9):
+        found = rero.subsampled([kappa], 20.0, 1, 0.5, RNG, samples=1000)[0]
+        assert found.gamma >= kappa
+        assert found.upper >= rero.gaussian(kappa, 20.0) or kappa > 0.5
+    rare = rero.subsampled([1e-3], 1.0, 1, 0.5, RNG, samples=1000)[0]
+    assert rare.standard_error >= math.sqrt(1000 * rare.gamma) / 1000, "a handful of samples says no more than counting"
 
 
 def test_bounds_by_epsilon() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from frostglass.core.errors import BadInput
 from frostglass.guarantees.domain import SENSITIVITY, Adjacency, check
 
 ORDERS: tuple[float, ...] = tuple(1 + x / 20 for x in range(1, 200)) + tuple(range(11, 65)) + (128, 256, 512, 1024)
@@ -94,5 +95,8 @@ def classical_noise(sensitivity: float, epsilon: float, delta: float) -> float:
     Raises:
         BadInput: epsilon or sensitivity not above 0, or delta outside (0, 1).
     """
-    check(delta=delta, noise_multiplier=epsilon)
+    for name, value in (("epsilon", epsilon), ("sensitivity", sensitivity)):
+        if not (value > 0 and math.isfinite(value)):
+            raise BadInput(f"{name}: {value:g} must be above 0 and finite.")
+    check(delta=delta)
     return sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / epsilon

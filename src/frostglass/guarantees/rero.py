@@ -25,6 +25,9 @@ CHUNK = 50_000
 SMALL_KAPPA = 1e-3
 """At and below it, a million samples are the least."""
 
+FEW = 100
+"""Samples above the threshold below which an estimate's own spread is not known, and counting bounds its error."""
+
 
 def gaussian(kappa: float, noise_multiplier: float, steps: int = 1, adjacency: Adjacency = "add_remove") -> float:
     """gamma = Phi(Phi^-1(kappa) + sqrt(T) / sigma) of `steps` full-batch Gaussian releases: exact.
@@ -124,9 +127,11 @@ def subsampled(
 ) -> list[Estimate]:
     """gamma under Poisson sampling by Monte Carlo on the one-dimensional dominating pair, one estimate a kappa.
 
-    Q = N(0, sigma^2)^T and P = [(1-q) N(0, sigma^2) + q N(1, sigma^2)]^T. The best test at level kappa accepts where
-    the log-likelihood ratio L of P to Q exceeds a threshold. Only P is sampled: kappa(t) = E_P[e^-L; L > t] has a much
-    smaller variance than counting under Q, where the event is rare. For replace-one, sigma / 2 dominates.
+    P = [(1-q) N(0, sigma^2) + q N(1, sigma^2)]^T. Q = N(0, sigma^2)^T where the target is added or removed, and
+    [(1-q) N(0, sigma^2) + q N(-1, sigma^2)]^T where it is exchanged for another (Schuchardt et al. 2024): sigma / 2 is
+    no bound then, as what moves the other way is sampled too. The best test at level kappa accepts where the
+    log-likelihood ratio L of P to Q exceeds a threshold. Only P is sampled: kappa(t) = E_P[e^-L; L > t] has a much
+    smaller variance than counting under Q, where the event is rare.
 
     Args:
         kappas: levels in (0, 1); all are read off one simulation.
@@ -144,12 +149,14 @@ def subsampled(
     for kappa in kappas:
         check(kappa=kappa)
     n = samples or (1_000_000 if min(kappas) <= SMALL_KAPPA else 200_000)
-    ratios = np.sort(_log_ratios(noise_multiplier / SENSITIVITY[adjacency], steps, rate, rng, n))[::-1]
+    ratios = np.sort(_log_ratios(noise_multiplier, steps, rate, adjacency, rng, n))[::-1]
     return [_read_off(ratios, kappa) for kappa in kappas]
 
 
-def _log_ratios(sigma: float, steps: int, rate: float, rng: Rng, samples: int) -> np.ndarray:
+def _log_ratios(sigma: float, steps: int, rate: float, adjacency: Adjacency, rng: Rng, samples: int) -> np.ndarray:
     """[samples] log-likelihood ratios of whole runs drawn from P."""
+    if rate == 1:
+        sigma /= SENSITIVITY[adjacency]
     parts = []
     for start in range(0, samples, CHUNK):
         size = min(CHUNK, samples - start)
@@ -158,14 +165,24 @@ def _log_ratios(sigma: float, steps: int, rate: float, rng: Rng, samples: int) -
         for _ in range(steps):
             x = sigma * draw.standard_normal(size)
             x += 1.0 if rate == 1 else draw.random(size) < rate
-            exponent = (2 * x - 1) / (2 * sigma * sigma)
-            total += exponent if rate == 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + exponent)
+            total += _above_empty(x, sigma, rate)
+            if rate < 1 and adjacency == "replace_one":
+                total -= _above_empty(-x, sigma, rate)
         parts.append(total)
     return np.concatenate(parts)
 
 
+def _above_empty(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:
+    """Logarithm of the density of (1-q) N(0, sigma^2) + q N(1, sigma^2) at `x` over that of N(0, sigma^2)."""
+    exponent = (2 * x - 1) / (2 * sigma * sigma)
+    return exponent if rate == 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + exponent)
+
+
 def _read_off(ratios: np.ndarray, kappa: float) -> Estimate:
-    """From ratios in falling order; the slope of gamma in kappa is the likelihood ratio at the threshold."""
+    """From ratios in falling order; the slope of gamma in kappa is the likelihood ratio at the threshold.
+
+    A test may leave its input alone, so gamma is at least kappa, also where no sample lies beyond the threshold.
+    """
     n = len(ratios)
     weights = np.exp(np.minimum(-ratios, 700.0))  # the tail that overflows lies beyond every kappa
     level = np.cumsum(weights) / n
@@ -175,4 +192,5 @@ def _read_off(ratios: np.ndarray, kappa: float) -> Estimate:
     inside = np.arange(n) < count
     # the estimate's linearisation: 1{L > t} - e^t (e^-L 1{L > t} - kappa)
     influence = np.where(inside, 1 - np.exp(np.minimum(threshold - ratios, 0.0)), 0.0)
-    return Estimate(gamma, float(influence.std(ddof=1) / math.sqrt(n)), n)
+    error = float(influence.std(ddof=1) / math.sqrt(n))
+    return Estimate(max(kappa, gamma), max(error, math.sqrt(count + 1) / n) if count < FEW else error, n)

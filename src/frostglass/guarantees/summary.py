@@ -9,9 +9,14 @@ from typing import Any
 
 from frostglass.core.randomness import Rng
 from frostglass.guarantees import conversions, rero
-from frostglass.guarantees.accounting import accounted_epsilon
+from frostglass.guarantees.accounting import Accountant, accounted_epsilon
 from frostglass.guarantees.domain import SENSITIVITY, Adjacency, check
 from frostglass.guarantees.psnr_ceiling import psnr_ceiling
+
+MOST_SAMPLED = 10**6
+"""Releases that are simulated at the most; of more, the bound without sampling is given, which holds too."""
+PRV_GRID = 30_000
+"""epsilon x sqrt(steps), to which the PRV accountant's memory is proportional: 100 MB here, terabytes beyond."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,13 @@ class Bound:
 
 
 def bounds(setting: Setting, kappas: Sequence[float], rng: Rng, samples: int | None = None) -> list[Bound]:
-    """gamma at each kappa: the closed form without sampling, else a simulation.
+    """gamma at each kappa: the closed form without sampling or beyond `MOST_SAMPLED` releases, else a simulation.
 
     Raises:
         BadInput: a kappa outside (0, 1).
     """
     s = setting
-    if s.rate == 1:
+    if s.rate == 1 or s.steps > MOST_SAMPLED:
         return [Bound(k, rero.gaussian(k, s.noise_multiplier, s.steps, s.adjacency)) for k in kappas]
     found = rero.subsampled(
         kappas, s.noise_multiplier, s.steps, s.rate, rng, adjacency=s.adjacency, samples=samples
@@ -101,7 +106,7 @@ def bounds(setting: Setting, kappas: Sequence[float], rng: Rng, samples: int | N
 def epsilons(setting: Setting) -> dict[str, float]:
     """epsilon at the setting's delta by name of the method; Opacus's numbers where it can be asked.
 
-    RDP overflows far below a useful noise; such a method is left out.
+    RDP overflows far from a useful noise, and PRV takes memory as epsilon and steps grow; such a method is left out.
     """
     s = setting
     found: dict[str, float] = {}
@@ -109,15 +114,22 @@ def epsilons(setting: Setting) -> dict[str, float]:
         mu = conversions.gdp_mu(s.noise_multiplier, s.steps, s.adjacency)
         found["GDP, exact"] = conversions.gdp_epsilon(mu, s.delta)
         found["zCDP"] = conversions.zcdp_epsilon(conversions.zcdp_rho(mu), s.delta)
-    for name, accountant in (("RDP, Opacus", "rdp"), ("PRV, Opacus", "prv")):
-        if accountant == "prv" and not 0.3 <= s.effective_noise <= 100:
-            continue  # its grid grows with epsilon: minutes and gigabytes for a noise that protects nothing
-        value = accounted_epsilon(
-            s.effective_noise, steps=s.steps, rate=s.rate, delta=s.delta, accountant=accountant  # type: ignore[arg-type]
-        )  # fmt: skip
-        if math.isfinite(value):
-            found[name] = value
+    rdp = _accounted(s, "rdp")
+    if math.isfinite(rdp):
+        found["RDP, Opacus"] = rdp
+    if 0.3 <= s.effective_noise <= 100 and rdp * math.sqrt(s.steps) <= PRV_GRID:
+        prv = _accounted(s, "prv")
+        if math.isfinite(prv):
+            found["PRV, Opacus"] = prv
     return found
+
+
+def _accounted(s: Setting, accountant: Accountant) -> float:
+    """Opacus's epsilon; infinite where its arithmetic overflows."""
+    try:
+        return accounted_epsilon(s.effective_noise, steps=s.steps, rate=s.rate, delta=s.delta, accountant=accountant)
+    except OverflowError:
+        return math.inf
 
 
 def to_json(
@@ -139,7 +151,16 @@ def to_json(
 
 
 def ceiling(setting: Setting, dimensions: int) -> float | None:
-    """No-prior PSNR ceiling in dB of an image seen in every release; None where the unit is not the image."""
+    """No-prior PSNR ceiling in dB of an image; None where the unit is not the image.
+
+    Of an image that is in every release; under sampling, in as many as are expected, rounded up. An image that chance
+    takes more often has a higher one.
+    """
     if setting.unit != "image":
         return None
-    return psnr_ceiling(setting.noise_multiplier, dimensions, observations=max(1, round(setting.steps * setting.rate)))
+    return psnr_ceiling(setting.noise_multiplier, dimensions, observations=observations(setting))
+
+
+def observations(setting: Setting) -> int:
+    """Releases that hold the image of `ceiling`."""
+    return max(1, math.ceil(setting.steps * setting.rate - 1e-9))

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 KAPPAS = (0.1, 0.01, 0.001)
 LEAST_SIGMA = 1e-15
 """Below it, epsilon leaves the range of floating point; gamma has long been 1."""
+MOST_STEPS = 10**12
+"""Releases beyond which floating point says nothing."""
 
 
 @click.command("bound")
@@ -54,13 +56,16 @@ def command(
 ) -> None:
     """Bound the success of every attack: gamma for a chance level kappa, epsilon, and the PSNR ceiling."""
     from frostglass.core.randomness import Rng
-    from frostglass.guarantees.summary import Setting, bounds, epsilons, to_json
+    from frostglass.guarantees.summary import MOST_SAMPLED, Setting, bounds, epsilons, to_json
 
     if 0 < sigma < LEAST_SIGMA:
         raise BadInput(
             f"--sigma: {sigma:g} is too little noise for anything to be bounded; give at least {LEAST_SIGMA:g} (useful "
             "values are around 1)."
         )
+    most = MOST_SAMPLED if rate < 1 else MOST_STEPS
+    if steps > most:
+        raise BadInput(f"--steps: {steps} must be at most {most}{' where --rate is below 1' if rate < 1 else ''}.")
     setting = Setting(sigma, steps, rate, delta, adjacency, unit)  # type: ignore[arg-type]
     levels = _levels(gallery, kappas)
     shape = dimensions_of(image)
@@ -115,7 +120,7 @@ def _text(
 ) -> str:
     """The table for a person."""
     from frostglass.guarantees.psnr_ceiling import SAY_BOTH
-    from frostglass.guarantees.summary import ceiling
+    from frostglass.guarantees.summary import ceiling, observations
 
     sampled = f", sampling rate {setting.rate:g}" if setting.rate < 1 else ", no sampling"
     lines = [
@@ -132,14 +137,17 @@ def _text(
     lines += [f"    {name:<14}{value:>12.4g}" for name, value in spent.items()]
     if shape is not None:
         top = ceiling(setting, shape)
-        lines += ["", *_ceiling_lines(shape, top, SAY_BOTH)]
+        lines += ["", *_ceiling_lines(shape, top, observations(setting), setting.rate < 1, SAY_BOTH)]
     lines += ["", "This holds if:", *(f"  - {a}" for a in setting.assumptions())]
     if any(b.standard_error for b in found):
         lines.append("± is one standard error of the simulation.")
     return "\n".join(lines)
 
 
-def _ceiling_lines(shape: int, top: float | None, both: str) -> list[str]:
+def _ceiling_lines(shape: int, top: float | None, seen: int, sampled: bool, both: str) -> list[str]:
     if top is None:
         return ["  PSNR ceiling: none; one image is only a part of a client's clipped update."]
-    return [f"  PSNR ceiling without a prior: {top:.1f} dB ({shape} values, mean square .25).", f"    {both}"]
+    often = (
+        f", in {seen} release{'s' if seen > 1 else ''} as expected; chance may take it more often" if sampled else ""
+    )
+    return [f"  PSNR ceiling without a prior: {top:.1f} dB ({shape} values, mean square .25{often}).", f"    {both}"]

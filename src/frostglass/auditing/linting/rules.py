@@ -61,7 +61,10 @@ def _sensitivity(f: Facts) -> Iterator[Found]:
         return
     bound = "clipping norm" if f.adjacency == "add_remove" else "2 x clipping norm, under replace-one"
     found = f"The declared sensitivity is {said:g}, and the clipped update has {true:g} ({bound})."
-    if said < true:
+    if said <= 0:
+        meaning = "Noise that follows from it is no noise."
+        yield "error", ("sensitivity",), found, meaning, f"Set sensitivity = {true:g}."
+    elif said < true:
         ratio = f"{true / said:,.0f}" if true / said >= 10 else f"{true / said:.3g}"
         yield (
             "error", ("sensitivity",), found,
