@@ -57,6 +57,18 @@ def test_bounded_needs_assumptions_a_clean_linter_and_the_total() -> None:
     assert decide(evidence(0, guarantee=bound(0.05))).verdict == "BOUNDED", "a proof needs no trial"
 
 
+def test_what_guessing_explains_is_no_violation() -> None:
+    """Half of 40 right among two candidates: the lower limit .338 exceeds a tolerance of .1, and shows nothing."""
+    guessing = decide(evidence(40, 20, kappa=0.5))
+    assert guessing.lower is not None
+    assert guessing.lower > 0.1
+    assert guessing.verdict == "INCONCLUSIVE"
+    assert decide(evidence(40, 40, kappa=0.5)).verdict == "VIOLATED"
+    proved = decide(evidence(40, 20, kappa=0.5, proved=20))
+    assert proved.verdict == "VIOLATED"
+    assert "verified algebraically" in proved.text
+
+
 def test_one_proved_recovery_is_a_fact() -> None:
     found = decide(evidence(1, 1, proved=1))
     assert found.verdict == "VIOLATED"
@@ -114,7 +126,7 @@ def plan_of(defenses: tuple[str, ...] = ("none",), scenarios: int = 1, **top: An
     made = [
         {
             "name": f"s{i}",
-            "model": {"name": "mlp", "stage": stages[i % 4]},
+            "model": {"name": "mlp", "stage": stages[i % 4]} | ({"weights": f"{stages[i % 4]}.pt"} if i % 4 else {}),
             "client": {"batch": top.get("batch", 1), "batches": 40},
             "defense": [{"name": d} for d in defenses],
             "attack": [{"name": "linear_exact"}],
@@ -190,6 +202,57 @@ def test_messages_that_share_images_are_no_independent_trials() -> None:
     assert "not independent" in found.text
 
 
+def test_an_augmented_image_is_known_by_its_name() -> None:
+    """Flipped in the second message, it has other pixels."""
+    plan = plan_of()
+    rows = [image(i, hit=True).model_copy(update={"id": f"i{i % 20}"}) for i in range(40)]
+    found = verdicts(plan, rows)[0]
+    assert found.verdict == "INCONCLUSIVE"
+    assert "not independent" in found.text
+
+
+def test_one_message_is_one_trial_whatever_is_known_of_its_size() -> None:
+    """A recorded message that does not say how many images it holds, eight of which were matched in a pool."""
+    plan = plan_of()
+    (cell,) = cells_of(plan, [image(i, hit=True) for i in range(8)], batches=1, batch=1, pool=8)
+    assert len(trials_of(plan, cell).outcomes) == 1
+    assert verdicts(plan, cell.images, batches=1, batch=1, pool=8)[0].verdict == "INCONCLUSIVE"
+
+
+def test_a_rank_at_the_level_itself_counts() -> None:
+    """2 / 120 is .05 / 3, and written to six digits it is more."""
+    plan = plan_of(batch=3)
+    at = NullRank(n0=119, p={"ssim": round(2 / 120, 6)})
+    above = NullRank(n0=118, p={"ssim": round(2 / 119, 6)})
+    for null, hits in ((at, 40), (above, 0)):
+        found = trials_of(plan, cells_of(plan, [image(i, hit=True, null=null) for i in range(120)])[0])
+        assert sum(found.outcomes) == hits
+
+
+def test_a_threshold_on_a_metric_without_a_rank_is_told_so() -> None:
+    report = {"metrics": ["psnr", "ssim", "iip_pixels"], "threshold": {"metric": "iip_pixels", "value": 1.0}}
+    found = verdicts(plan_of(report=report), [image(i, extra={"iip_pixels": float(i > 3)}) for i in range(40)])[0]
+    assert found.verdict == "INCONCLUSIVE"
+    assert "iip_pixels compares with a pool and takes no rank" in found.text
+    assert "other images of" not in found.text
+
+
+def test_the_same_weights_are_one_checkpoint_whatever_they_are_called() -> None:
+    won, lost = [image(i, hit=True) for i in range(40)], [image(i) for i in range(40)]
+    held = {f"s{i}/{d}": won if d == "none" else lost for i in range(3) for d in ("none", "noise")}
+
+    def lacking(models: list[dict[str, str]]) -> list[str]:
+        made = [
+            {"name": f"s{i}", "model": {"name": "mlp", **m}, "client": {"batch": 1, "batches": 40},
+             "defense": [{"name": "none"}, {"name": "noise"}], "attack": [{"name": "linear_exact"}]}
+            for i, m in enumerate(models)
+        ]  # fmt: skip
+        return next(v for v in verdicts(parse_plan({"scenario": made}), held) if v.role == "test").lacking
+
+    assert "at 1 checkpoint (" in lacking([{"stage": s} for s in ("init", "early", "final")])[0]
+    assert lacking([{}, {"weights": "epoch1/model.pt"}, {"weights": "epoch9/model.pt"}]) == []
+
+
 def test_a_negative_statement_needs_trials_checkpoints_and_a_control() -> None:
     lost, won = [image(i) for i in range(40)], [image(i, hit=True) for i in range(40)]
     defended = {"s0/noise": lost, "s1/noise": lost, "s2/noise": lost}
@@ -256,6 +319,14 @@ def test_a_failed_cell_keeps_the_total_from_being_bounded() -> None:
     assert audit_verdict(done).verdict == "BOUNDED"
     failed = with_verdicts(plan, cells_of(plan, [], status="failed"))
     assert audit_verdict(failed).verdict == "INCONCLUSIVE"
+    assert "1 of them was not finished" in audit_verdict(failed).text
+
+
+def test_what_a_cell_has_proved_before_it_failed_counts_in_the_total() -> None:
+    plan = plan_of()
+    cells = with_verdicts(plan, cells_of(plan, [image(0, hit=True, proved=True)], status="failed"))
+    assert audit_verdict(cells).verdict == "VIOLATED"
+    assert "verified algebraically" in audit_verdict(cells).text
 
 
 def test_identification_has_its_own_chance() -> None:
@@ -355,6 +426,15 @@ def test_what_no_verdict_could_be_given_on_is_refused(verdict: dict[str, Any], s
     with pytest.raises(BadInput) as wrong:
         parse_plan(small(verdict=verdict))
     assert sentence in "\n".join(wrong.value.problems)
+
+
+@pytest.mark.parametrize("gallery", [2, 3])
+def test_a_game_that_guessing_wins_too_often_is_refused(gallery: int) -> None:
+    top: dict[str, Any] = {"threat": {"grants": ["examples", "gallery"], "gallery": gallery}}
+    with pytest.raises(BadInput, match=rf"threat.gallery: guessing among {gallery} candidates .* raise it to 4 at"):
+        parse_plan(
+            small({"name": "gallery"}, verdict={"event": "identified", "tolerance": 0.25, "chance": 0.01}, **top)
+        )
 
 
 def test_a_run_carries_its_verdict_everywhere(tmp_path: Path) -> None:

@@ -182,5 +182,6 @@ def test_the_ceiling_of_a_sampled_image_is_not_rounded_down() -> None:
     """100 releases at rate .014 hold an image 1.4 times: two observations, not one."""
     sampled = summary.ceiling(summary.Setting(1e-3, steps=100, rate=0.014), 3072)
     assert sampled == pytest.approx(psnr_ceiling(1e-3, 3072, observations=2))
-    assert summary.ceiling(summary.Setting(1e-3, steps=100, rate=0.07), 3072) == psnr_ceiling(1e-3, 3072, observations=7)
+    whole = summary.ceiling(summary.Setting(1e-3, steps=100, rate=0.07), 3072)
+    assert whole == psnr_ceiling(1e-3, 3072, observations=7)
     assert summary.ceiling(summary.Setting(1e-3, steps=3), 3072) == psnr_ceiling(1e-3, 3072, observations=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ def semantic_problems(plan: Plan) -> list[str]:
         found += _client_problems(scenario.client, f"{where}.client")
         found += _defense_problems(scenario, where)
         found += _attack_problems(plan, scenario, where)
+        found += _game_problems(plan, scenario, where)
     return found
 
 
@@ -193,6 +195,20 @@ def _attack_problems(plan: Plan, scenario: ScenarioPlan, where: str) -> list[str
                 f"{', '.join(map(repr, lacking))}; add to threat.grants, or choose another attack."
             )
     return found
+
+
+def _game_problems(plan: Plan, scenario: ScenarioPlan, where: str) -> list[str]:
+    """Guessing among few candidates must not exceed what is tolerated."""
+    threat, v = plan.threat_of(scenario), plan.verdict
+    if v.event != "identified" or "gallery" not in threat.grants or v.tolerance >= 1 / threat.gallery:
+        return []
+    least = math.ceil(1 / v.tolerance - 1e-9) if v.tolerance > 0 else None
+    raise_it = "" if least is None else f" to {least} at least"
+    at = f"{where}.threat" if scenario.threat is not None else "threat"
+    return [
+        f"{at}.gallery: guessing among {threat.gallery} candidates succeeds more often than verdict.tolerance = "
+        f"{v.tolerance:g}; raise it{raise_it}, or the tolerance."
+    ]
 
 
 def _entry_problems(registry: Registry[Any], entry: Named, where: str) -> list[str]:

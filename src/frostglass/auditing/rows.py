@@ -287,6 +287,7 @@ def headline(rows: Sequence[Cell]) -> str:
     text = outcome(worst.attack, worst.summary, worst.encoding_summary)
     bound = " (upper bound)" if worst.upper_bound else ""
     kind = "gradient" if worst.update == "gradient" else "weight difference"
-    sent = f"one {kind}" if worst.batches == 1 else f"{worst.batches} {kind}s"
+    messages = worst.summary.batches if worst.summary else worst.batches  # of a failed cell, those that were attacked
+    sent = f"one {kind}" if messages == 1 else f"{messages} {kind}s"
     against = "" if worst.defense == "none" else f" despite {worst.defense}"
     return f"From {sent} of “{worst.scenario}”{against}: {text}{bound}. The server held the model and {knew}."

@@ -63,7 +63,8 @@ def decided_on(
     if typical:
         found.append(f"As close to other images of the class, so not counted: {len(typical)} of {len(near)}.")
     blind = [t for t in targets if t not in near and not t.proved and not _rankable(plan, cell, t)]
-    if blind:  # of those that reach the threshold, the verdict says it
+    if blind and not METRICS[plan.report.threshold.metric].make().needs_context:
+        # of those that reach the threshold, the verdict says it
         held = [t.null.n0 for t in blind if t.null is not None]
         has = f"the source holds {min(held)}" if held else "there was no such comparison"
         found.append(
@@ -86,7 +87,10 @@ def _rankable(plan: Plan, cell: Cell, row: ImageScore) -> bool:
 def calibrated(plan: Plan, cell: Cell, row: ImageScore) -> bool:
     """Closer to its original than to other images of its class, at a level that pays for matching in the batch."""
     p = row.null.p.get(plan.report.threshold.metric) if row.null else None
-    return p is not None and p <= plan.verdict.chance / matched_among(cell)
+    if row.null is None or p is None:
+        return False
+    among = row.null.n0 + 1
+    return round(p * among) <= among * plan.verdict.chance / matched_among(cell) * (1 + 1e-9)  # `p` has six digits
 
 
 def matched_among(cell: Cell) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from frostglass.auditing.cells import CellPlan, expand
 from frostglass.auditing.claims import guarantee_of
 from frostglass.auditing.linting.plan_defenses import defense_facts
 from frostglass.auditing.linting.rules import findings
+from frostglass.auditing.metrics.registry import METRICS
 from frostglass.auditing.plan import Plan
 from frostglass.auditing.plan_verdict import LEAST_TRIALS
 from frostglass.auditing.scorecard import AuditVerdict, Cell, ImageScore, Verdict
@@ -53,7 +55,8 @@ class Trials:
 
 def trials_of(plan: Plan, cell: Cell) -> Trials:
     """One trial for each finished message of a cell."""
-    rows = [cell.images[i : i + cell.batch] for i in range(0, len(cell.images), cell.batch)]
+    size = len(cell.images) if cell.batches == 1 else cell.batch  # one message may hold more than is known of it
+    rows = [cell.images[i : i + size] for i in range(0, len(cell.images), max(1, size))]
     rng = Rng.from_seed(plan.seed, "verdict target").at(cell.scenario)
     targets = [t for u, unit in enumerate(rows) if (t := _target(plan, unit, rng.at(u))) is not None]
     named = plan.verdict.event == "identified"
@@ -96,8 +99,10 @@ def _invalid(
     found = []
     event = plan.verdict.event
     watched = [[t] for t in targets] if event == "identified" else rows
-    held = [row.sha256 for unit in watched for row in unit]
-    if len(watched) > 1 and len(set(held)) < len(held):
+    held = [row for unit in watched for row in unit]
+    contents, names = {r.sha256 for r in held}, {r.id for r in held}  # an augmented image keeps its name alone
+    repeated = len(contents) < len(held) or (all(r.target == "private" for r in held) and len(names) < len(held))
+    if len(watched) > 1 and repeated:
         found.append("The same image is in several messages: trials are not independent.")
     if event == "identified":
         if not targets:
@@ -108,12 +113,16 @@ def _invalid(
         among = matched_among(cell)
         metric, level = plan.report.threshold.metric, plan.verdict.chance / among
         close = [t for t in targets if not t.proved and reaches(plan, t)]
-        if any(t.null is None or metric not in t.null.p for t in close):
+        if close and METRICS[metric].make().needs_context:
+            found.append(
+                f"{metric} compares with a pool and takes no rank among other images, so it is not calibrated."
+            )
+        elif any(t.null is None or metric not in t.null.p for t in close):
             found.append(
                 f"The {metric} of a target could not be calibrated: its source holds fewer than 99 other images of "
                 "its class, or report.null is off."
             )
-        elif any(t.null is not None and (t.null.n0 + 1) * level < 1 for t in close):
+        elif any(t.null is not None and (t.null.n0 + 1) * level < 1 - 1e-9 for t in close):
             found.append(
                 f"A chance of {level:g} an image ({plan.verdict.chance:g}, {among} images) needs at least "
                 f"{1 / level - 1:.0f} other images of the class; raise verdict.chance, or lower client.batch."
@@ -214,14 +223,18 @@ def _lacking(cell: Cell, own: CellPlan, trials: Trials, known: Known, confidence
 
 
 def stages_of(own: CellPlan, known: Known) -> list[str]:
-    """Stages of training at which the same question was asked: scenarios that differ in weights, stage and name."""
-    stages = [_stage(p) for c, p, _ in known if c.status == "done" and _question(p) == _question(own)]
-    return sorted(set(stages) | {_stage(own)})
+    """Stages of training at which the same question was asked: scenarios that differ in weights, stage and name.
+
+    The same weights are one checkpoint, whatever stages they are given.
+    """
+    asked = [p for c, p, _ in known if c.status == "done" and _question(p) == _question(own)]
+    by_weights = {p.scenario.model.weights: _stage(p) for p in [*asked, own]}
+    return sorted(set(by_weights.values()))
 
 
 def _stage(p: CellPlan) -> str:
     model = p.scenario.model
-    return model.stage or ("init" if model.weights is None else f"weights {model.weights.rpartition('/')[2]}")
+    return model.stage or ("init" if model.weights is None else f"weights {'/'.join(Path(model.weights).parts[-2:])}")
 
 
 def _question(p: CellPlan) -> tuple[str, ...]:
@@ -245,17 +258,18 @@ def _linter_errors(plan: Plan, cell: CellPlan) -> int:
 
 
 def audit_verdict(cells: Sequence[Cell]) -> AuditVerdict:
-    """Over all cells that are tests and were finished."""
-    tests = [c for c in cells if c.verdict is not None and c.verdict.role == "test"]
-    kinds = [c.verdict.verdict for c in tests if c.verdict is not None and c.status == "done"]
-    unfinished = len(kinds) < len(tests)
-    kind = overall(kinds)
+    """Over all cells that are tests: what one that failed has shown counts, and with it nothing is BOUNDED."""
+    tests = [(c, c.verdict) for c in cells if c.verdict is not None and c.verdict.role == "test"]
+    unfinished = sum(c.status != "done" for c, _ in tests)
+    kind = overall([v.verdict for _, v in tests])
     if unfinished and kind == "BOUNDED":
         kind = "INCONCLUSIVE"
-    first = next((c for c in tests if c.verdict is not None and c.verdict.verdict == kind), None)
+    first = next(((c, v) for c, v in tests if v.verdict == kind), None)
     many = plural(len(tests), "test")
-    if first is None or first.verdict is None:
-        text = f"{kind} over {many}: no test gives a verdict of its own."
+    if first is not None:
+        text = f"{kind} over {many}. “{first[0].title}”: {first[1].text}"
+    elif unfinished:
+        text = f"{kind} over {many}: {unfinished} of them {'was' if unfinished == 1 else 'were'} not finished."
     else:
-        text = f"{kind} over {many}. “{first.title}”: {first.verdict.text}"
+        text = f"{kind} over {many}: no cell is a test."
     return AuditVerdict(verdict=kind, text=text, exit_code=EXIT_CODES[kind], tests=len(tests))

@@ -64,6 +64,11 @@ class Evidence:
     recognisable: str = ""
     about: tuple[str, ...] = ()
 
+    @property
+    def bar(self) -> float:
+        """What a violation exceeds: the tolerance, and never less than what guessing reaches."""
+        return max(self.tolerance, self.kappa)
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -97,7 +102,7 @@ def decide(e: Evidence) -> Decision:
     holds: list[Kind] = []
     if g is not None and floor > g.observed:
         holds.append("BROKEN CLAIM")
-    if floor > e.tolerance or e.proved:
+    if floor > e.bar or e.proved:
         holds.append("VIOLATED")
     if g is not None and g.assumptions and max(g.observed, g.total) <= e.tolerance and not e.linter_errors:
         holds.append("BOUNDED")
@@ -117,7 +122,7 @@ def _words(kind: Kind, e: Evidence, lower: float, upper: float | None, unsuccess
             f"The implementation, the accounting or a stated assumption is wrong: {seen}, a rate of at least "
             f"{lower:.3g} ({sure}), where {g.basis} allows {g.observed:.3g} at the most."
         )
-    if kind == "VIOLATED" and lower > e.tolerance:
+    if kind == "VIOLATED" and lower > e.bar:
         return (
             f"The attack succeeds more often than tolerated: {seen}, a rate of at least {lower:.3g} ({sure}); "
             f"tolerated is {e.tolerance:g}."
