@@ -168,3 +168,16 @@ def test_a_network_is_fitted_and_used(made, tmp_path, capsys) -> None:
     code, _, err = call(capsys, "fit-similarity", others, "--out", tmp_path / "n.pt")
     assert code == 2
     assert "must end in .safetensors" in err
+    (tmp_path / "folder.safetensors").mkdir()
+    for out, sentence in (("folder.safetensors", "is a folder"), ("n.safetensors/deeper.safetensors", "cannot be")):
+        code, _, err = call(capsys, "fit-similarity", others, "--out", tmp_path / out, "--steps", 10**9)
+        assert code == 2
+        assert sentence in err, "said before the fit, not after it"
+    assert call(capsys, "fit-similarity", others, "--out", tmp_path / "m.safetensors", "--limit", -5)[0] == 2
+
+
+def test_a_size_that_is_not_possible_is_refused(made, tmp_path, capsys) -> None:
+    code, _, err = call(capsys, "challenge", "make", made / "more", tmp_path / "c", "--private-images", 6, "--k", 2,
+                        "--private", 2, "--size", 0)  # fmt: skip
+    assert code == 2
+    assert "--size: 0 pixels" in err

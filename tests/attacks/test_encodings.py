@@ -46,6 +46,28 @@ def test_unmixing_takes_a_sample_where_there_are_too_many() -> None:
     assert (found.info["encodings_used"], found.info["of"]) == (60, 120)
 
 
+def test_labels_of_zeros_leave_out_their_encodings_alone() -> None:
+    held = scene(images=6, rounds=20)
+    message = held.seen.messages[0]
+    assert isinstance(message, EncodingMessage)
+    assert message.targets is not None
+    targets = message.targets.clone()
+    targets[[3, 50]] = 0
+    seen = replace(held.seen, messages=(EncodingMessage(message.images, targets),))
+    found = run("unmix_statistical", replace(held, seen=seen), rounds=6)
+    assert found.info["encodings_used"] == 118
+    assert similarity_of_best(found.images, held.images, either_sign=True) > 0.9
+    assert "2 encodings have a label of zeros" in ATTACKS["unmix_statistical"].make().warnings(seen)[0]
+
+
+def test_encodings_of_zeros_are_refused_in_words() -> None:
+    seen = scene(images=6, rounds=3).seen
+    message = seen.messages[0]
+    assert isinstance(message, EncodingMessage)
+    blank = replace(seen, messages=(EncodingMessage(message.images * 0, message.targets),))
+    assert "every value is 0" in ATTACKS["unmix_statistical"].make().check(blank)[0]
+
+
 def test_more_starts_are_never_less_likely() -> None:
     held = scene(images=6, rounds=8)
     one, three = (run("unmix_statistical", held, starts=n, rounds=3) for n in (1, 3))

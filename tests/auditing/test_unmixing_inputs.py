@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -172,6 +175,69 @@ def test_grants_that_contradict_the_set_are_refused(known, sentence) -> None:
     with pytest.raises(BadInput) as wrong:
         see(from_tensors(torch.zeros(6, 3, 8, 8), torch.full((6, 2), 0.25)), **known)
     assert sentence in str(wrong.value)
+
+
+def labelled(private: int, classes: int, mass: float) -> torch.Tensor:
+    rows = torch.stack([torch.randperm(classes)[:private] for _ in range(40)])
+    return torch.zeros(40, classes).scatter_(1, rows, mass / private)
+
+
+def test_k_alone_leaves_private_slots_to_the_labels() -> None:
+    x = torch.rand(40, 3, 8, 8)
+    view = see(from_tensors(x, labelled(2, 10, 0.5)), k=6)
+    assert (view.law.k, view.law.private) == (6, 2)
+    assert "2 private images in one encoding are assumed" in " ".join(view.notes)
+    assert see(from_tensors(x, labelled(2, 10, 1.0)), k=6).law.private == 2, "renormalised"
+    assert see(from_tensors(x, labelled(4, 10, 1.0)), k=4).law.private == 4, "inside"
+    assert see(from_tensors(x, labelled(2, 2, 1.0)), k=4).law.private == 4, "two classes cannot tell"
+    assert see(from_tensors(x, None), k=4).law.private == 4
+    assert see(from_tensors(x, labelled(2, 10, 0.5)), k=6, labels="none").law.private == 6, "withheld is not peeked at"
+    assert see(from_tensors(x, labelled(2, 10, 0.5)), k=6, private=3).law.private == 3
+
+
+def test_what_a_manifest_says_of_the_same_k_still_holds() -> None:
+    told = {"k": 6, "private": 2, "c1": 0.8, "c2": 0.2}
+    held = replace(from_tensors(torch.rand(40, 3, 8, 8), labelled(2, 2, 0.5)), manifest=told)
+    law = see(held, k=6).law
+    assert (law.private, law.c1, law.c2) == (2, 0.8, 0.2)
+    assert see(held, c1=0.9).law.c1 == 0.9
+    assert see(held, k=4).law.c1 == 0.65, "another encoder than the manifest's"
+
+
+def test_the_words_claim_no_grant_that_is_not_used() -> None:
+    bare, held = (
+        from_tensors(torch.rand(6, 3, 8, 8), None),
+        from_tensors(torch.rand(6, 3, 8, 8), torch.full((6, 2), 0.2)),
+    )
+    assert dict(see(bare).words)["images of each class"].startswith("not used")
+    assert dict(see(held, labels="none", per_class=[1, 2]).words)["images of each class"].startswith("not used")
+    assert dict(see(held, per_class=[1, 2]).words)["images of each class"] == "given"
+
+
+@pytest.mark.parametrize("stored", ["0 to 1", "0 to 255", "bytes"])
+def test_masked_encodings_that_were_moved_to_0_to_1_are_moved_back(tmp_path, stored) -> None:
+    x = np.random.default_rng(0).normal(0, 0.35, (12, 8, 8, 3)).clip(-1, 1).astype(np.float32)
+    unit = (x + 1) / 2
+    kept = {"0 to 1": unit, "0 to 255": 255 * unit, "bytes": (255 * unit).round().astype(np.uint8)}[stored]
+    held = read_encoded(arrays(tmp_path / "a", kept))
+    assert np.allclose(held.images.permute(0, 2, 3, 1).numpy(), x, atol=0.01)
+    assert "moved to [-1, 1]" in held.notes[-1]
+
+
+def test_absolute_values_stay_and_are_called_so(tmp_path) -> None:
+    x = np.abs(np.random.default_rng(0).normal(0, 0.35, (12, 8, 8, 3)).clip(-1, 1)).astype(np.float32)
+    held = read_encoded(arrays(tmp_path / "a", x))
+    assert np.array_equal(held.images.permute(0, 2, 3, 1).numpy(), x)
+    assert "read as absolute values" in held.notes[-1]
+
+
+@pytest.mark.parametrize("changed", [{"private_images": "x"}, {"k": "six"}, {"rounds": -1}, {"mask": "other"}])
+def test_a_damaged_challenge_is_named(tmp_path, changed) -> None:
+    folder = arrays(tmp_path / "a")
+    about = {"format": "frostglass challenge", "commitment": "0", "k": 2, "private": 2, **changed}
+    (folder / "challenge.json").write_text(json.dumps(about))
+    with pytest.raises(BadInput, match=f"damaged \\(at {next(iter(changed))}"):
+        read_encoded(folder)
 
 
 def test_groups_leave_the_order_of_the_set_alone(tmp_path) -> None:

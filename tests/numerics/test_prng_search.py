@@ -14,7 +14,16 @@ from frostglass.defenses.sets.writing import SetWriter
 from frostglass.numerics.key_rows import MixLaw, draw_coefficients
 from frostglass.numerics.keystream import Secret
 from frostglass.numerics.mixing import coarse_targets
-from frostglass.numerics.prng_search import clues_of, fits, label_mode, search_permutation, search_released
+from frostglass.numerics.prng_search import (
+    MASS,
+    PARTS,
+    SKIP,
+    clues_of,
+    fits,
+    label_mode,
+    search_permutation,
+    search_released,
+)
 from frostglass.numerics.prng_search_own import own_keys, search_own, shard_path
 from frostglass.numerics.prng_search_released import released_coefficients, released_keys
 from frostglass.numerics.prng_search_solve import consistent, second_classes, solve_images
@@ -92,6 +101,8 @@ def test_one_hot_labels_and_too_many_classes_are_refused() -> None:
         clues_of(np.eye(4, dtype=np.float32), CROSS)
     with pytest.raises(BadInput, match="names 3 classes"):
         clues_of(np.full((4, 3), 0.3, np.float32), CROSS)
+    gaps = np.array([[0.31, 0.22, 0], [0, 0, 0], [0, 0.41, 0]], np.float32)
+    assert clues_of(gaps, CROSS).kinds.tolist() == [PARTS, SKIP, MASS], "a missing label says nothing"
 
 
 @pytest.mark.parametrize("settings", [{"k": 4}, {"k": 6, "private": 2}, {"k": 4, "law": "dirichlet"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.numerics.key_rows import MixLaw
 from frostglass.numerics.similarity_network import Shape, SimilarityNetwork, embed, load_network, save_network
-from frostglass.numerics.similarity_network_fit import FitSettings, coefficient_rows, fit, pairs
+from frostglass.numerics.similarity_network_fit import FitSettings, coefficient_rows, fit, pairs, pairs_and_rows
 
 CPU = torch.device("cpu")
 TINY = FitSettings(steps=3, batch=8, width=4, features=8)
@@ -29,6 +31,23 @@ def test_pairs_share_an_image() -> None:
     a, b = pairs(crops(8) * 2 - 1, MixLaw(1, 1, c1=1.0), 16, Rng.from_seed(2))
     assert torch.equal(a, b)
     assert bool((a >= 0).all())
+
+
+def test_pairs_that_share_a_partner_are_no_pairs_of_different_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten images two encodings of four often share one; the AUC of a perfect judge is 1 all the same."""
+    from frostglass.numerics import similarity_network_fit as fitted
+
+    images, law, rng = crops(8, 10) * 2 - 1, MixLaw(4, 2), Rng.from_seed(4)
+    _, _, left, right = pairs_and_rows(images, law, 40, rng)
+    both = torch.cat([left, right])
+    held = torch.nn.functional.one_hot(both, 10).amax(1).float()  # inner products count the images in common
+    monkeypatch.setattr(fitted, "embed", lambda network, y: held[:40] if torch.equal(y, a) else held[40:])
+    a = pairs(images, law, 40, rng)[0]
+    assert fitted.held_out_auc(SimilarityNetwork(Shape(3, 8, 4, features=8)), images, law, rng) == 1.0
+    two = crops(8, 2) * 2 - 1
+    monkeypatch.undo()
+    network = SimilarityNetwork(Shape(3, 8, 4, features=8))
+    assert math.isnan(fitted.held_out_auc(network, two, MixLaw(6, 2), rng)), "all share something"
 
 
 def test_the_mask_makes_no_difference() -> None:

@@ -113,11 +113,30 @@ def _from_arrays(folder: Path) -> EncodedSet:
         raise BadInput(f"unmix: {ENCODINGS} has shape {array.shape}; neither its last nor its second axis is 1 or 3.")
     largest = float(images.abs().max())
     if np.isfinite(largest) and largest > 1 + 1e-4:
-        images = images / largest
-        notes.append(
-            f"Encodings reached {largest:.4g} in size; they were divided by it, so that pixels are in [-1, 1]."
-        )
+        scale = max(largest, 255.0) if array.dtype == np.uint8 else largest
+        images = images / scale
+        notes.append(f"Encodings reached {largest:.4g} in size; they were divided by {scale:.4g}.")
+    if np.isfinite(largest) and float(images.min()) >= 0:
+        images, told = _without_sign(images)
+        notes.append(told)
     return _made(images, _labels(folder / LABELS, len(images)), _challenge(folder), folder.name, tuple(notes))
+
+
+def _without_sign(images: Tensor) -> tuple[Tensor, str]:
+    """Encodings without negative values: moved to [-1, 1] if they were stored in [0, 1], which random signs betray.
+
+    A sign mask makes values as often v as -v, so that stored as (1 + v) / 2 they lie evenly about 1/2. Absolute values
+    do not: small ones are the most frequent.
+    """
+    values = images.flatten()[:: max(1, images.numel() // 1_000_000)]
+    low = values.quantile(torch.tensor([0.05, 0.1, 0.25, 0.5]))
+    high = values.quantile(torch.tensor([0.95, 0.9, 0.75, 0.5]))
+    if float((low + high - 1).abs().max()) < 0.03 and float(high[0] - low[0]) > 0.1:
+        return 2 * images - 1, "Encodings lie evenly about the middle of [0, 1]; they were moved to [-1, 1]."
+    return images, (
+        "No encoding has a negative value: they are read as absolute values. If pixels were stored in [0, 1], give "
+        "2 x - 1 instead."
+    )
 
 
 def _challenge(folder: Path) -> dict[str, Any]:
@@ -125,6 +144,11 @@ def _challenge(folder: Path) -> dict[str, Any]:
     if not (folder / ABOUT).is_file():
         return {}
     held = read_about(folder)
+    counts = ("private_images", "k", "private", "public_images", "rounds")
+    wrong = [n for n in counts if n in held and (type(held[n]) is not int or held[n] < 0)]
+    wrong += [] if held.get("mask", "sign") in ("sign", "abs", "none") else ["mask"]
+    if wrong:
+        raise BadInput(f"unmix: {ABOUT} is damaged (at {', '.join(wrong)}); copy the challenge anew.")
     kept = ("k", "private", "c1", "c2", "law", "mask", "labels", "public_images", "rounds", "insecure")
     return {"images": held.get("private_images"), **{key: held[key] for key in kept if key in held}}
 

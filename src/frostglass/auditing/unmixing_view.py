@@ -55,7 +55,8 @@ def view_of(plan: UnmixPlan, encoded: EncodedSet) -> View:
         BadInput: grants that contradict the set or each other.
     """
     manifest, known = encoded.manifest, plan.known
-    settings, law = settings_of(known, manifest)
+    assumed = None if known.labels == "none" else private_named(encoded.targets, known.k)
+    settings, law = settings_of(known, manifest, assumed)
     if plan.pool is not None:
         settings["public"] = _pool(Path(plan.pool), encoded.shape)
         settings["public_images"] = len(settings["public"])
@@ -70,6 +71,8 @@ def view_of(plan: UnmixPlan, encoded: EncodedSet) -> View:
     if known.labels != "none" and encoded.targets is None and known.per_class is not None:
         raise BadInput("known.per_class: the set has no labels, so counts by class say nothing; leave them out.")
     targets, notes = _targets(known, encoded, law)
+    if law is not None and known.private is None and "private" not in manifest:
+        notes.append(f"known.private is not given: {law.private} private images in one encoding are assumed.")
     per_class = _per_class(known, targets, images)
     auxiliary = None
     if plan.auxiliary is not None:
@@ -92,14 +95,25 @@ def view_of(plan: UnmixPlan, encoded: EncodedSet) -> View:
     return View(seen, tuple(sorted(grants)), _words(plan, encoded, settings, images, law), images, law, tuple(notes))
 
 
-def settings_of(known: KnownPlan, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], MixLaw | None]:
-    """The encoder's settings: as the plan says, else as the manifest publishes them; no law without k."""
+def settings_of(
+    known: KnownPlan, manifest: Mapping[str, Any], assumed: int | None = None
+) -> tuple[dict[str, Any], MixLaw | None]:
+    """The encoder's settings: as the plan says, else as the manifest publishes them; no law without k.
+
+    Args:
+        known: the plan's; its k beside the manifest's own says nothing new.
+        manifest: of the set.
+        assumed: private images in one encoding if neither says how many; None for all.
+    """
+    if known.k not in (None, manifest.get("k")):
+        manifest = {key: value for key, value in manifest.items() if key not in ("k", "private", "c1", "c2")}
     k = known.k or manifest.get("k")
-    private = known.private or (manifest.get("private") if known.k is None else None) or k
+    private = known.private or manifest.get("private") or assumed or k
+    default = KnownPlan()
     settings: dict[str, Any] = {
         "k": k, "private": private,
-        "c1": known.c1 if known.k is not None else manifest.get("c1", known.c1),
-        "c2": known.c2 if known.k is not None else manifest.get("c2", known.c2),
+        "c1": known.c1 if known.c1 != default.c1 else manifest.get("c1", known.c1),
+        "c2": known.c2 if known.c2 != default.c2 else manifest.get("c2", known.c2),
         "law": known.law or manifest.get("law") or "folded_normal",
         "mask": known.mask or manifest.get("mask") or "sign",
         "labels": manifest.get("labels"),
@@ -114,6 +128,19 @@ def settings_of(known: KnownPlan, manifest: Mapping[str, Any]) -> tuple[dict[str
     except (BadInput, TypeError, ValueError) as wrong:
         raise BadInput(f"unmix: k, private, c1, c2 or law of the set are not possible ({wrong}).") from None
     return settings, law
+
+
+def private_named(targets: Tensor | None, k: int | None) -> int | None:
+    """Private images in one encoding, as many as a label names; None where labels cannot tell.
+
+    They cannot where labels name all classes there are, unless part of the mass is missing: that is public.
+    """
+    if targets is None or k is None:
+        return None
+    held = targets > 0
+    most, classes = int(held.sum(1).max()), int(held.any(0).sum())
+    told = 0 < most < classes or (most > 1 and float(targets.sum(1).median()) < 0.999)
+    return min(most, k) if told else None
 
 
 def _pool(folder: Path, shape: tuple[int, int, int]) -> Tensor:
@@ -195,12 +222,15 @@ def _words(
     encoder = "not known" if law is None else (
         f"k = {law.k}, {law.private} private, {law.law.replace('_', ' ')} coefficients, mask {settings['mask']}"
     )  # fmt: skip
+    unlabelled = encoded.targets is None or plan.known.labels == "none"
+    given = "given" if plan.known.per_class else "not given; estimated from the labels"
+    classes = "not used, as there are no labels" if unlabelled else given
     pool = "not given" if plan.pool is None else f"{settings['public_images']} images, those that were mixed in"
     return (
         ("encodings", f"{len(encoded.images)} of {encoded.shape[1]} × {encoded.shape[2]} pixels"),
         ("labels", labels),
         ("number of private images", "not known" if images is None else str(images)),
-        ("images of each class", "given" if plan.known.per_class else "not given; estimated from the labels"),
+        ("images of each class", classes),
         ("encoder", encoder),
         ("public pool", pool),
         ("which encodings share an image", "not given" if plan.groups is None else "given, by --groups"),

@@ -82,7 +82,8 @@ def clues_of(targets: NDArray[np.float32], law: MixLaw, rows: int = ROWS) -> Clu
         parts = np.pad(parts, ((0, 0), (0, law.private - parts.shape[1])))
     whole = count == law.private
     summed = (law.private < law.k) & (mode != "renormalised")
-    kinds = np.where(whole, PARTS, np.where(summed, MASS, SKIP))
+    missing = (count == 0) & (mode != "quantised")  # no label at all; quarters may round to none
+    kinds = np.where(whole, PARTS, np.where(summed & ~missing, MASS, SKIP))
     return Clues(kinds.astype(np.int64), parts, held.sum(1), mode)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from frostglass.core.errors import BadInput
@@ -52,7 +52,7 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The network, and the share of held-out pairs of encodings that rank right (AUC; 0.5 is chance)."""
+    """The network, and the share of held-out pairs of encodings that rank right (AUC; 0.5 is chance, NaN: too few)."""
 
     network: SimilarityNetwork
     auc: float
@@ -77,8 +77,16 @@ def pairs(
     images: Float[Tensor, "n c h w"], law: MixLaw, batch: int, rng: Rng
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
     """Absolute values of two encodings of each of `batch` images, in a private slot each, partners from `images`."""
+    a, b, _, _ = pairs_and_rows(images, law, batch, rng)
+    return a, b
+
+
+def pairs_and_rows(
+    images: Float[Tensor, "n c h w"], law: MixLaw, batch: int, rng: Rng
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"], Int64[Tensor, "b k"], Int64[Tensor, "b k"]]:
+    """`pairs`, and which images each of the two encodings holds."""
     chosen = rng.at("images").integers(len(images), (batch,))
-    made = []
+    made, held = [], []
     for side in (0, 1):
         here = rng.at("side", side)
         weights = coefficient_rows(law, batch, here.at("coefficients"))
@@ -89,7 +97,8 @@ def pairs(
         for j in range(law.k):
             mixed += weights[:, j, None, None, None].to(images) * images[index[:, j]]
         made.append(mixed.abs())
-    return made[0], made[1]
+        held.append(index)
+    return made[0], made[1], held[0], held[1]
 
 
 def fit(
@@ -139,10 +148,16 @@ def fit(
 
 
 def held_out_auc(network: SimilarityNetwork, images: Float[Tensor, "n c h w"], law: MixLaw, rng: Rng) -> float:
-    """P(two encodings of one image score above two of different images), on pairs of held-out images."""
-    a, b = pairs(images, law, min(400, 4 * len(images)), rng)
+    """P(two encodings of one image score above two that share none), on pairs of held-out images.
+
+    Of few images nearly all pairs share a partner; those say nothing. NaN where none are left.
+    """
+    a, b, left, right = pairs_and_rows(images, law, min(400, 4 * len(images)), rng)
     s = embed(network, a) @ embed(network, b).T
     same = s.diagonal().contiguous()
-    other = s[~torch.eye(len(s), dtype=torch.bool)]
+    shared = torch.stack([(left[i, :, None, None] == right[None]).any(0).any(-1) for i in range(len(left))])
+    other = s[~shared]
+    if not len(other):
+        return float("nan")
     ranked = torch.searchsorted(other.sort().values, same)
     return float(ranked.double().mean() / len(other))

@@ -119,6 +119,8 @@ def problem(
         raise BadInput(f"encodings: shape {tuple(encodings.shape)} must be [encodings, channels, height, width].")
     if not bool(encodings.isfinite().all()):
         raise BadInput("encodings: some values are not finite; give pixels in [-1, 1].")
+    if not bool(encodings.any()):
+        raise BadInput("encodings: every value is 0; there is nothing in them.")
     if images < 1 or private < 1 or private > images:
         raise BadInput(f"private, images: {private} private images a row of {images} is not possible.")
     if len(encodings) < images:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from pathlib import Path
 
 import click
@@ -20,7 +22,9 @@ from frostglass.core.errors import BadInput
 @click.option("--steps", default=1500, show_default=True, help="Of AdamW.")
 @click.option("--batch", default=128, show_default=True, help="Images a step, each encoded twice.")
 @click.option("--width", default=24, show_default=True, help="Channels; the time grows with their square.")
-@click.option("--limit", default=20_000, show_default=True, help="Images at the most, drawn from all.")
+@click.option(
+    "--limit", type=click.IntRange(64), default=20_000, show_default=True, help="Images at the most, drawn from all."
+)
 @click.option(
     "--seed",
     type=click.IntRange(0),
@@ -49,6 +53,14 @@ def command(
 
     if out.suffix != ".safetensors":
         raise BadInput(f"fit-similarity: {out} must end in .safetensors; change --out.")
+    if out.is_dir():
+        raise BadInput(f"fit-similarity: {out} is a folder; name a file.")
+    try:  # minutes later would be too late
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as wrong:
+        raise BadInput(f"fit-similarity: {out} cannot be written ({wrong.strerror or wrong}).") from None
     settings, place = FitSettings(steps=steps, batch=batch, width=width), pick_device(device)
     mixing = MixLaw(k, private, law=law)  # type: ignore[arg-type]
     mixing.check()
@@ -67,6 +79,9 @@ def command(
     about = {"fitted_on": f"{len(held)} images", "k": str(k), "private": str(private), "steps": str(steps),
              "seed": str(seed), "auc": f"{found.auc:.4f}"}  # fmt: skip
     save_network(found.network, out, **about)
+    if math.isnan(found.auc):
+        click.echo(f"{out}: the held-out images are too few to say how well it tells encodings apart.")
+        return
     click.echo(
         f"{out}: tells two encodings of one image from others with AUC {found.auc:.3f} on images that it was not "
         "fitted to (0.5 is chance)."

@@ -99,7 +99,7 @@ class Unmix:
                 f"{needed / 2**30:.0f} GiB; attack a part of the set (encodings of some classes), or smaller images."
             ]
         try:
-            self._problem(seen, torch.arange(min(len(encodings_of(seen)), self.limit)))
+            self._problem(seen, labelled_rows(seen)[: self.limit])
         except BadInput as wrong:
             return list(wrong.problems)
         return []
@@ -109,9 +109,9 @@ class Unmix:
         held = encodings_of(seen)
         if not bool(held.isfinite().all()):
             raise AttackFailed(f"{self.name}: the encodings hold values that are not finite.")
-        rows = torch.arange(len(held))
-        if len(held) > self.limit:
-            rows = run.rng.at("sample").permutation(len(held))[: self.limit].sort().values
+        rows = labelled_rows(seen)
+        if len(rows) > self.limit:
+            rows = rows[run.rng.at("sample").permutation(len(rows))[: self.limit].sort().values]
         state = self._start(seen, rows, run, 0)
         return Progress(rows, state, state, 0)
 
@@ -131,6 +131,11 @@ class Unmix:
         """The last start has settled."""
         ended = state.now.settled or state.now.round >= self.rounds
         return ended and state.start >= self.starts - 1
+
+    def warnings(self, seen: Observation) -> list[str]:
+        """What the result leaves out."""
+        missing = len(encodings_of(seen)) - len(labelled_rows(seen))
+        return [f"{missing} encodings have a label of zeros, and were left out."] if missing else []
 
     def read(self, seen: Observation, state: Progress) -> Reconstruction:
         """Images of the likeliest start, numbered class by class."""
@@ -168,6 +173,12 @@ class Unmix:
         given = self._problem(seen, rows)
         alike = None if self.likeness is None else self.likeness(given.y)
         return unmixing.unmix_start(given, run.rng.at("start", start), similarity=alike)
+
+
+def labelled_rows(seen: Observation) -> Tensor:
+    """Encodings whose label says something (coarse labels may round to zeros); all if there are no labels."""
+    targets = targets_of(seen)
+    return torch.arange(len(encodings_of(seen))) if targets is None else targets.sum(1).nonzero().flatten()
 
 
 def label_kind(seen: Observation) -> LabelKind:
