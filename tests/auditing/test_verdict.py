@@ -219,6 +219,24 @@ def test_one_message_is_one_trial_whatever_is_known_of_its_size() -> None:
     assert verdicts(plan, cell.images, batches=1, batch=1, pool=8)[0].verdict == "INCONCLUSIVE"
 
 
+def test_an_attack_that_returns_many_rows_has_as_many_tries(tmp_path: Path) -> None:
+    """The closest of 128 rows of noise is closer than 95 % of other images as often as not."""
+    plan = small(
+        {"name": "imprint"}, data={"source": "digits"}, model={"name": "imprinted", "options": {}},
+        client={"batch": 1, "batches": 3}, defense=[{"name": "noise", "std": 0.01}],
+        threat={"grants": ["modified_model"]}, report={"threshold": {"metric": "ssim", "value": 0.0}},
+    )  # fmt: skip
+    (cell,) = run_plan(parse_plan(plan), tmp_path / "run", device=torch.device("cpu")).cells
+    assert cell.rows == 128
+    assert min(i.null.p["ssim"] for i in cell.images if i.null is not None) <= 0.05
+    assert cell.verdict is not None
+    assert cell.verdict.successes == 0
+    assert 'grant "examples"' in cell.verdict.text
+    exact = plan | {"scenario": [plan["scenario"][0] | {"defense": [{"name": "none"}]}]}
+    (undefended,) = run_plan(parse_plan(exact), tmp_path / "exact", device=torch.device("cpu")).cells
+    assert undefended.rows is None
+
+
 def test_a_rank_at_the_level_itself_counts() -> None:
     """2 / 120 is .05 / 3, and written to six digits it is more."""
     plan = plan_of(batch=3)

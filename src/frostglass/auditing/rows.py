@@ -72,6 +72,7 @@ def cell_row(plan: Plan, cell: CellPlan, prepared: Prepared, done: Account) -> C
     """The scorecard's entry for a cell; of a failed one, it covers the repetitions that were finished."""
     client = cell.scenario.client
     threshold = plan.report.threshold
+    most = max((len(r.images) for r in done.results), default=0)
     return Cell(
         id=cell.id,
         title=cell.title,
@@ -104,6 +105,7 @@ def cell_row(plan: Plan, cell: CellPlan, prepared: Prepared, done: Account) -> C
         metric_notes={name: note for s in reversed(done.scored) for name, note in s.notes.items()},
         settings=json_ready(_settings(cell)),
         pool=next((s.truth.pool for s in done.scored if s.truth is not None), None),
+        rows=most if most > prepared.per_message else None,
         batchnorm=bool(bn_layers(prepared.model)),
     )
 

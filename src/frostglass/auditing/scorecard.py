@@ -203,6 +203,9 @@ class Cell(_Strict):
     pool: int | None = Field(
         None, description="private images that reconstructions were matched to, where the message holds some of them"
     )
+    rows: int | None = Field(
+        None, description="most reconstructions of one message, where an attack returned more than it holds images"
+    )
     batchnorm: bool | None = Field(None, description="whether the network has BatchNorm; null: not recorded")
     verdict: Verdict | None = Field(None, description="on the success event; null: none was given")
     pitfalls: list[PitfallCheck] = Field(default_factory=list, description="the 14 checks, in their order")

@@ -94,5 +94,5 @@ def calibrated(plan: Plan, cell: Cell, row: ImageScore) -> bool:
 
 
 def matched_among(cell: Cell) -> int:
-    """Images among which matching chose the closest: those of the message, or the pool that they are from."""
-    return cell.pool or cell.batch
+    """Images among which matching chose the closest: those of the message or of its pool, or more rows."""
+    return max(cell.pool or cell.batch, cell.rows or 0)

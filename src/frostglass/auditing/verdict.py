@@ -123,9 +123,11 @@ def _invalid(
                 "its class, or report.null is off."
             )
         elif any(t.null is not None and (t.null.n0 + 1) * level < 1 - 1e-9 for t in close):
+            many = f"{among} reconstructions" if among == cell.rows else f"{among} images"
+            lower = 'grant "examples"' if among == cell.rows else "lower client.batch"
             found.append(
-                f"A chance of {level:g} an image ({plan.verdict.chance:g}, {among} images) needs at least "
-                f"{1 / level - 1:.0f} other images of the class; raise verdict.chance, or lower client.batch."
+                f"A chance of {level:g} an image ({plan.verdict.chance:g}, {many}) needs at least "
+                f"{1 / level - 1:.0f} other images of the class; raise verdict.chance, or {lower}."
             )
     return found
 
