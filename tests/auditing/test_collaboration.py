@@ -152,6 +152,49 @@ def test_a_plan_that_is_refused_late_leaves_nothing_behind(
     assert not out.exists()
 
 
+def test_a_run_that_was_interrupted_before_any_training_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its message says: the bundled photographs were being cut."""
+    pytest.importorskip("flwr")
+    plan, out = parse_collaboration(values()), tmp_path / "out"
+    real = collaboration.make_pool
+
+    def interrupted(source: str, folder: Path, *_: Any) -> Any:
+        folder.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collaboration, "make_pool", interrupted)
+    code, _, err = call(capsys, "collaborate", as_toml(tmp_path, values()), "--out", out)
+    assert code == 130
+    assert "--resume goes on" in err
+    monkeypatch.setattr(collaboration, "make_pool", real)
+    collaboration._claim(plan, out, resume=True)
+    assert len(collaboration._texts(plan, out)) == 8
+
+
+def test_an_interruption_before_anything_was_written_promises_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collaboration, "run_collaboration", interrupted)
+    for out in ("--out", tmp_path / "out"), (f"--out={tmp_path / 'out'}",):
+        code, _, err = call(capsys, "collaborate", as_toml(tmp_path, values()), *out)
+        assert (code, err.strip()) == (130, "Interrupted.")
+
+
+def test_an_attack_that_broke_is_not_called_one_that_does_not_fit() -> None:
+    cell = {"id": "a", "attack": "peel", "status": "failed", "summary": None, "error": "no memory."}
+    update = {
+        "status": "audited", "cells": ["a"], "round": 1, "client": "0", "examples": 4, "labels": None, "linter": [],
+        "reason": "",
+    }  # fmt: skip
+    found = collaboration.leakage_of({"cells": [cell], "recorded": {"updates": [update]}, "headline": "h"})
+    assert found["leakage"][0]["broken"] == ["peel failed: no memory."]
+
+
 def test_a_pool_left_by_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
     plan = parse_collaboration(values())
     (tmp_path / "out" / collaboration.POOL).mkdir(parents=True)

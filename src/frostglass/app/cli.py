@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import sys
@@ -245,19 +246,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without a letter is no reason to fail
     sys.exit(
-        _guarded(lambda: cli.main(arguments, prog_name="frostglass", standalone_mode=False), debug, _goes_on(arguments))
+        _guarded(
+            lambda: cli.main(arguments, prog_name="frostglass", standalone_mode=False),
+            debug,
+            lambda: _goes_on(arguments),
+        )
     )
 
 
 def _goes_on(arguments: Sequence[str]) -> str:
-    """What to do after an interruption of the command that `arguments` call."""
+    """What to do after an interruption of the command that `arguments` call; nothing where it had not begun."""
     name = next((a for a in arguments if a in cli.commands), "")
+    out = next((b for a, b in itertools.pairwise(arguments) if a == "--out"), None)
+    out = out or next((a.removeprefix("--out=") for a in arguments if a.startswith("--out=")), None)
+    if out is not None and not (Path(out).is_dir() and any(Path(out).iterdir())):
+        return ""
     if any(p.name == "resume" for p in getattr(cli.commands.get(name), "params", ())):
         return f" `frostglass {name}` with the same arguments and --resume goes on."
     return ""
 
 
-def _guarded(call: Callable[[], Any], debug: bool, goes_on: str = "") -> int:
+def _guarded(call: Callable[[], Any], debug: bool, goes_on: Callable[[], str] = str) -> int:
     try:
         result = call()
         return result if isinstance(result, int) else OK
@@ -265,7 +274,7 @@ def _guarded(call: Callable[[], Any], debug: bool, goes_on: str = "") -> int:
         wrong.show()
         return BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
-        click.echo(f"Interrupted.{goes_on}", err=True)
+        click.echo(f"Interrupted.{goes_on()}", err=True)
         return 130
     except Exception as wrong:
         if debug:

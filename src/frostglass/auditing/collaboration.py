@@ -20,6 +20,7 @@ from frostglass.auditing.rows import environment_of
 from frostglass.core.errors import BadInput
 from frostglass.core.files import write_json, write_text
 from frostglass.core.randomness import Rng
+from frostglass.defenses.public_pool import POOL as POOL_FILE
 from frostglass.defenses.public_pool import PoolSettings, make_pool
 from frostglass.federated.federate_plan import FederatePlan
 from frostglass.federated.federation import Federation, federation_of
@@ -51,7 +52,6 @@ def run_collaboration(plan: CollaborationPlan, out: Path, *, tell: Tell, resume:
 
     _claim(plan, out, resume)
     texts = _texts(plan, out)
-    write_text(out / PLAN, plan.to_toml())
     methods = []
     for method in plan.method:
         runs = [_trained(texts[method.name, s], _folder(out, method, s), tell) for s in plan.seeds]
@@ -79,9 +79,10 @@ def _claim(plan: CollaborationPlan, out: Path, resume: bool) -> None:
 def _texts(plan: CollaborationPlan, out: Path) -> dict[tuple[str, int], str]:
     """The plan of each method and seed; all of them are built once before anything is trained.
 
-    What a refused plan needed is taken away again.
+    The whole plan is written first, so that `--resume` goes on from there; what a refused one left is taken away again.
     """
-    new, cut = not out.exists(), not (out / POOL).exists()
+    new, cut, anew = not out.exists(), not (out / POOL).exists(), not (out / PLAN).exists()
+    write_text(out / PLAN, plan.to_toml())
     try:
         texts = {(m.name, s): _text(plan, m, s, out) for m in plan.method for s in plan.seeds}
         for text in texts.values():
@@ -89,6 +90,8 @@ def _texts(plan: CollaborationPlan, out: Path) -> dict[tuple[str, int], str]:
     except BadInput:
         if cut:
             shutil.rmtree(out / POOL, ignore_errors=True)
+        if anew:
+            (out / PLAN).unlink(missing_ok=True)
         if new and out.exists() and not any(out.iterdir()):
             out.rmdir()
         raise
@@ -114,7 +117,7 @@ def _pool(plan: FederatePlan, out: Path) -> Path:
     without = plan.model_copy(update={"defense": []})
     channels, _, size = federation_of(without.to_toml()).image_shape
     folder = out.resolve() / POOL
-    if not folder.exists():
+    if not (folder / POOL_FILE).exists():  # which is written last
         settings = PoolSettings(size, PATCHES, 4 * size, -1, channels, 50, "stop")
         make_pool("photos", folder, settings, Rng.from_seed(0, "bundled public pool"))
     return folder
@@ -192,12 +195,13 @@ def leakage_of(card: dict[str, Any]) -> dict[str, Any]:
     for update in card["recorded"]["updates"]:
         if update["status"] == "passed over":
             continue
+        broken = [c for i in update["cells"] if (c := cells.get(i, {})).get("status") == "failed"]
         own = [cells[i] for i in update["cells"] if i in cells and cells[i]["summary"]]
         rows.append({
             "round": update["round"], "client": update["client"], "examples": update["examples"],
             "labels": update["labels"], "linter": update["linter"],
             "images": [_images(c) for c in own if not c["summary"].get("asked")],
-            "not_attacked": update["reason"],
+            "not_attacked": update["reason"], "broken": [f"{c['attack']} failed: {c['error']}" for c in broken],
         })  # fmt: skip
     verdict = card.get("verdict") or {}
     return {"leakage": rows, "verdict": verdict.get("verdict"), "said": verdict.get("text") or card["headline"]}

@@ -118,6 +118,11 @@ class Gate:
             log.warning("frostglass gate, round %d, client %s: %s", outgoing.round, outgoing.client, ruling.reason)
         return ruling
 
+    @property
+    def patience(self) -> float:
+        """Seconds that the checks that wait or run may take together."""
+        return self.budget * (self._queue.maxsize + 2)
+
     def close(self, limit: float | None = None) -> bool:
         """Waits for what is still being checked.
 
@@ -127,7 +132,7 @@ class Gate:
         Returns:
             whether nothing is running any more.
         """
-        end = time.monotonic() + (self.budget * (self._queue.maxsize + 2) if limit is None else limit)
+        end = time.monotonic() + (self.patience if limit is None else limit)
         worker = self._worker
         if worker is not None:
             try:

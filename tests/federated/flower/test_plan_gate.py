@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip("flwr")
 
 from federations import federate, plan
+from frostglass.core.batch import Batch, Domain, one_hot
 from frostglass.core.errors import BadInput
+from frostglass.core.update import LocalPlan, Update
 from frostglass.federated.federate_plan import plan_of
 from frostglass.federated.federation import prepared
+from frostglass.federated.flower import engines
+from frostglass.federated.gate import Decision, Gate, Outgoing
+from frostglass.federated.local_client import NOTHING
 from frostglass.federated.recorded import read_record
+
+GATES = importlib.import_module("frostglass.federated.flower.gate_mod")  # the package exports its function
 
 ONE_STEP = """
 [gate]
@@ -81,3 +92,36 @@ def test_plain_images_are_compared_in_the_range_of_encodings(tmp_path: Path) -> 
 def test_a_gate_that_cannot_be_made_is_told_before_anything_starts(gate: str, told: str) -> None:
     with pytest.raises(BadInput, match=told):
         prepared(plan_of(plan(f"[gate]\n{gate}\n")))
+
+
+def slow(seconds: float) -> Gate:
+    """One that records, with a check under way that outlasts its budget."""
+
+    def decide(leaving: Outgoing) -> Decision:
+        time.sleep(seconds)
+        return Decision((), seconds)
+
+    gate = Gate(decide, action="record", budget=0.25)
+    model = nn.Linear(2, 2)
+    held = Batch(torch.rand(1, 1, 1, 2), one_hot([0], 2), Domain(), ("a",))
+    gate(Outgoing(model, model.state_dict(), Update({}, {}, 1, LocalPlan("delta")), held, NOTHING, 1, "0"))
+    return gate
+
+
+def test_many_gates_are_waited_for_as_long_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GATES, "_GATES", {("plan", i): slow(6.0) for i in range(4)})
+    begun = time.monotonic()
+    GATES.close_gates()
+    assert time.monotonic() - begun < 3.0
+    assert not GATES._GATES
+
+
+def test_an_interrupted_run_waits_for_no_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GATES, "_GATES", {("plan", 0): slow(6.0)})
+    monkeypatch.setattr(engines, "run_local", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engines.on_local(plan(), tmp_path, lambda words: None)
+    assert not GATES._GATES

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from frostglass.core.errors import BadInput
+from frostglass.core.errors import BadInput, FrostglassError
 
 
 @click.command("collaborate")
@@ -40,3 +40,6 @@ def command(plan: Path | None, out: Path, overrides: Sequence[str], resume: bool
         click.echo(json.dumps(value, indent=2))
     else:
         click.echo(f"\n{table(value)}\n\nReport: {out / 'report.html'}")
+    broken = [text for m in value["methods"] for row in m["leakage"] for text in row["broken"]]
+    if broken:
+        raise FrostglassError(f"audit: {len(broken)} attacks broke, so leakage is not fully known ({broken[0]}).")

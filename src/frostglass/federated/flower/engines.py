@@ -19,6 +19,7 @@ from frostglass.federated.federation import federation_of
 from frostglass.federated.flower.apps import client
 from frostglass.federated.flower.availability import require_ray
 from frostglass.federated.flower.client_apps import plan_client_app
+from frostglass.federated.flower.gate_mod import close_gates, drop_gates
 from frostglass.federated.flower.local_grid import run_local
 from frostglass.federated.flower.server_app import plan_server_app
 
@@ -41,8 +42,13 @@ def on_local(text: str, out: Path, tell: Tell, *, verbose: bool = False) -> None
         BadInput: a plan that cannot be run.
     """
     made = federation_of(text)
-    with flower_quiet(verbose):
-        run_local(plan_server_app(text, out, "local", tell), client, len(made.rows), {"plan": text})
+    try:
+        with flower_quiet(verbose):
+            run_local(plan_server_app(text, out, "local", tell), client, len(made.rows), {"plan": text})
+    except BaseException:
+        drop_gates()
+        raise
+    close_gates()
 
 
 def on_ray(text: str, out: Path, tell: Tell, *, verbose: bool = False) -> None:

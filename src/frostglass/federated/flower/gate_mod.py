@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from frostglass.federated.gate import Gate, Outgoing
 from frostglass.federated.local_client import NOTHING
 
 log = logging.getLogger(__name__)
+
+_GATES: dict[tuple[str, int], Gate] = {}
+"""Of the plans that this process has seen, by plan and client."""
 
 
 def gate_mod(
@@ -67,7 +71,6 @@ def gate_mod(
 
 def plan_gate_mod(federation: Callable[[Context], Federation]) -> Mod:
     """The gate of a plan, one a client and process; passes everything where the plan has none."""
-    gates: dict[tuple[str, int], Gate] = {}
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
         made = federation(context)
@@ -76,20 +79,36 @@ def plan_gate_mod(federation: Callable[[Context], Federation]) -> Mod:
             return call_next(message, context)
         number = partition_of(context)
         key = made.plan.to_toml(), number
-        if key not in gates:
+        if key not in _GATES:
             decide = made.gate_checks()
             assert decide is not None  # the plan has a gate
-            gates[key] = Gate(
+            _GATES[key] = Gate(
                 decide, action=asked.action, on_failure=asked.on_failure, budget=asked.budget, journal=_journal(made)
             )
-            atexit.register(gates[key].close)  # under "record" the last checks still run
         defence = stack(*(d for d in (made.inside, made.outside) if d is not NOTHING)) if made.defended else NOTHING
         look = gate_mod(
-            gates[key], made.model, made.plan.client.local_plan(), lambda _: made.private(number), defence=defence
+            _GATES[key], made.model, made.plan.client.local_plan(), lambda _: made.private(number), defence=defence
         )
         return look(message, context, call_next)
 
     return mod
+
+
+def close_gates() -> None:
+    """Under "record" the last checks still run: waits for all gates together, as long as for one of them."""
+    gates = list(_GATES.values())
+    _GATES.clear()
+    end = time.monotonic() + max((gate.patience for gate in gates), default=0.0)
+    for gate in gates:
+        gate.close(max(0.0, end - time.monotonic()))
+
+
+def drop_gates() -> None:
+    """Whoever interrupts a run does not wait for its checks."""
+    _GATES.clear()
+
+
+atexit.register(close_gates)
 
 
 def _journal(made: Federation) -> Path | None:
