@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -113,6 +114,23 @@ def test_full_weights_are_defended_as_their_difference(nets: Any) -> None:
     unseen = DefenceFilter("pruning", **nets.WHAT)
     with pytest.raises(BadInput, match="what the server sent is not known"):
         unseen.process(shareable(DataKind.WEIGHTS, after, 1), ctx)
+
+
+@pytest.mark.parametrize("unread", [DataKind.WEIGHT_DIFF, "packed"])
+def test_weights_of_an_earlier_round_are_not_those_of_this_one(nets: Any, unread: str) -> None:
+    """A server may send differences, or what another filter has packed: what was sent is then not known."""
+    before, after = weights(nets), weights(nets, 1)
+    filters = [DefenceFilter("pruning", **nets.WHAT), gate(nets, on_failure="closed")]
+    for filter in filters:
+        ctx = context("site-1")
+        tell_sent(filter, ctx, before, 1)
+        meta = {"PROCESSED_ALGORITHM": "packed"} if unread == "packed" else {}
+        kind = DataKind.WEIGHTS if unread == "packed" else unread
+        ctx.set_prop(FLContextKey.TASK_DATA, shareable(kind, before, 2, **meta), private=True, sticky=False)
+        with contextlib.suppress(BadInput):  # NVFlare logs what a handler raises, and goes on
+            filter.handle_event(EventType.AFTER_TASK_DATA_FILTER, ctx)
+        with pytest.raises((BadInput, ContentBlockedException), match="what the server sent"):
+            filter.process(shareable(DataKind.WEIGHTS, {n: v.copy() for n, v in after.items()}, 2), ctx)
 
 
 def test_noise_comes_from_the_operating_system_unless_seeded(nets: Any) -> None:

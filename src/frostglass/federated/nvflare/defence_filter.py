@@ -73,7 +73,8 @@ class DefenceFilter(_Base):  # type: ignore[misc]
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Keeps what the server sent, which full weights are compared with."""
         if event_type == SENT_EVENT:
-            self._sent = weights_sent(fl_ctx, self._network) or self._sent
+            self._sent = None  # of an earlier round, if this one's weights cannot be read
+            self._sent = weights_sent(fl_ctx, self._network)
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
         """The same DXO with its update under the defence.
@@ -90,7 +91,7 @@ class DefenceFilter(_Base):  # type: ignore[misc]
         if dxo.data_kind == DataKind.WEIGHT_DIFF:
             own = {n: -_at_least_single(values[n]) for n in trained}
         else:
-            start = self._start(trained)
+            start = self._start(trained, number)
             own = difference(start, {n: _at_least_single(values[n]) for n in trained}, tuple(trained))
         update = Update(own, {}, int(dxo.get_meta_prop("examples") or 1), self._local_plan)
         done = self._made.protect(update, self._randomness(fl_ctx, number)).gradients
@@ -100,8 +101,8 @@ class DefenceFilter(_Base):  # type: ignore[misc]
         dxo.set_meta_prop(DEFENCE, f"{before}+{self.defence}" if before else self.defence)
         return dxo
 
-    def _start(self, trained: list[str]) -> dict[str, Tensor]:
-        if self._sent is None or any(n not in self._sent[1] for n in trained):
+    def _start(self, trained: list[str], number: int) -> dict[str, Tensor]:
+        if self._sent is None or self._sent[0] != number or any(n not in self._sent[1] for n in trained):
             raise BadInput(
                 f"defence {self.defence}: full weights are to leave and what the server sent is not known; send "
                 "differences."

@@ -90,7 +90,8 @@ class GateFilter(_Base):  # type: ignore[misc]
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Keeps what the server sent; ends the gate with the job."""
         if event_type == SENT_EVENT:
-            self._sent = weights_sent(fl_ctx, self._network) or self._sent
+            self._sent = None  # of an earlier round, if this one's weights cannot be read
+            self._sent = weights_sent(fl_ctx, self._network)
         elif event_type == EventType.END_RUN and self._gate is not None:
             self._gate.close(self.budget)
 
@@ -120,8 +121,8 @@ class GateFilter(_Base):  # type: ignore[misc]
         return self._gate
 
     def _outgoing(self, dxo: DXO, shareable: Shareable, site: str) -> Outgoing:
-        if self._sent is None:
-            raise BadInput("what the server sent is not known.")
+        if self._sent is None or self._sent[0] != round_of(shareable, self._sent[0]):
+            raise BadInput("what the server sent in this round is not known.")
         if self._held is None:
             self._held = self._private(site)
         number, sent = self._sent
