@@ -104,7 +104,16 @@ def test_bad_files(tmp_path) -> None:
     (tmp_path / "cut").write_bytes(pickle.dumps(list(range(1000)))[:100])
     (tmp_path / "z.npz").write_bytes(b"PK nothing")
     (tmp_path / "st.safetensors").write_bytes((20).to_bytes(8, "little") + b"{broken" + bytes(40))
-    for name in ("text", "cut", "st.safetensors", "z.npz"):
+    np.savez_compressed(tmp_path / "deflated.npz", a=np.arange(5000))
+    damaged = bytearray((tmp_path / "deflated.npz").read_bytes())
+    damaged[60:400] = bytes(range(170)) * 2
+    (tmp_path / "deflated.npz").write_bytes(damaged)
+    torch.save({"x": Bomb()}, tmp_path / "newer.pt")  # an archive that asks for a later zip than Python reads
+    archive = bytearray((tmp_path / "newer.pt").read_bytes())
+    for at in (i for i in range(len(archive)) if archive[i : i + 4] == b"PK\x01\x02"):
+        archive[at + 6] = 200
+    (tmp_path / "newer.pt").write_bytes(archive)
+    for name in ("text", "cut", "st.safetensors", "z.npz", "deflated.npz", "newer.pt"):
         with pytest.raises(BadInput):
             generator_states(tmp_path / name)
 

@@ -43,6 +43,16 @@ def test_a_delta_applied_is_what_was_returned(model: nn.Module) -> None:
         torch.testing.assert_close(back[name], value)
 
 
+@pytest.mark.parametrize(("sent", "returned"), [(torch.half, torch.float32), (torch.float32, torch.bfloat16)])
+def test_half_precision_on_one_side_does_not_round_the_difference_away(
+    sent: torch.dtype, returned: torch.dtype
+) -> None:
+    before, after = torch.ones(3, dtype=sent), torch.full((3,), 1 + 2**-7 if returned == torch.bfloat16 else 1.0001)
+    found = difference({"w": before}, {"w": after.to(returned)}, ("w",))["w"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, 1 - after)
+
+
 def test_no_defence_changes_nothing_and_pruning_leaves_buffers_alone(model: nn.Module) -> None:
     _, after = trained(model)
     key = Insecure(0)

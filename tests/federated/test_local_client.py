@@ -201,3 +201,12 @@ def test_the_mean_of_states_is_weighted_by_images() -> None:
     out = mean_state(states, [2, 1])
     torch.testing.assert_close(out["w"], torch.tensor([2.0]))
     assert int(out["n"]) == 5
+
+
+def test_a_client_that_sends_half_precision_does_not_round_the_others() -> None:
+    states = [{"w": torch.ones(1).half()}, {"w": torch.tensor([1.0001])}]
+    out = mean_state(states, [1, 1])
+    assert out["w"].dtype == torch.float32
+    torch.testing.assert_close(out["w"], torch.tensor([1.00005]))
+    kept = mean_state([{"w": torch.ones(1).half()}] * 3, [1, 1, 1])["w"]
+    assert (kept.dtype, float(kept)) == (torch.half, 1.0)

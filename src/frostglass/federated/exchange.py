@@ -61,8 +61,11 @@ def misfits(state: State, model: nn.Module) -> list[str]:
 
 
 def difference(sent: State, returned: State, trained: tuple[str, ...]) -> dict[str, Tensor]:
-    """W_before - W_after of every trained parameter: what Frostglass calls a FedAvg delta."""
-    return {name: sent[name].detach() - returned[name].detach().to(sent[name].dtype) for name in trained}
+    """W_before - W_after of every trained parameter: what Frostglass calls a FedAvg delta.
+
+    Where one side is in half precision the difference is not: a step is smaller than what the weights are rounded to.
+    """
+    return {name: sent[name].detach() - returned[name].detach() for name in trained}
 
 
 def applied(sent: State, delta: Gradients, carried: State) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ class History:
         total = sum(n for _, n in losses)
         row = {
             "round": round, "accuracy": accuracy.plain, "accuracy_encoded": accuracy.encoded,
-            "loss": sum(x * n for x, n in losses) / total if total else None,
+            "loss": sum(x * (n / total) for x, n in losses) if total else None,
             "seconds": round_to(seconds), "clients": used, "left_out": [c for c in clients if c.get("reason")],
         }  # fmt: skip
         if round and not used:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -227,15 +228,19 @@ def dirichlet_split(labels: Int64[Tensor, " n"], clients: int, alpha: float, rng
 
 
 def mean_state(states: list[Mapping[str, Tensor]], examples: list[int]) -> dict[str, Tensor]:
-    """FedAvg: the mean weighted by images, summed in the order given (McMahan et al. 2017, Alg. 1)."""
+    """FedAvg: the mean weighted by images, summed in the order given (McMahan et al. 2017, Alg. 1).
+
+    Sums are made in single precision at least; what some clients send in half precision does not round the others.
+    """
     total = sum(examples)
     out: dict[str, Tensor] = {}
     for name, first in states[0].items():
         if not first.is_floating_point():
             out[name] = first.clone()
             continue
-        value = torch.zeros_like(first)
+        kind = functools.reduce(torch.promote_types, (state[name].dtype for state in states))
+        value = torch.zeros_like(first, dtype=torch.promote_types(kind, torch.float32))
         for state, n in zip(states, examples, strict=True):
-            value += state[name] * (n / total)
-        out[name] = value
+            value += state[name].to(value.dtype) * (n / total)
+        out[name] = value.to(kind)
     return out

@@ -55,7 +55,7 @@ def scan_pickles(path: Path) -> PickleScan:
             _scan(held, scan)
     except (OSError, zipfile.BadZipFile) as wrong:
         raise BadInput(f"check-checkpoint: {path} cannot be read ({wrong}).") from None
-    except ValueError as wrong:
+    except Exception as wrong:  # whatever damaged bytes drive zipfile and pickletools into
         raise BadInput(f"check-checkpoint: {path} is no checkpoint of torch, and no pickle ({wrong}).") from None
     return scan
 

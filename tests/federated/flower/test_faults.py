@@ -62,6 +62,18 @@ def fewer(state):
     return {n: t for n, t in state.items() if n != "head.bias"}
 
 
+def test_weights_in_half_precision_leave_the_network_in_its_own_types(tmp_path) -> None:
+    def half(state):
+        return {n: t.half() if t.is_floating_point() else t for n, t in state.items()}
+
+    federate(ONE, tmp_path / "half", mods=[spoiling(i, changed(half)) for i in range(3)])
+    federate(ONE, tmp_path / "single")
+    got, wanted = weights(tmp_path / "half"), weights(tmp_path / "single")
+    for name, value in wanted.items():
+        assert got[name].dtype == value.dtype
+        torch.testing.assert_close(got[name], value, rtol=2e-3, atol=2e-3)
+
+
 def raises(reply) -> None:
     raise RuntimeError("the client's disk is gone")
 
@@ -125,6 +137,13 @@ def test_what_a_client_says_about_itself_may_be_anything(tmp_path) -> None:
     assert [c["client"] for c in row["clients"]] == ["0", "1", "2"]
     assert row["clients"][1] == {"client": "1", "examples": 67}
     assert math.isfinite(row["loss"])
+    for value in (1e308, -1e308):
+
+        def enormous(reply, value=value) -> None:
+            reply.content["frostglass"] = ConfigRecord({"loss": value, "partition-id": 1})
+
+        row = federate(ONE, tmp_path / f"loss {value}", mods=[spoiling(1, enormous)])["rounds"][1]
+        assert math.isfinite(row["loss"])
     header = read_record(tmp_path / "recorded").updates[1].header
     assert len(header.model_dump_json()) < 5000
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -61,6 +62,7 @@ class OrderedFedAvg(FedAvg):
         self.partitions: dict[int, int] = {}
         self.notes: list[str] = []
         self._begun = False
+        self._types: dict[str, torch.dtype] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -69,6 +71,7 @@ class OrderedFedAvg(FedAvg):
         nodes = sorted(self._online(grid), key=lambda n: (self.partitions.get(n, self.clients), n))
         drawn = self.rng.at("clients of a round", server_round).permutation(len(nodes))[: self.per_round]
         config[ROUND] = server_round
+        self._types = {n: getattr(torch, a.dtype) for n, a in arrays.items() if hasattr(torch, a.dtype)}
         record = RecordDict({ARRAYS: arrays, CONFIG: config})
         return [Message(record, nodes[i], MessageType.TRAIN) for i in drawn.sort().values.tolist()]
 
@@ -91,6 +94,7 @@ class OrderedFedAvg(FedAvg):
             return None, None
         examples = [examples_of(m.content) for m in good]
         mean = mean_state([state_of(m.content) for m in good], examples)
+        mean = {n: t.to(self._types.get(n, t.dtype)) if t.is_floating_point() else t for n, t in mean.items()}
         return record_of(mean), MetricRecord({EXAMPLES: sum(examples), "clients": len(good)})
 
     # ---- inside
