@@ -233,7 +233,7 @@ def test_a_failed_attack_is_no_privacy() -> None:
     ("values", "end", "truth", "says"),
     [
         ([30.0], 0.3, 0.1, "a better one could recover more"),
-        ([30.0], 0.1, 0.1, "at least as low as the truth"),
+        ([30.0], 0.1, 0.1, "as low as the truth, or within 5 % of it"),
         ([8.0], 0.1, 0.1, "does not single out the private images"),
         ([8.0], 1e-6, 0.0, "privacy was not shown"),
         ([8.0], -0.5, -1.0, "privacy was not shown"),
@@ -464,3 +464,9 @@ def test_browser_shows_the_page(tmp_path: Path, side: int) -> None:
             page.close()
         browser.close()
     assert not wrong
+
+
+def test_a_percentage_is_100_only_where_all_is_meant() -> None:
+    """One wrong label of 300 is not "100 % of the labels right"."""
+    shares = (0.0, 0.001, 0.005, 0.5, 0.994, 299 / 300, 1.0, None)
+    assert [wording.percent(s) for s in shares] == ["0 %", "<1 %", "<1 %", "50 %", "99 %", ">99 %", "100 %", "–"]

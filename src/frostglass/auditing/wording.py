@@ -44,8 +44,12 @@ def significant(value: float | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in [0, 1] as a percentage."""
-    return MISSING if share is None or math.isnan(share) else f"{100 * share:.0f} %"
+    """A share in [0, 1] as a percentage; 0 and 100 only where it is none or all."""
+    if share is None or math.isnan(share):
+        return MISSING
+    if 0 < share <= 0.005:
+        return "<1 %"
+    return ">99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
 
 
 def spread(median: float | None, worst: float | None, best: float | None, digits: int = 1, to: str = " to ") -> str:
@@ -241,7 +245,7 @@ def objective_words(cell: Cell) -> str:
             return f"The optimiser ended {both}: it stopped above the truth, and a better one could recover more."
         return f"The optimiser ended above the truth’s objective ({both}): the attack failed, privacy was not shown."
     if outcome(cell).tone == "found":
-        return f"The optimiser ended {both}: it got at least as low as the truth."
+        return f"The optimiser ended {both}: it got as low as the truth, or within 5 % of it."
     return (
         f"The optimiser ended {both}: other pictures score at least as well as the truth. "
         "This objective does not single out the private images; another one may."
