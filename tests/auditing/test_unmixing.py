@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +20,10 @@ from safetensors.torch import load_file
 import frostglass
 from encoded_scenes import crops
 from frostglass.attacks.encodings import unmixing_steps
+from frostglass.auditing.unmixing import Given, run_unmix
 from frostglass.auditing.unmixing_card import load_unmix_scorecard
+from frostglass.auditing.unmixing_files import decryption
+from frostglass.auditing.unmixing_inputs import from_tensors
 from frostglass.auditing.unmixing_plan import AUTO, load_unmix_plan, parse_unmix_plan
 from frostglass.auditing.unmixing_report import exposure_bars, write_unmix_report
 from frostglass.core.errors import BadInput
@@ -233,8 +237,69 @@ def test_truth_that_does_not_fit_is_refused(made: Path) -> None:
         frostglass.unmix(made / "set", truth=crops(16, 5))
     with pytest.raises(BadInput, match="truth: shape"):
         frostglass.unmix(made / "set", truth=crops(8, 6))
+    for wrong in (crops(16, 6) * torch.nan, crops(16, 6)[:0]):
+        with pytest.raises(BadInput, match="truth: shape"):
+            frostglass.unmix(made / "set", truth=wrong)
     with pytest.raises(BadInput, match="given from Python"):
         frostglass.unmix(parse_unmix_plan({"encoded": "python"}))
+
+
+def test_a_truth_of_more_images_than_the_set_hides_no_success(made: Path) -> None:
+    more = crops(16, 20)  # the six of the set, and fourteen others
+    found = frostglass.unmix(made / "set", truth=more, attacks=QUICK[1])
+    cell = found.scorecard.cells[0]
+    assert found.scorecard.headline.startswith("Broken: 6 of 6")
+    assert [row.id for row in cell.images] == [f"image {i}" for i in range(6)]
+    assert "--truth holds 20 images and the set 6" in " ".join(cell.warnings)
+    assert cell.summary.ssim_median > 0.95
+
+
+def test_scores_stand_beside_what_guessing_gives(made: Path) -> None:
+    found = frostglass.unmix(made / "set", truth=made / "images", attacks="demask")
+    guess = found.scorecard.guess
+    assert guess is not None
+    assert guess.over_threshold.count == 0
+    assert guess.ssim_median is not None
+    assert 0 < guess.ssim_median < 0.5
+    assert "without any attack, gives a median SSIM" in found.scorecard.findings[1]
+    alike = crops(16, 1).expand(6, -1, -1, -1)
+    same = frostglass.unmix(made / "set", truth=alike, attacks="demask").scorecard
+    assert same.guess.over_threshold.count == 6
+    assert "such images are alike" in same.findings[1]
+
+
+def test_images_picked_by_the_truth_are_called_so(made: Path) -> None:
+    encoder = InstaHide(k=3, private=1, public=crops(16)[30:], labels="exact", mask="none", insecure_seed=4)
+    rows = np.tile(np.arange(4), 10)
+    encoded = encoder.encode_rows(crops(16, 4), torch.arange(4) % 2, rows, 0, 2)
+    held = replace(
+        from_tensors(encoded.images, encoded.targets), manifest={"images": 4, "k": 3, "private": 1, "mask": "none"}
+    )
+    pool = crops(16)[30:] * 2 - 1
+    plan = parse_unmix_plan({"encoded": "python", "truth": "python", "attack": [{"name": "mixup_attack"}]})
+    with patch("frostglass.auditing.unmixing_view._pool", lambda folder, shape: pool):
+        plan = plan.model_copy(update={"pool": "x"})
+        found = run_unmix(plan, made / "picked", device=torch.device("cpu"), given=Given(held, crops(16, 4)))
+    cell = found.scorecard.cells[0]
+    assert cell.info["recovered"] > 4
+    assert "cannot pick so" in cell.warnings[0]
+
+
+@pytest.mark.parametrize("metric", ["ms_ssim", "lpips"])
+def test_a_threshold_that_cannot_be_computed_is_refused(made: Path, metric: str) -> None:
+    """Else no image would ever reach it, which reads as if nothing was recovered."""
+    plan = {"encoded": str(made / "set"), "truth": str(made / "images"), "attack": [{"name": "demask"}],
+            "report": {"metrics": ["psnr", "ssim", metric], "threshold": {"metric": metric, "value": 0.5}}}  # fmt: skip
+    with pytest.raises(BadInput, match=metric):
+        frostglass.unmix(parse_unmix_plan(plan))
+
+
+def test_every_row_of_a_submission_is_judged_alike() -> None:
+    x = crops(16, 10)
+    rows = torch.arange(2049) % 9 + 1
+    assert int(rows[-1]) != 0
+    made = decryption(x[rows], x)
+    assert torch.equal(made[-1], x[rows[-1]]), "a last part of one row has no mean of its own"
 
 
 def test_tensors_without_a_manifest(tmp_path: Path) -> None:

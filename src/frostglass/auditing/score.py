@@ -16,7 +16,7 @@ from frostglass.auditing.nonmembers import NonMembers, null_rank
 from frostglass.auditing.plan import ReportPlan, ThresholdPlan
 from frostglass.auditing.scorecard import ImageScore, Labels, OverThreshold, Summary
 from frostglass.auditing.simulate import Round, Truth
-from frostglass.core.batch import Batch, Domain
+from frostglass.core.batch import Batch, Domain, Sealed
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.numerics import labels as label_rules
 from frostglass.numerics.assign import assign
@@ -108,6 +108,36 @@ def score(
         identified=int(result.info["choice"]) == truth.place if chose else None,
         candidates=int(result.info["candidates"]) if chose else None,
     )  # fmt: skip
+
+
+def score_of_guess(sealed: Sealed[Truth], metrics: Sequence[str], threshold: ThresholdPlan) -> Summary | None:
+    """What guessing scores: for every private image the mean of the others (grey for a single one).
+
+    Nobody needs an attack for images of such a score. It is generous: an attacker rarely knows that mean.
+    """
+    batch = sealed.open_for_scoring().private
+    goal = _unit_range(batch)
+    n = len(goal)
+    mean = (goal.sum(0) - goal) / (n - 1) if n > 1 else torch.full_like(goal, 0.5)
+    order = torch.arange(n)
+    values, _ = _values(mean, goal, order, metrics, None)
+    guess = Reconstruction(mean.float(), torch.zeros(n, dtype=torch.bool), math.nan)
+    return summarise([_rows(values, order, guess, batch, "private")], threshold)
+
+
+def closest(scored: Scored, count: int) -> Scored:
+    """`scored` with `count` of the private images: those matched best, where more were given than a message holds."""
+    if scored.truth is None or len(scored.private) <= count:
+        return scored
+    psnr = [-math.inf if row.psnr is None else row.psnr for row in scored.private]
+    kept = sorted(sorted(range(len(psnr)), key=lambda i: -psnr[i])[:count])
+    private = scored.truth.private.take(kept)
+    return replace(
+        scored,
+        private=[scored.private[i] for i in kept],
+        truth=replace(scored.truth, private=private, trained=private, pool=len(psnr)),
+        order=scored.order[kept],
+    )
 
 
 def _unscored(result: Reconstruction, played: Round) -> Scored:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from frostglass.attacks.registry import ATTACKS
-from frostglass.auditing.plan import Named
+from frostglass.auditing.plan import Named, ReportPlan
 from frostglass.auditing.run import CHECKPOINTS
-from frostglass.auditing.score import Scored, score, summarise
+from frostglass.auditing.score import Scored, closest, score, score_of_guess, summarise, unfit
 from frostglass.auditing.scorecard import Cell, Labels
 from frostglass.auditing.simulate import Round, Truth
 from frostglass.auditing.store import RunFolder
@@ -100,6 +100,11 @@ def run_unmix(
     folder.check(plan.digest(), resume=resume)
     encoded, view = _seen(plan, given)
     truth = _truth(plan, encoded, view, given)
+    if truth is not None:
+        asked = ReportPlan(metrics=plan.report.metrics, threshold=plan.report.threshold)
+        wrong = unfit(asked, torch.zeros(1, *encoded.shape), view.seen.model)
+        if wrong:
+            raise BadInput(wrong)
     ready, skipped = _applicable(plan, view)
     folder.open(plan.to_toml(), plan.digest(), encoded.digest, resume=resume)
     tell = broadcast(Journal(out / "events.jsonl"), emit)
@@ -114,7 +119,8 @@ def run_unmix(
             found[key] = result
             shown |= pictures
     cells.sort(key=lambda c: c.id)
-    card = make_card(plan, encoded, view, cells, device, scored=truth is not None)
+    guess = None if truth is None else score_of_guess(truth, plan.report.metrics, plan.report.threshold)
+    card = make_card(plan, encoded, view, cells, device, scored=truth is not None, guess=guess)
     write_all(plan, out, encoded, card, found, shown)
     tell(Event("run_finished", plan.name, values={"headline": card.headline, "failed": len(card.failed)}))
     return UnmixReport(card, out, found)
@@ -133,7 +139,8 @@ def _truth(plan: UnmixPlan, encoded: EncodedSet, view: View, given: Given) -> Se
     classes = view.seen.classes
     if given.truth is not None:
         x = given.truth.detach().cpu().float()
-        if x.ndim != 4 or tuple(x.shape[1:]) != encoded.shape or float(x.min()) < 0 or float(x.max()) > 1:
+        fits = x.ndim == 4 and tuple(x.shape[1:]) == encoded.shape and len(x) > 0
+        if not fits or not bool(((x >= 0) & (x <= 1)).all()):
             raise BadInput(f"truth: shape {tuple(x.shape)} must be [n, {encoded.shape}] in [0, 1].")
         labels, names = [0] * len(x), tuple(f"image {i}" for i in range(len(x)))
     elif plan.truth is not None:
@@ -195,6 +202,9 @@ def _run_one(
         tell(Event("cell_failed", key, values={"error": text}))
         return _cell(plan, view, key, entry, status="failed", error=text), None, {}
     images, scored = _compared(plan, view, attack, result, truth)
+    count = int(encoded.manifest.get("images") or view.images or 0)
+    if scored is not None and count and encoded.behind is None:  # of gradients nobody counts the images behind them
+        scored = closest(scored, count)
     cell = _cell(plan, view, key, entry, status="done", result=result, scored=scored, note=note, attack=attack)
     done = f"{len(images)} images" if scored is None else _outcome(cell)
     tell(Event("cell_finished", key, values={"outcome": done, "seconds": round(cell.seconds, 2)}))
@@ -253,6 +263,24 @@ def _compared(
     return best[1], best[2]
 
 
+def _picked(entry: Named, result: Reconstruction | None, scored: Scored | None) -> list[str]:
+    """What the matching has chosen by the truth, and an attacker could not."""
+    if result is None or scored is None or scored.truth is None:
+        return []
+    held, found = len(scored.private), []
+    if scored.truth.pool is not None:
+        found.append(
+            f"--truth holds {scored.truth.pool} images and the set {held} private ones: scored are the {held} that "
+            "come closest to what was recovered."
+        )
+    if len(result.images) > held and entry.name != "demask":  # which says so in words of its own
+        found.append(
+            f"Scored are, of {len(result.images)} images returned, those closest to the {held} private ones; whoever "
+            "holds the encodings sees all of them and cannot pick so."
+        )
+    return found
+
+
 def _cell(
     plan: UnmixPlan,
     view: View,
@@ -270,6 +298,7 @@ def _cell(
     info = {} if result is None else {"recovered": len(result.images), **result.info}
     finite = result is not None and np.isfinite(result.objective)
     warned = attack.warnings(view.seen) if attack is not None and hasattr(attack, "warnings") else []
+    warned = [*warned, *_picked(entry, result, scored)]
     return Cell(
         id=key,
         title=entry.name,

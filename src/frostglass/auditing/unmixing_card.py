@@ -12,7 +12,7 @@ from pydantic import Field
 
 from frostglass._version import __version__
 from frostglass.auditing.rows import environment_of
-from frostglass.auditing.scorecard import Cell, Scorecard
+from frostglass.auditing.scorecard import Cell, Scorecard, Summary
 from frostglass.auditing.unmixing_inputs import EncodedSet
 from frostglass.auditing.unmixing_plan import UnmixPlan
 from frostglass.auditing.unmixing_view import View
@@ -35,6 +35,9 @@ class UnmixScorecard(Scorecard):
     known: dict[str, str] = Field(description="what the attacker was given, in words")
     findings: list[str] = Field(description="sentences, the most important first")
     scored: bool = Field(description="whether the private images were given for scoring")
+    guess: Summary | None = Field(
+        None, description="what the mean of the other private images scores, without any attack"
+    )
 
 
 def load_unmix_scorecard(path: Path) -> UnmixScorecard:
@@ -52,10 +55,17 @@ def load_unmix_scorecard(path: Path) -> UnmixScorecard:
 
 
 def make_card(
-    plan: UnmixPlan, encoded: EncodedSet, view: View, cells: list[Cell], device: torch.device, *, scored: bool
+    plan: UnmixPlan,
+    encoded: EncodedSet,
+    view: View,
+    cells: list[Cell],
+    device: torch.device,
+    *,
+    scored: bool,
+    guess: Summary | None = None,
 ) -> UnmixScorecard:
     """All cells with the set and the verdict."""
-    verdict = verdict_of(encoded, view, cells, scored=scored)
+    verdict = verdict_of(encoded, view, cells, scored=scored, guess=guess)
     return UnmixScorecard(
         name=plan.name,
         seed=plan.seed,
@@ -70,6 +80,7 @@ def make_card(
         known=dict(view.words),
         findings=verdict,
         scored=scored,
+        guess=guess,
     )
 
 
@@ -92,9 +103,11 @@ def _facts(encoded: EncodedSet, view: View) -> dict[str, Any]:
     }
 
 
-def verdict_of(encoded: EncodedSet, view: View, cells: Sequence[Cell], *, scored: bool) -> list[str]:
+def verdict_of(
+    encoded: EncodedSet, view: View, cells: Sequence[Cell], *, scored: bool, guess: Summary | None = None
+) -> list[str]:
     """What it comes to: recovered images, exposure, keys, and what was never promised."""
-    lines = [_recovered(cells, scored=scored), exposure_words(encoded.manifest, view, encoded.count)]
+    lines = [_recovered(cells, scored=scored), _guessed(guess), exposure_words(encoded.manifest, view, encoded.count)]
     lines += _keys(cells, encoded.manifest)
     near = _nearest(view, encoded.count)
     if near is not None:
@@ -115,7 +128,7 @@ def _recovered(cells: Sequence[Cell], *, scored: bool) -> str:
         if not made:
             return "No attack returned an image; that is no proof of privacy."
         told = ", ".join(f"{n} by {name}" for name, n in made.items())
-        return f"Images were recovered: {told}. Look at them; without the private images nobody can score them."
+        return f"Images were returned: {told}. Look at them; without the private images nobody can score them."
     own = [c for c in tried if c.summary is not None and c.attack != "demask"]
     best = max(own, key=lambda c: (c.summary.over_threshold.count, c.summary.ssim_mean or 0.0), default=None)  # type: ignore[union-attr]
     if best is None or best.summary is None or not best.summary.over_threshold.count:
@@ -130,6 +143,17 @@ def _recovered(cells: Sequence[Cell], *, scored: bool) -> str:
         f"{word}: {s.over_threshold.count} of {plural(s.images, 'private image')} recovered by {best.attack} "
         f"(at least {threshold(s.over_threshold)}; median SSIM {number(s.ssim_median, 2)})."
     )
+
+
+def _guessed(guess: Summary | None) -> str:
+    if guess is None:
+        return ""
+    reached = guess.over_threshold
+    line = (
+        f"Guessing the mean of the other private images, without any attack, gives a median SSIM of "
+        f"{number(guess.ssim_median, 2)} and {reached.count} of {guess.images} at least {threshold(reached)}."
+    )
+    return line if not reached.count else f"{line} Read the counts beside that: such images are alike."
 
 
 def exposure_words(manifest: Mapping[str, Any], view: View, encodings: int) -> str:
