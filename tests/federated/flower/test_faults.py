@@ -342,3 +342,21 @@ def test_the_tap_before_flowers_own_fedavg(tmp_path) -> None:
     for name, value in weights(tmp_path / "own").items():
         got = result.arrays.to_torch_state_dict()[name]
         torch.testing.assert_close(got.to(value.dtype), value, rtol=1e-4, atol=1e-5)
+
+
+def test_what_clients_say_does_not_pile_up_in_memory(tmp_path, monkeypatch) -> None:
+    def long(reply) -> None:
+        reply.content["frostglass"] = ConfigRecord({"partition-id": 1, "more": "x" * 10**6, "list": [1.0] * 10**5})
+
+    held: list[AuditTap] = []
+    real = AuditTap.aggregate_train
+
+    def watched(self, server_round, replies):
+        held.append(self)
+        return real(self, server_round, replies)
+
+    monkeypatch.setattr(AuditTap, "aggregate_train", watched)
+    federate(ONE, tmp_path, mods=[spoiling(1, long)])
+    said = {a.client: a.about for a in held[0].answers[1]}
+    assert said["1"].keys() == {"partition-id", "more"}
+    assert len(str(said["1"])) < 1000

@@ -23,6 +23,9 @@ from frostglass.federated.recording import Received, Recorder
 
 log = logging.getLogger(__name__)
 
+_KEPT = 50
+"""Things that a client says of itself, kept for every round."""
+
 _PATIENCE = 30.0
 """Seconds that a round's end waits for the disk to take what was sent; then it is recorded as not kept."""
 
@@ -155,7 +158,7 @@ class AuditTap(Strategy):
             problems, reason = (told(wrong),), told(wrong)
         client = self.name_of(node)
         self.answers[server_round].append(
-            Answer(client, examples, about, shortened(reason.removeprefix(f"client {client}: ")))
+            Answer(client, examples, _kept(about), shortened(reason.removeprefix(f"client {client}: ")))
         )
         self._record(server_round, reply, client, problems, state)
         return not reason
@@ -201,6 +204,12 @@ class AuditTap(Strategy):
                 self.answers[server_round].append(Answer(client, reason=reason))
                 if self.recorder is not None:
                     self.recorder.received(Received(server_round, client, None, reason=reason))
+
+
+def _kept(about: dict[str, Any]) -> dict[str, Any]:
+    """Numbers and short texts: answers stay in memory to the end, however much a client sends along."""
+    plain = [(k, v) for k, v in about.items() if isinstance(v, str | float | int)][:_KEPT]
+    return {shortened(k): shortened(v) if isinstance(v, str) else v for k, v in plain}
 
 
 def _length(parts: list[Tensor]) -> float:
