@@ -132,6 +132,12 @@ def test_check_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 errors" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("sigma", "code"), [("1e300", 0), ("1e-300", 1)])
+def test_check_of_a_noise_beyond_floating_point(sigma: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", "--sigma", sigma) == code
+    assert (f"The noise is {sigma} clipping norms" in capsys.readouterr().out) is (code == 1)
+
+
 def test_check_of_a_plan_in_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.toml"
     path.write_text(PLAN.format(defense=DP, tolerance=0.2))

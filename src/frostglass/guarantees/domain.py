@@ -13,6 +13,9 @@ Adjacency = Literal["add_remove", "replace_one"]
 SENSITIVITY: dict[str, float] = {"add_remove": 1.0, "replace_one": 2.0}
 """L2 sensitivity of a clipped sum, in clipping norms."""
 
+LEAST_NOISE = 1e-15
+"""Noise multiplier below which epsilon leaves the range of floating point; gamma has long been 1."""
+
 
 def check(
     *,

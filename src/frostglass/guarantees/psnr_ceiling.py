@@ -32,7 +32,7 @@ def psnr_ceiling(
         BadInput: no noise, no observation.
     """
     check(noise_multiplier=noise_multiplier, steps=observations)
-    return -10 * math.log10(noise_multiplier**2 * dimensions * mean_square / observations)
+    return -20 * math.log10(noise_multiplier) - 10 * math.log10(dimensions * mean_square / observations)
 
 
 def noise_for_psnr(psnr: float, dimensions: int, *, observations: int = 1, mean_square: float = MEAN_SQUARE) -> float:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from frostglass.guarantees.summary import Bound, Setting
 
 KAPPAS = (0.1, 0.01, 0.001)
-LEAST_SIGMA = 1e-15
-"""Below it, epsilon leaves the range of floating point; gamma has long been 1."""
 MOST_STEPS = 10**12
 """Releases beyond which floating point says nothing."""
 
@@ -56,11 +54,12 @@ def command(
 ) -> None:
     """Bound the success of every attack: gamma for a chance level kappa, epsilon, and the PSNR ceiling."""
     from frostglass.core.randomness import Rng
+    from frostglass.guarantees.domain import LEAST_NOISE
     from frostglass.guarantees.summary import MOST_SAMPLED, Setting, bounds, epsilons, to_json
 
-    if 0 < sigma < LEAST_SIGMA:
+    if 0 < sigma < LEAST_NOISE:
         raise BadInput(
-            f"--sigma: {sigma:g} is too little noise for anything to be bounded; give at least {LEAST_SIGMA:g} (useful "
+            f"--sigma: {sigma:g} is too little noise for anything to be bounded; give at least {LEAST_NOISE:g} (useful "
             "values are around 1)."
         )
     most = MOST_SAMPLED if rate < 1 else MOST_STEPS

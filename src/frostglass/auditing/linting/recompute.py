@@ -10,6 +10,7 @@ from typing import Any
 from frostglass.auditing.linting.facts import Facts
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
+from frostglass.guarantees.domain import LEAST_NOISE
 from frostglass.guarantees.summary import Bound, Setting, bounds, ceiling, epsilons
 
 DIMENSIONS = 3 * 224 * 224
@@ -62,7 +63,7 @@ class Recomputed:
 def recompute(facts: Facts, kappas: Sequence[float] = KAPPAS) -> Recomputed | None:
     """None where the file does not hold enough numbers, or impossible ones."""
     sigma = facts.sigma
-    if sigma is None or not facts.calibrated or not (0 < sigma < math.inf):
+    if sigma is None or not facts.calibrated or not (LEAST_NOISE <= sigma < math.inf):
         return None
     rate = facts.rate if facts.rate is not None and facts.sampling in ("poisson", None) else 1.0
     steps = facts.steps or 1
@@ -77,7 +78,7 @@ def recompute(facts: Facts, kappas: Sequence[float] = KAPPAS) -> Recomputed | No
     dimensions = facts.dimensions or DIMENSIONS
     as_image = Setting(sigma, steps, rate, delta, facts.adjacency)
     return Recomputed(
-        facts.where or facts.name, sigma, facts.std, 0.5 / one.effective_noise**2, steps, delta, facts.epsilon,
+        facts.where or facts.name, sigma, facts.std, 0.5 * (1 / one.effective_noise) ** 2, steps, delta, facts.epsilon,
         epsilons(setting), epsilons(one)["GDP, exact"], tuple(found),
         ceiling(as_image if facts.clip_unit != "client" or steps == 1 else setting, dimensions), dimensions,
         facts.dimensions is not None,

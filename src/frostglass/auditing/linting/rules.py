@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from frostglass.auditing.linting.facts import Facts, Finding, Severity
 from frostglass.guarantees.conversions import gdp_epsilon
+from frostglass.guarantees.domain import LEAST_NOISE
 
 SLACK = 1.001
 """Relative difference of two numbers that still count as equal."""
@@ -50,6 +51,9 @@ def _numbers(f: Facts) -> Iterator[Found]:
         if value is not None and not (math.isfinite(value) and fits(value)):
             found = f"{words[0].upper()}{words[1:]} is {value:g}."
             yield "error", (name,), found, "No theorem holds there: nothing is private.", f"Set it {must}."
+    if f.sigma is not None and 0 < f.sigma < LEAST_NOISE:
+        found = f"The noise is {f.sigma:g} clipping norms."
+        yield "error", ("noise_multiplier", "noise_std"), found, "Nothing is bounded by so little.", "Give it around 1."
     if f.std is None and f.noise_multiplier is None and f.calibrated and f.called_dp and f.epsilon is None:
         found = "No noise is given."
         yield "error", (), found, "Clipping alone proves nothing.", "Give a noise multiplier, or epsilon and delta."
