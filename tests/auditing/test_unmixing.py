@@ -23,7 +23,7 @@ from frostglass.attacks.encodings import unmixing_steps
 from frostglass.auditing.unmixing import Given, run_unmix
 from frostglass.auditing.unmixing_card import load_unmix_scorecard
 from frostglass.auditing.unmixing_files import decryption
-from frostglass.auditing.unmixing_inputs import from_tensors
+from frostglass.auditing.unmixing_inputs import from_tensors, read_encoded
 from frostglass.auditing.unmixing_plan import AUTO, load_unmix_plan, parse_unmix_plan
 from frostglass.auditing.unmixing_report import exposure_bars, write_unmix_report
 from frostglass.core.errors import BadInput
@@ -215,6 +215,19 @@ def test_a_killed_run_goes_on_to_the_same_end(made: Path, tmp_path: Path, monkey
     assert all(torch.equal(straight.images[k], resumed.images[k]) for k in straight.images)
     rows = [json.loads(line) for line in (tmp_path / "b" / "events.jsonl").read_text().splitlines()]
     assert any(r["kind"] == "attack_started" and r["step"] > 0 for r in rows)
+
+
+def test_a_run_does_not_go_on_with_other_files_than_it_began_with(made: Path, tmp_path: Path) -> None:
+    names, count = tmp_path / "groups.npy", len(read_encoded(made / "set").images)
+
+    def go(groups: list[int], *, resume: bool = False) -> Any:
+        np.save(names, np.resize(groups, count))
+        return frostglass.unmix(made / "set", groups=names, attacks=["averaging"], out=tmp_path / "out", resume=resume)
+
+    go([0, 1, 2])
+    go([0, 1, 2], resume=True)
+    with pytest.raises(BadInput, match="not those that"):
+        go([2, 1, 0, 0], resume=True)
 
 
 def test_another_set_in_the_same_folder_is_refused(made: Path, tmp_path: Path, report: Any) -> None:

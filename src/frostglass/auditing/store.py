@@ -106,7 +106,7 @@ class RunFolder:
         Args:
             plan_toml: the resolved plan.
             plan_sha256: its digest.
-            data_sha256: of all images, labels and weights that it names.
+            data_sha256: of all images, labels, weights and other files that it names.
             resume: the folder may hold this run.
 
         Raises:

@@ -106,7 +106,7 @@ def run_unmix(
         if wrong:
             raise BadInput(wrong)
     ready, skipped = _applicable(plan, view)
-    folder.open(plan.to_toml(), plan.digest(), encoded.digest, resume=resume)
+    folder.open(plan.to_toml(), plan.digest(), encoded.digest + view.digest, resume=resume)
     tell = broadcast(Journal(out / "events.jsonl"), emit)
     tell(Event("run_started", plan.name, values={"cells": len(ready)}))
     cells = list(skipped)

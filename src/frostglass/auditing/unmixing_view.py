@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,19 @@ class View:
     images: int | None
     law: MixLaw | None
     notes: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the plan names beside the set: public pool, auxiliary images, groups."""
+        defence = self.seen.defence
+        held = [None if defence is None else defence.settings.get("public"), self.seen.auxiliary]
+        held += [m.rows for m in self.seen.messages if isinstance(m, EncodingMessage)]
+        found = hashlib.sha256()
+        for tensor in held:
+            found.update(repr(None if tensor is None else tuple(tensor.shape)).encode())
+            if tensor is not None:
+                found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
 
 def view_of(plan: UnmixPlan, encoded: EncodedSet) -> View:
