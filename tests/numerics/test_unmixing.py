@@ -369,6 +369,7 @@ def test_the_steps_are_the_whole_and_repeat() -> None:
     [
         ({"encodings": torch.zeros(3, 4, 4)}, "encodings"),
         ({"encodings": torch.full((8, 1, 4, 4), float("nan"))}, "encodings"),
+        ({"encodings": torch.zeros(8, 1, 4, 4)}, "encodings"),
         ({"images": 9}, "encodings"),
         ({"images": 1}, "private, images"),
         ({"mass": torch.ones(7, 2)}, "mass"),
@@ -378,7 +379,7 @@ def test_the_steps_are_the_whole_and_repeat() -> None:
     ],
 )
 def test_bad_input_names_what_is_wrong(change: dict[str, object], named: str) -> None:
-    given = {"encodings": torch.zeros(8, 1, 4, 4), "mass": torch.ones(8, 2), "per_class": torch.tensor([2, 2])}
+    given = {"encodings": torch.ones(8, 1, 4, 4), "mass": torch.ones(8, 2), "per_class": torch.tensor([2, 2])}
     given |= {"private": 2, "images": 4} | change
     encodings, mass, per_class = given.pop("encodings"), given.pop("mass"), given.pop("per_class")
     with pytest.raises(BadInput, match=f"^{named}:"):
