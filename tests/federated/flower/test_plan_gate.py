@@ -125,3 +125,12 @@ def test_an_interrupted_run_waits_for_no_gate(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         engines.on_local(plan(), tmp_path, lambda words: None)
     assert not GATES._GATES
+
+
+def test_the_clients_app_travels_to_ray_without_the_gates_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    monkeypatch.setattr(GATES, "_GATES", {("plan", 0): slow(0.0)})
+    mod = cloudpickle.loads(cloudpickle.dumps(GATES.plan_gate_mod(prepared)))
+    assert mod.__globals__["_kept"].__globals__["_GATES"] is GATES._GATES
+    assert "_GATES" not in mod.__globals__
+    GATES.close_gates()

@@ -79,19 +79,33 @@ def plan_gate_mod(federation: Callable[[Context], Federation]) -> Mod:
             return call_next(message, context)
         number = partition_of(context)
         key = made.plan.to_toml(), number
-        if key not in _GATES:
+
+        def begin() -> Gate:
             decide = made.gate_checks()
             assert decide is not None  # the plan has a gate
-            _GATES[key] = Gate(
+            return Gate(
                 decide, action=asked.action, on_failure=asked.on_failure, budget=asked.budget, journal=_journal(made)
             )
+
+        gate = _kept(key, begin)
         defence = stack(*(d for d in (made.inside, made.outside) if d is not NOTHING)) if made.defended else NOTHING
         look = gate_mod(
-            _GATES[key], made.model, made.plan.client.local_plan(), lambda _: made.private(number), defence=defence
+            gate, made.model, made.plan.client.local_plan(), lambda _: made.private(number), defence=defence
         )
         return look(message, context, call_next)
 
     return mod
+
+
+def _kept(key: tuple[str, int], begin: Callable[[], Gate]) -> Gate:
+    """The gate of a plan and client, begun where there is none.
+
+    A function of the module: Ray sends the mod to its actors with the values of the globals that it names, which for
+    `_GATES` would be the gates of this process, and in the actor a table that nobody closes.
+    """
+    if key not in _GATES:
+        _GATES[key] = begin()
+    return _GATES[key]
 
 
 def close_gates() -> None:
