@@ -52,6 +52,7 @@ def work(rank: int, world: int, address: str, out: str, shared: bool, epochs: in
     held = {"mine": mine, "first": data.encoder.ledger.first, "seen": torch.cat(seen),
             "weights": torch.cat([p.detach().flatten() for p in model.parameters()])}  # fmt: skip
     torch.save(held, Path(out) / f"rank{rank}.pt")
+    dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
 
 
