@@ -192,17 +192,17 @@ class Recorder:
             tensors = {f"{UPDATE}{n}": t.detach() for n, t in got.gradients.items()}
             tensors |= {f"{BUFFER}{n}": t.detach() for n, t in got.buffers.items()}
         finite = {
-            short(n): short(v) if isinstance(v, str) else v
+            shortened(n): shortened(v) if isinstance(v, str) else v
             for n, v in list(got.metrics.items())[:MOST]
             if isinstance(v, str) or (v == v and abs(v) != float("inf"))
         }
         header = Header(
-            number=number, round=got.round, client=short(got.client),
+            number=number, round=got.round, client=shortened(got.client),
             kind="gradient" if got.kind == "gradient" else "delta",
             examples=got.examples, clients=got.clients, plan=None if got.plan is None else plan_fields(got.plan),
             defence=got.defence, file=None if tensors is None else f"{PAYLOADS}/{number:06d}.safetensors",
             bytes=0 if tensors is None else _size(tensors), sent=file, sent_sha256=sent,
-            reason=short(got.reason), problems=_first(got.problems), metrics=finite,
+            reason=shortened(got.reason), problems=_first(got.problems), metrics=finite,
         )  # fmt: skip
         return header, tensors
 
@@ -267,13 +267,13 @@ class Recorder:
         log.warning("frostglass recorder: %s", text)
 
 
-def short(text: str) -> str:
+def shortened(text: str) -> str:
     """What somebody else wrote, at most so long."""
     return text if len(text) <= LETTERS else f"{text[:LETTERS]}..."
 
 
 def _first(problems: tuple[str, ...]) -> list[str]:
-    told = [short(p) for p in problems[:MOST]]
+    told = [shortened(p) for p in problems[:MOST]]
     return told if len(problems) <= MOST else [*told, f"{len(problems) - MOST} further problems"]
 
 

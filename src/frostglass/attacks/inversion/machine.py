@@ -174,9 +174,7 @@ class Inversion:
         state = self._arranged(state, target, run, t)
         problem = self._objective(target, terms, state, t)
         rng, at_once = run.rng.at("step", t), self._at_once(seen, state, problem, run)
-
         problems = self._problems(problem, state.seeds, rng)
-
         evaluated = self._laid_out[seen].recordings.evaluate if self.graph else evaluate_all
 
         def at(z: Tensor) -> Evaluations:

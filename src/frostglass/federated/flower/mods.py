@@ -25,11 +25,10 @@ from frostglass.federated.flower.wire import (
     record_of,
     round_of,
     same,
-    shortened,
     state_of,
     told,
 )
-from frostglass.federated.recording import Received, Recorder
+from frostglass.federated.recording import Received, Recorder, shortened
 
 log = logging.getLogger(__name__)
 

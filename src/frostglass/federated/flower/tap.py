@@ -18,13 +18,10 @@ from frostglass.core.errors import BadInput
 from frostglass.core.update import LocalPlan
 from frostglass.federated.exchange import misfits, names_of
 from frostglass.federated.flower.mods import taken_down
-from frostglass.federated.flower.wire import PARTITION, about_of, examples_of, shortened, state_of, told
-from frostglass.federated.recording import Received, Recorder
+from frostglass.federated.flower.wire import PARTITION, about_of, examples_of, state_of, told
+from frostglass.federated.recording import MOST, Received, Recorder, shortened
 
 log = logging.getLogger(__name__)
-
-_KEPT = 50
-"""Things that a client says of itself, kept for every round."""
 
 _PATIENCE = 30.0
 """Seconds that a round's end waits for the disk to take what was sent; then it is recorded as not kept."""
@@ -208,7 +205,7 @@ class AuditTap(Strategy):
 
 def _kept(about: dict[str, Any]) -> dict[str, Any]:
     """Numbers and short texts: answers stay in memory to the end, however much a client sends along."""
-    plain = [(k, v) for k, v in about.items() if isinstance(v, str | float | int)][:_KEPT]
+    plain = [(k, v) for k, v in about.items() if isinstance(v, str | float | int)][:MOST]
     return {shortened(k): shortened(v) if isinstance(v, str) else v for k, v in plain}
 
 

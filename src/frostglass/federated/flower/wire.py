@@ -120,11 +120,6 @@ def told(wrong: BaseException) -> str:
     return text if isinstance(wrong, FrostglassError) else f"{type(wrong).__name__}: {text}"
 
 
-def shortened(text: str, letters: int = 500) -> str:
-    """What somebody else wrote, at most so long."""
-    return text if len(text) <= letters else f"{text[:letters]}..."
-
-
 def same(left: Tensor, right: Tensor) -> bool:
     """Equal in every bit that matters: shape and values."""
     return left.shape == right.shape and torch.equal(left, right.to(left.dtype))
