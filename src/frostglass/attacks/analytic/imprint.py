@@ -74,7 +74,7 @@ class ImprintAttack:
         layer, _ = find_first_linear(seen)
         assert layer is not None
         images = layer.to_images(state.inputs, seen.image_shape).cpu()
-        proof = prove(seen, images.to(layer.weight)) if len(images) and len(images) == seen.examples else None
+        proof = prove(seen, images) if len(images) and len(images) == seen.examples else None
         holds = proof is not None and proof.holds
         return Reconstruction(
             images=seen.domain.clamp(images).float(),

@@ -71,7 +71,7 @@ class LinearExact:
         assert layer is not None
         images = layer.to_images(state.inputs, seen.image_shape).cpu()
         complete = len(images) > 0 and (seen.examples is None or len(images) == seen.examples)
-        proof = prove(seen, images.to(layer.weight.device, layer.weight.dtype)) if complete else None
+        proof = prove(seen, images) if complete else None
         holds = proof is not None and proof.holds
         info: dict[str, float | int | str | bool] = {"layer": layer.name, "rows": len(images)}
         if proof is not None:

@@ -79,18 +79,22 @@ def solve_targets(seen: Observation, images: Tensor) -> Tensor | None:
 def prove(seen: Observation, images: Tensor) -> Proof | None:
     """Re-computes the gradient of a recovered batch, in float64, and compares it with the observation.
 
+    Args:
+        seen: its model and gradients.
+        images: [b, c, h, w] in the bounds of the domain, on any device.
+
     Returns:
         None if the observation is no single gradient, or the labels cannot be solved.
     """
     if any(not isinstance(m, GradientMessage) or m.kind != "gradient" for m in seen.messages):
         return None
+    images = images.to(next(seen.model.parameters()))
     targets = solve_targets(seen, images)
     if targets is None:
         return None
     model = copy.deepcopy(seen.model).double()
     plan = replace(LocalPlan(), mode="train" if seen.mode == "train" else "eval")
-    device = next(model.parameters()).device
-    trace = local_update(model, images.to(device).double(), targets.to(device).double(), plan)
+    trace = local_update(model, images.double(), targets.to(images.device).double(), plan)
     shared = [n for n in trace.gradients if n in seen.gradients]
     error = relative_error([trace.gradients[n] for n in shared], [seen.gradients[n] for n in shared])
     return Proof(targets, error)

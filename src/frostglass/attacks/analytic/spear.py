@@ -82,7 +82,7 @@ class Spear:
         result = numerics.assemble(problem, state.search)
         images = layer.to_images(result.inputs, seen.image_shape)
         keep = result.proved
-        proof = prove(seen, images.to(layer.weight.dtype)) if result.found == problem.size == problem.batch else None
+        proof = prove(seen, images) if result.found == problem.size == problem.batch else None
         proved = keep.clone() if proof is None or proof.holds else torch.zeros_like(keep)
         shown = seen.domain.clamp(images)[keep].float().cpu()
         batch = problem.batch

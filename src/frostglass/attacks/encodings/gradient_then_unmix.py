@@ -103,8 +103,7 @@ class GradientThenUnmix:
         found = drive(self._inner(), one, run.at("message", state.messages))
         encodings, targets, proved = state.encodings, state.targets, state.proved
         if len(found.images):
-            place = next(one.model.parameters())
-            proof = prove(one, found.images.to(place))
+            proof = prove(one, found.images)
             if proof is not None and proof.holds:
                 encodings = torch.cat([encodings, found.images.cpu()])
                 targets = torch.cat([targets, proof.targets.cpu().float().clamp_min(0)])
