@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import time
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,43 +96,82 @@ def test_a_gate_that_cannot_be_made_is_told_before_anything_starts(gate: str, to
         prepared(plan_of(plan(f"[gate]\n{gate}\n")))
 
 
-def slow(seconds: float) -> Gate:
-    """One that records, with a check under way that outlasts its budget."""
+def waiting(release: threading.Event) -> Gate:
+    """One that records, with a check under way that outlasts its patience."""
 
-    def decide(leaving: Outgoing) -> Decision:
-        time.sleep(seconds)
-        return Decision((), seconds)
+    def decide(_: Outgoing) -> Decision:
+        release.wait(60)
+        return Decision((), 0.0)
 
-    gate = Gate(decide, action="record", budget=0.25)
+    gate = Gate(decide, action="record", budget=0.05)
     model = nn.Linear(2, 2)
     held = Batch(torch.rand(1, 1, 1, 2), one_hot([0], 2), Domain(), ("a",))
     gate(Outgoing(model, model.state_dict(), Update({}, {}, 1, LocalPlan("delta")), held, NOTHING, 1, "0"))
     return gate
 
 
-def test_many_gates_are_waited_for_as_long_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GATES, "_GATES", {("plan", i): slow(6.0) for i in range(4)})
-    begun = time.monotonic()
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+class Stuck:
+    """A gate whose checks never end: who waits for it waits as long as allowed, on a clock of this test's own."""
+
+    patience = 60.0
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock, self.waits = clock, list[float]()
+
+    def close(self, limit: float) -> bool:
+        self.waits.append(limit)
+        self.clock[0] += limit
+        return False
+
+
+def test_many_gates_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    stuck = [Stuck(clock) for _ in range(4)]
+    monkeypatch.setattr(GATES, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(GATES, "_GATES", {("plan", i): gate for i, gate in enumerate(stuck)})
     GATES.close_gates()
-    assert time.monotonic() - begun < 3.0
+    assert [gate.waits for gate in stuck] == [[60.0], [0.0], [0.0], [0.0]]
     assert not GATES._GATES
 
 
-def test_an_interrupted_run_waits_for_no_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gate_that_does_not_end_is_given_up(release: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    gates = {("plan", i): waiting(release) for i in range(4)}
+    monkeypatch.setattr(GATES, "_GATES", dict(gates))
+    GATES.close_gates()
+    assert not any(gate.close(0) for gate in gates.values())  # all still wait for their release
+    release.set()
+    assert all(gate.close(60) for gate in gates.values())
+
+
+def test_an_interrupted_run_waits_for_no_gate(
+    release: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(GATES, "_GATES", {("plan", 0): slow(6.0)})
+    gate = waiting(release)
+    monkeypatch.setattr(gate, "close", lambda *_: pytest.fail("waited for"))
+    monkeypatch.setattr(GATES, "_GATES", {("plan", 0): gate})
     monkeypatch.setattr(engines, "run_local", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engines.on_local(plan(), tmp_path, lambda words: None)
     assert not GATES._GATES
 
 
-def test_the_clients_app_travels_to_ray_without_the_gates_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clients_app_travels_to_ray_without_the_gates_of_this_process(
+    release: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cloudpickle = pytest.importorskip("ray.cloudpickle")
-    monkeypatch.setattr(GATES, "_GATES", {("plan", 0): slow(0.0)})
+    monkeypatch.setattr(GATES, "_GATES", {("plan", 0): waiting(release)})
     mod = cloudpickle.loads(cloudpickle.dumps(GATES.plan_gate_mod(prepared)))
     assert mod.__globals__["_kept"].__globals__["_GATES"] is GATES._GATES
     assert "_GATES" not in mod.__globals__
+    release.set()
     GATES.close_gates()
