@@ -168,7 +168,8 @@ class Inversion:
     def step(self, seen: Observation, state: InversionState, run: Runtime, t: int) -> tuple[InversionState, Scalars]:
         """One iteration of every seed: simulate the client, sum the terms, follow the rule.
 
-        Nothing in it waits for the device, except a refresh of the consensus (registration works on the CPU).
+        Nothing in it waits for the device, except where seeds are dropped and where the consensus is refreshed (images
+        of one class are put in one order there, and registration works on the CPU).
         """
         target, terms = self._prepared(seen, run)
         state = self._arranged(state, target, run, t)
