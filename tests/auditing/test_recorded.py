@@ -18,6 +18,7 @@ from frostglass.auditing.plan import DefensePlan
 from frostglass.auditing.plan_checks import make_defense
 from frostglass.auditing.recorded_api import UpdatesRequest, audit_updates, parse_request
 from frostglass.auditing.recorded_choice import PLACEHOLDER, scenario_of, seen_of
+from frostglass.auditing.recorded_claim import Claimed
 from frostglass.auditing.recorded_head import noise_level
 from frostglass.auditing.recorded_plan import UpdatesPlan
 from frostglass.auditing.recorded_selection import chosen
@@ -30,6 +31,7 @@ from frostglass.core.update import LocalPlan
 from frostglass.federated.feeds import takes_encodings
 from frostglass.federated.recording import Received, Recorder
 from frostglass.numerics.local_update import local_update
+from frostglass.vision import networks
 from recorded_scenes import ONE_STEP, Federation, Tiny
 
 MLP = {"network": "mlp", "options": {"hidden": [200]}}
@@ -351,6 +353,42 @@ def test_a_record_whose_description_makes_no_sense(tmp_path: Path, model: Any, w
             load_recording(UpdatesPlan(record=str(record)))
     else:  # the image shape, what was sent and defaults say the same
         assert load_recording(UpdatesPlan(record=str(record))).network.classes == 10
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"classes": 10**9}, "updates.classes: 1000000000 are more than the 200 rows .* give --classes"),
+        ({"options": {"hidden": [10**9]}}, "updates.model: 'mlp' as described has .* parameters"),
+        ({"options": {"hidden": [10**15, 10**15]}}, "updates.model: 'mlp' cannot be built as described"),
+    ],
+)
+def test_a_record_that_claims_a_huge_network_is_refused_before_it_is_built(
+    tmp_path: Path, model: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = described(Federation(tmp_path, **MLP).run(), **model)
+    build = networks.build
+
+    def without_memory(*given: Any, **named: Any) -> torch.nn.Module:
+        assert torch.empty(0).device.type == "meta"
+        return build(*given, **named)
+
+    monkeypatch.setattr(networks, "build", without_memory)
+    with pytest.raises(BadInput, match=words):
+        load_recording(UpdatesPlan(record=str(record)))
+
+
+def test_images_larger_than_any_are_refused(tmp_path: Path) -> None:
+    record = Federation(tmp_path, network="resnet20").run()
+    with pytest.raises(BadInput, match=r"updates.size: images of 1 x 1000000 x 1000000 .* give --channels and --size"):
+        load_recording(UpdatesPlan(record=str(record), size=10**6))
+
+
+@pytest.mark.parametrize("name", [*networks.MODELS.names(), "torchvision:resnet18", "torchvision:vit_b_16"])
+def test_every_network_can_be_weighed_without_memory(name: str) -> None:
+    with torch.device("meta"):
+        made = Claimed(name, 10, 3, 32, {}).build()
+    assert {p.device.type for p in made.parameters()} == {"meta"}
 
 
 def test_a_state_that_was_kept_as_it_came_is_no_difference(tmp_path: Path) -> None:

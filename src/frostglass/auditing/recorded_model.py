@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from frostglass.auditing.plan import FROM_PYTHON
+from frostglass.auditing.recorded_claim import Claimed, check_claim
 from frostglass.auditing.recorded_inputs import Source
 from frostglass.auditing.recorded_plan import UpdatesPlan
 from frostglass.core.errors import BadInput
-from frostglass.core.randomness import Rng
 from frostglass.federated.exchange import State
 from frostglass.federated.feeds import takes_encodings
 from frostglass.numerics.local_update import in_mode, trainable
@@ -92,10 +92,9 @@ def network_of(plan: UpdatesPlan, source: Source, given: nn.Module | None = None
         classes = plan.classes or about.get("classes")
         if classes is None:
             classes = _outputs_sent(source)
-        module = networks.build(
-            name, classes=int(classes), channels=shape[0], size=shape[1], options=options,
-            rng=Rng.from_seed(0, "recorded network"),
-        )  # fmt: skip
+        claimed = Claimed(name, int(classes), shape[0], shape[1], options)
+        check_claim(claimed, source)
+        module = claimed.build()
     module = module.float()
     if own and about.get("fix") == "opacus":
         module = networks.fix_for_opacus(module)
