@@ -18,6 +18,8 @@ from frostglass.auditing.unmixing_inputs import read_encoded
 from frostglass.core.errors import BadInput
 from frostglass.defenses.sources import PublicPool
 from frostglass.numerics.key_rows import MixLaw
+from frostglass.numerics.prng_search import clues_of
+from frostglass.numerics.prng_search_challenge import challenge_keys, search_challenge
 
 pytestmark = pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution")
 
@@ -205,6 +207,34 @@ def test_the_generator_of_2020_can_be_had_for_the_seed_search(tmp_path) -> None:
     scored = score_challenge(folder, tmp_path / "out", tmp_path / "c.opening")
     assert scored["Max_SSIM"] > 0.7
     assert scored["Mean_SSIM"] < scored["Max_SSIM"]
+
+
+@pytest.mark.parametrize("law", [MixLaw(4, 2), MixLaw(3, 3), MixLaw(2, 2, law="dirichlet")])
+def test_a_small_seed_of_our_own_generator_opens_a_challenge(tmp_path, law: MixLaw) -> None:
+    import frostglass
+
+    folder = make(tmp_path, seed=123, law=law, rounds=20)
+    opening = load_opening(tmp_path / "c.opening")
+    keys = challenge_keys(123, 10, 0, 20, law, 3 * 16 * 16)
+    assert np.array_equal(keys.indices[:, : law.private], opening.indices[:, : law.private])
+    assert np.array_equal(keys.coefficients, opening.coefficients)
+    assert keys.flips is not None
+    assert np.array_equal(packed(keys.flips), opening.flips)
+    found = frostglass.unmix(folder, truth=images()[:10].float() / 255, out=tmp_path / "out",
+                             attacks=[{"name": "prng_attack", "last": 256}])  # fmt: skip
+    cell = found.scorecard.cells[0]
+    assert cell.info["seed"] == 123
+    assert cell.summary.ssim_median > 0.75
+    assert score_challenge(folder, tmp_path / "out", tmp_path / "c.opening")["Max_SSIM"] > 0.7
+
+
+@pytest.mark.parametrize("labels", ["quantised", "renormalised"])
+def test_coarse_labels_tell_the_seed_of_a_challenge_too(tmp_path, labels) -> None:
+    held = read_encoded(make(tmp_path, seed=77, labels=labels, law=MixLaw(4, 2), rounds=20))
+    assert held.targets is not None
+    clues = clues_of(held.targets.numpy(), MixLaw(4, 2))
+    assert search_challenge(clues, MixLaw(4, 2), 10, 20, 0, 100) == 77
+    assert search_challenge(clues, MixLaw(4, 2), 10, 20, 78, 300) == -1
 
 
 def test_masks_are_packed_as_the_mixer_reads_them() -> None:

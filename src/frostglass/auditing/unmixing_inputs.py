@@ -150,7 +150,8 @@ def _challenge(folder: Path) -> dict[str, Any]:
     if wrong:
         raise BadInput(f"unmix: {ABOUT} is damaged (at {', '.join(wrong)}); copy the challenge anew.")
     kept = ("k", "private", "c1", "c2", "law", "mask", "labels", "public_images", "rounds", "insecure")
-    return {"images": held.get("private_images"), **{key: held[key] for key in kept if key in held}}
+    made = {"images": held.get("private_images"), **{key: held[key] for key in kept if key in held}}
+    return made | {"challenge_rounds": held.get("rounds", 0)}
 
 
 def _labels(path: Path, encodings: int) -> Tensor | None:

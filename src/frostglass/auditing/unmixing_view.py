@@ -133,6 +133,7 @@ def settings_of(
         "labels": manifest.get("labels"),
         "public_images": known.public or manifest.get("public_images") or 0,
         "shards": [s["rows"] for s in manifest.get("shards", [])],
+        "challenge_rounds": manifest.get("challenge_rounds") or 0,
     }  # fmt: skip
     if k is None:
         return settings, None

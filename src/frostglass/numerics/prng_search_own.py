@@ -166,7 +166,7 @@ def own_keys(
         coefficients.append(draw_coefficients(secret.stream("coefficients"), law, count)[:rows])
         if mask:
             bits = draw_mask(secret.stream("mask"), rows, pixels)
-            flips.append(_flips(bits, pixels))
+            flips.append(mask_bits(bits, pixels))
         done += rows
     return SeededKeys(
         np.concatenate(indices), np.concatenate(coefficients), np.concatenate(flips) if mask else None, law.private
@@ -181,8 +181,8 @@ def _set_order(seed: int, images: int, rounds: int) -> NDArray[np.int64]:
     return made
 
 
-def _flips(bits: NDArray[np.uint8], pixels: int) -> NDArray[np.bool_]:
-    """Pixel i is flipped by bit i // m of byte i % m, m = ceil(pixels / 8)."""
+def mask_bits(bits: NDArray[np.uint8], pixels: int) -> NDArray[np.bool_]:
+    """[b, pixels] of mask bytes: pixel i is flipped by bit i // m of byte i % m, m = ceil(pixels / 8)."""
     planes = (bits[:, None, :] >> np.arange(8, dtype=np.uint8)[None, :, None]) & 1
     made: NDArray[np.bool_] = planes.reshape(len(bits), 8 * mask_width(pixels))[:, :pixels].astype(bool)
     return made

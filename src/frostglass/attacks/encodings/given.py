@@ -7,6 +7,8 @@ The grants of an audit of encodings are those of any audit:
     labels      [N, classes] labels of the private images in no order: how many images each class has
     defence     the encoder's settings (k, private, c1, c2, law, mask, labels), and its public pool where that is known
     auxiliary   other images of the same kind
+
+All of it lies on the CPU, where it was read; attacks move what they compute with.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Mixing:
         public: [M, c, h, w] the pool in [-1, 1], or None if it is not known.
         public_images: its size, 0 if there is none or nobody said.
         shards: rows of each part of the set that has keys of its own; empty if nobody said.
+        challenge_rounds: of a challenge, whose keys are drawn in rounds; 0 for a set, or if nobody said.
     """
 
     law: MixLaw
@@ -41,6 +44,7 @@ class Mixing:
     public: Tensor | None = field(default=None, repr=False)
     public_images: int = 0
     shards: tuple[int, ...] = ()
+    challenge_rounds: int = 0
 
 
 def messages_of(seen: Observation) -> list[EncodingMessage]:
@@ -79,8 +83,9 @@ def mixing_of(seen: Observation) -> Mixing | None:
     s: dict[str, Any] = seen.defence.settings
     law = MixLaw(s["k"], s.get("private") or s["k"], s.get("c1", 0.65), s.get("c2", 0.3), s.get("law", "folded_normal"))
     return Mixing(
-        law, s.get("mask", "sign"), s.get("public"), int(s.get("public_images") or 0), tuple(s.get("shards") or ())
-    )
+        law, s.get("mask", "sign"), s.get("public"), int(s.get("public_images") or 0), tuple(s.get("shards") or ()),
+        int(s.get("challenge_rounds") or 0),
+    )  # fmt: skip
 
 
 def nothing(seen: Observation, **info: float | int | str | bool) -> Any:

@@ -3,7 +3,8 @@
 The private coefficients stand in the labels, so each seed can be refused by the first of them that it does not give. A
 seed that gives all is the one; with it come pairs and masks, and the images follow from linear equations. Two
 generators are tried: the released code's (the InstaHide challenge fell this way) and this library's own under
-`insecure_seed`. A key of the operating system is not among 2^32 numbers, and the search says what it has searched.
+`insecure_seed`, as a set or a challenge draws from it. A key of the operating system is not among 2^32 numbers, and the
+search says what it has searched.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
 from frostglass.numerics.prng_search import Clues, clues_of, label_mode, search_permutation, search_released
+from frostglass.numerics.prng_search_challenge import challenge_keys, search_challenge
 from frostglass.numerics.prng_search_own import own_keys, search_own
 from frostglass.numerics.prng_search_released import SEEDS, SeededKeys, released_keys
 from frostglass.numerics.prng_search_solve import consistent, second_classes, solve_images
@@ -114,8 +116,13 @@ class PrngAttack:
             new = self._released(seen.examples, state, mixing, clues, targets)
         else:
             stop = min(self.last, state.own + OWN_STEP)
-            rows = mixing.shards[0] if mixing.shards else len(targets)
-            new = replace(state, own=stop, own_seed=search_own(clues, mixing.law, rows, state.own, stop))
+            rounds = _rounds(mixing, seen.examples, len(targets))
+            if rounds:
+                seed = search_challenge(clues, mixing.law, seen.examples, rounds, state.own, stop)
+            else:
+                rows = mixing.shards[0] if mixing.shards else len(targets)
+                seed = search_own(clues, mixing.law, rows, state.own, stop)
+            new = replace(state, own=stop, own_seed=seed)
         return new, {"searched": float(new.released + new.own + new.permutations - 3 * self.first)}
 
     def _released(self, images: int, state: Search, mixing: Mixing, clues: Clues, targets: Tensor) -> Search:
@@ -172,6 +179,9 @@ class PrngAttack:
         if state.own_seed >= 0:
             info |= {"found": "insecure_seed of this library's encoder", "seed": state.own_seed}
             shards, masked = mixing.shards or (e,), mixing.mask == "sign"
+            rounds = _rounds(mixing, n, e)
+            if rounds:
+                return [challenge_keys(state.own_seed, n, mixing.public_images, rounds, mixing.law, d)]
             return [
                 own_keys(state.own_seed, n, mixing.public_images, shards, mixing.law, d, masked, in_rounds)
                 for in_rounds in (False, True)
@@ -191,6 +201,11 @@ class PrngAttack:
         public = mixing.public_images if mixing.law.private < mixing.law.k else 0
         pixels = d if mixing.mask == "sign" else 0
         return [released_keys(state.released_seed, n, public, -(-e // n), mixing.law, pixels, state.torch_seed)]
+
+
+def _rounds(mixing: Mixing, images: int, encodings: int) -> int:
+    """Rounds of a whole challenge of our own; 0 for anything else."""
+    return mixing.challenge_rounds if mixing.challenge_rounds * images == encodings else 0
 
 
 def _span(first: int, next_: int) -> str:
