@@ -141,6 +141,16 @@ _FALLBACK = torch.library.Library("_", "IMPL")
 _FALLBACK.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
 
 
+def _made_whole(op: Any) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: _wrapped(op(*tree_map(_near, args), **tree_map(_near, kwargs)))
+
+
+# By themselves these make an empty tensor and let an operator resize it, of which a wrapper would not hear.
+_FACTORIES = torch.library.Library("aten", "IMPL")
+for _op in (_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.eye.default, _aten.eye.m):
+    _FACTORIES.impl(_op, _made_whole(_op), "PrivateUse1")
+
+
 def _is_pretend(device: Any) -> bool:
     return device is not None and torch.device(device).type == "pretend"
 
