@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map
 
 waits: list[str] = []
@@ -84,6 +85,12 @@ class Elsewhere(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"Elsewhere({self.near!r})"
 
+    def __getitem__(self, index: Any) -> Tensor:
+        return super().__getitem__(_as_tensors(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_as_tensors(index), value)
+
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["near"], None
 
@@ -105,11 +112,15 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     there = [x for x in given if isinstance(x, Elsewhere)]
     _refuse_mixture(op, args, here, bool(there))
     to = kwargs.get("device")
+    _refuse_generator(op, kwargs.get("generator"), bool(there) or _is_pretend(to))
     leaves = bool(there) and to is not None and torch.device(to).type == "cpu"
     if op in _READS or leaves or (op is _aten.copy_.default and not isinstance(args[0], Elsewhere)):
         waits.append(str(op))
     near_args, near_kwargs = tree_map(_near, args), tree_map(_near, kwargs)
     found = op(*near_args, **near_kwargs)
+    if torch.Tag.inplace_view in op.tags:  # unsqueeze_ and the like: the wrapper takes the new shape too
+        with no_dispatch():
+            op(*args, **kwargs)
     if leaves or op is _aten._local_scalar_dense.default:
         return found
     known: dict[int, Tensor] = {id(x.near): x for x in there} | {id(x): x for x in here}
@@ -125,6 +136,11 @@ def _refuse_mixture(op: Any, args: tuple[Any, ...], here: list[Tensor], there: b
         return
     shapes = ", ".join(str(list(x.shape)) for x in wide)
     raise RuntimeError(f"Expected all tensors to be on the same device: {op} got some on the CPU, of shape {shapes}.")
+
+
+def _refuse_generator(op: Any, generator: Any, there: bool) -> None:
+    if there and generator is not None and generator._cdata not in _GENERATORS:
+        raise RuntimeError(f"Expected a 'pretend' device type for generator but found 'cpu': {op}")
 
 
 def _near(value: Any) -> Any:
@@ -151,6 +167,17 @@ for _op in (_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _
     _FACTORIES.impl(_op, _made_whole(_op), "PrivateUse1")
 
 
+def _as_tensors(index: Any) -> Any:
+    """An index whose lists are tensors: torch makes them where no backend of Python's can reach."""
+    if isinstance(index, tuple):
+        return tuple(map(_as_tensor, index))
+    return _as_tensor(index)
+
+
+def _as_tensor(index: Any) -> Any:
+    return torch.tensor(index, dtype=None if len(index) else torch.long) if isinstance(index, list | tuple) else index
+
+
 def _is_pretend(device: Any) -> bool:
     return device is not None and torch.device(device).type == "pretend"
 
@@ -168,6 +195,32 @@ def _made_near(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return made
 
 
+class _AnyGenerator(type(torch.Generator)):  # type: ignore[misc]
+    def __instancecheck__(cls, made: object) -> bool:
+        return isinstance(made, _Generator)
+
+
+_Generator = torch.Generator
+_GENERATORS: set[int] = set()
+
+
+class Generator(_Generator, metaclass=_AnyGenerator):
+    """One of the pretend device's draws from the CPU's, and is known by its address: operators see a bare one."""
+
+    _of: torch.device
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        made = super().__new__(cls, "cpu" if _is_pretend(device) else device)
+        made._of = DEVICE if _is_pretend(device) else _Generator.device.__get__(made)  # type: ignore[attr-defined]
+        if _is_pretend(device):
+            _GENERATORS.add(made._cdata)  # type: ignore[attr-defined]
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._of
+
+
 _new_tensor, _tolist = Tensor.new_tensor, Tensor.tolist
 
 
@@ -178,6 +231,7 @@ def _new(self: Tensor, data: Any, **kwargs: Any) -> Tensor:
     return torch.tensor(data, dtype=kwargs.pop("dtype", self.dtype), device=device, **kwargs)
 
 
+torch.Generator = Generator  # type: ignore[misc]
 torch.tensor = _made_near(torch.tensor)
 torch.as_tensor = _made_near(torch.as_tensor)
 Tensor.new_tensor = _new  # type: ignore[method-assign]
