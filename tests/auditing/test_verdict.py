@@ -12,10 +12,13 @@ import torch
 from frostglass.auditing.cells import expand
 from frostglass.auditing.claims import guarantee_of
 from frostglass.auditing.plan import Plan, parse_plan
+from frostglass.auditing.rows import headline
 from frostglass.auditing.run import run_plan
+from frostglass.auditing.score import summarise
 from frostglass.auditing.scorecard import Cell, ImageScore, Labels, NullRank
 from frostglass.auditing.verdict import audit_verdict, trials_of, with_verdicts
 from frostglass.auditing.verdict_rules import EXIT_CODES, Evidence, Guarantee, decide, overall
+from frostglass.auditing.wording import outcome
 from frostglass.core.errors import BadInput
 from frostglass.guarantees import rero
 from frostglass.guarantees.interval import clopper_pearson
@@ -358,6 +361,33 @@ def test_identification_has_its_own_chance() -> None:
     assert "No image was named" in " ".join(trials_of(plan, cells_of(plan, [image(0)])[0]).invalid)
     below = plan_of(verdict={"event": "identified", "tolerance": 0.1, "chance": 0.01})
     assert "below the chance" in verdicts(below, [image(i, identified=False, candidates=5) for i in range(40)])[0].text
+
+
+@pytest.mark.parametrize(("scenarios", "word"), [(1, "identified"), (4, "nothing shown by this attack")])
+def test_the_headline_of_a_game_and_its_verdict_decide_alike(scenarios: int, word: str) -> None:
+    """4 of 40 among 45 candidates: beyond guessing at 95 %, and not where four tests share the error."""
+    plan = plan_of(scenarios=scenarios, verdict={"event": "identified", "tolerance": 0.025, "chance": 0.01})
+    rows = [image(i, identified=i < 4, candidates=45) for i in range(40)]
+    played = summarise([[row] for row in rows], plan.report.threshold)
+    cells = with_verdicts(plan, cells_of(plan, rows, summary=played))
+    for cell in cells:
+        assert cell.verdict is not None
+        assert outcome(cell).word == word
+        assert (cell.verdict.verdict == "VIOLATED") is (word == "identified")
+        assert ("shared among 4 tests" in outcome(cell).sentence) is (scenarios > 1)
+    assert ("named in 4 of 40 messages" in headline(cells)) is (word == "identified")
+
+
+def test_a_game_that_the_verdict_cannot_count_is_no_headline() -> None:
+    plan = plan_of(verdict={"event": "identified", "tolerance": 0.1})
+    rows = [image(0, identified=True, candidates=50) for _ in range(40)]
+    played = summarise([[row] for row in rows], plan.report.threshold)
+    (cell,) = with_verdicts(plan, cells_of(plan, rows, summary=played))
+    assert cell.verdict is not None
+    assert cell.verdict.verdict == "INCONCLUSIVE"
+    assert outcome(cell).tone == "nothing"
+    assert "cannot be counted: The same image is in several messages" in outcome(cell).sentence
+    assert "named" not in headline([cell])
 
 
 # ---------------------------------------------------------------- guarantees

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from frostglass.auditing.metrics.registry import METRICS
 from frostglass.auditing.plan import ClientPlan, DefensePlan, Named, Plan, ScenarioPlan, ThreatPlan
 from frostglass.auditing.recorded_plan import RecordedPlan
-from frostglass.auditing.scorecard import Summary
+from frostglass.auditing.scorecard import Cell, ImageScore, Summary
+from frostglass.auditing.verdict_rules import shared_level
 from frostglass.guarantees.interval import clopper_pearson
 
 
@@ -121,11 +122,38 @@ def pitfalls(cell: CellPlan, *, units: int, repeats_images: bool, batchnorm: boo
     return found
 
 
-def beyond_chance(summary: Summary | None) -> bool:
-    """An identification game was won more often than guessing explains, at 95 %."""
+def beyond_chance(cell: Cell) -> bool:
+    """An identification game was won more often than guessing explains, by the rule and at the level of the verdict.
+
+    At 95 % where there is no verdict.
+    """
+    summary, verdict = cell.summary, cell.verdict
     if summary is None or not summary.asked or summary.identified is None or not summary.candidates:
         return False
-    return clopper_pearson(summary.identified, summary.asked)[0] > 1 / summary.candidates
+    if uncounted_game([row for row in cell.images if row.identified is not None]):
+        return False
+    level = 0.95 if verdict is None else shared_level(verdict.confidence, verdict.tests)
+    return clopper_pearson(summary.identified, summary.asked, level)[0] > 1 / summary.candidates
+
+
+def uncounted_game(asked: Sequence[ImageScore]) -> list[str]:
+    """Why the successes of an identification game are no trials of one chance, a sentence each.
+
+    Args:
+        asked: the image of each message that was to be named.
+    """
+    found = []
+    if repeated(asked):
+        found.append("The same image is in several messages: trials are not independent.")
+    if len({row.candidates for row in asked if row.candidates}) > 1:
+        found.append("Messages have different numbers of candidates, so they have no common chance.")
+    return found
+
+
+def repeated(rows: Sequence[ImageScore]) -> bool:
+    """Whether one image stands in several messages; an augmented one keeps its name alone."""
+    contents, names = {r.sha256 for r in rows}, {r.id for r in rows}
+    return len(contents) < len(rows) or (all(r.target == "private" for r in rows) and len(names) < len(rows))
 
 
 def outcome(attack: str, summary: Summary | None, encoding: Summary | None) -> str:

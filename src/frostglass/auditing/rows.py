@@ -278,7 +278,7 @@ def headline(rows: Sequence[Cell]) -> str:
         return (not r.upper_bound, r.summary.proved / n, r.summary.over_threshold.count / n, ssim)
 
     shown = [r for r in done if r.summary and (r.summary.proved or r.summary.over_threshold.count)]
-    shown = shown or [r for r in done if beyond_chance(r.summary)]
+    shown = shown or [r for r in done if beyond_chance(r)]
     if not shown:
         who = "The attack" if len(done) == 1 else f"None of the {len(done)} attack runs"
         showed = "showed no recognisable image" if len(done) == 1 else "showed a recognisable image"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from frostglass.auditing.cells import CellPlan, expand
+from frostglass.auditing.cells import CellPlan, expand, repeated, uncounted_game
 from frostglass.auditing.claims import guarantee_of
 from frostglass.auditing.linting.plan_defenses import defense_facts
 from frostglass.auditing.linting.rules import findings
@@ -62,7 +62,7 @@ def trials_of(plan: Plan, cell: Cell) -> Trials:
     named = plan.verdict.event == "identified"
     sizes = {t.candidates for t in targets if t.candidates}
     kappa = 1 / max(sizes) if named and sizes else plan.verdict.chance
-    invalid = list(_invalid(plan, cell, rows, targets, sizes))
+    invalid = list(_invalid(plan, cell, rows, targets))
     outcomes = tuple(_success(plan, cell, t) for t in targets)
     proved = sum(r.proved for r in cell.images)
     if plan.verdict.event != "recovered" or all(score_of(plan, row) is None for row in cell.images):
@@ -93,22 +93,15 @@ def _success(plan: Plan, cell: Cell, row: ImageScore) -> bool:
     return row.proved or (reaches(plan, row) and calibrated(plan, cell, row))
 
 
-def _invalid(
-    plan: Plan, cell: Cell, rows: Sequence[Sequence[ImageScore]], targets: Sequence[ImageScore], sizes: set[int]
-) -> list[str]:
+def _invalid(plan: Plan, cell: Cell, rows: Sequence[Sequence[ImageScore]], targets: Sequence[ImageScore]) -> list[str]:
     found = []
     event = plan.verdict.event
-    watched = [[t] for t in targets] if event == "identified" else rows
-    held = [row for unit in watched for row in unit]
-    contents, names = {r.sha256 for r in held}, {r.id for r in held}  # an augmented image keeps its name alone
-    repeated = len(contents) < len(held) or (all(r.target == "private" for r in held) and len(names) < len(held))
-    if len(watched) > 1 and repeated:
-        found.append("The same image is in several messages: trials are not independent.")
     if event == "identified":
+        found += uncounted_game(targets)
         if not targets:
             found.append('No image was named among candidates; run the attack "gallery" with the grant "gallery".')
-        if len(sizes) > 1:
-            found.append("Messages have different numbers of candidates, so they have no common chance.")
+    elif len(rows) > 1 and repeated([row for unit in rows for row in unit]):
+        found.append("The same image is in several messages: trials are not independent.")
     if event == "recovered":
         among = matched_among(cell)
         metric, level = plan.report.threshold.metric, plan.verdict.chance / among

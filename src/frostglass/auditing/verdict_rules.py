@@ -91,11 +91,21 @@ class Decision:
     notes: tuple[str, ...] = field(default=())
 
 
+def shared_level(confidence: float, tests: int) -> float:
+    """Of the interval of each of several tests, so that `confidence` holds for all together (Bonferroni)."""
+    return 1 - (1 - confidence) / tests
+
+
+def confidence_words(confidence: float, tests: int) -> str:
+    """The same for a reader."""
+    return f"{100 * confidence:g} % confidence" + (f", shared among {tests} tests" if tests > 1 else "")
+
+
 def decide(e: Evidence) -> Decision:
     """The verdict on one test."""
     lower, upper = None, None
     if e.trials:
-        lower, upper = clopper_pearson(e.successes, e.trials, 1 - (1 - e.confidence) / e.tests)
+        lower, upper = clopper_pearson(e.successes, e.trials, shared_level(e.confidence, e.tests))
     counts = lower is not None and not e.invalid
     floor = lower if counts and lower is not None else 0.0
     g = e.guarantee
@@ -115,7 +125,7 @@ def decide(e: Evidence) -> Decision:
 
 def _words(kind: Kind, e: Evidence, lower: float, upper: float | None, unsuccessful: bool) -> str:
     seen = f"{e.successes} of {e.trials} trial{'s' if e.trials != 1 else ''} succeeded"
-    sure = f"{100 * e.confidence:g} % confidence" + (f", shared among {e.tests} tests" if e.tests > 1 else "")
+    sure = confidence_words(e.confidence, e.tests)
     g = e.guarantee
     if kind == "BROKEN CLAIM" and g is not None:
         return (

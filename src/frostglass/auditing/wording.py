@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from frostglass.auditing.cells import beyond_chance
+from frostglass.auditing.cells import beyond_chance, uncounted_game
 from frostglass.auditing.scorecard import Cell, Labels, NullRank, OverThreshold, Scorecard, Summary
+from frostglass.auditing.verdict_rules import confidence_words
 
 MISSING = "–"
 NOTHING = "nothing shown by this attack"
@@ -155,7 +156,7 @@ def outcome(cell: Cell) -> Outcome:
         why = " No truth was given, and the attack proved nothing by itself." if unscored else ""
         return Outcome("skipped", word, f"This cell was not scored.{why} It shows nothing in either direction.")
     if cell.summary.asked:
-        return _named(cell.summary)
+        return _named(cell, cell.summary)
     found, n, proved = cell.summary.over_threshold.count, cell.summary.images, cell.summary.proved
     bar = threshold(cell.summary.over_threshold)
     if cell.images and cell.images[0].target == "recovered":
@@ -176,16 +177,21 @@ def outcome(cell: Cell) -> Outcome:
     return Outcome("nothing", NOTHING, f"{reach}. Other attacks may recover more.")
 
 
-def _named(summary: Summary) -> Outcome:
-    """Of an identification game."""
+def _named(cell: Cell, summary: Summary) -> Outcome:
+    """Of an identification game; "identified" by the rule of the verdict, so that the two never disagree."""
     named, asked, n = summary.identified or 0, summary.asked or 0, summary.candidates or 1
     said = (
         f"The image was named among {n} candidates in {named} of {plural(asked, 'message')}; guessing names it in "
         f"{asked / n:.3g}"
     )
-    if beyond_chance(summary):
-        return Outcome("found", "identified", said + ".")
-    return Outcome("nothing", NOTHING, said + ", and this is no more. Other attacks may name more.")
+    why = uncounted_game([row for row in cell.images if row.identified is not None])
+    if why:
+        return Outcome("nothing", NOTHING, f"{said}. This cannot be counted: {' '.join(why)}")
+    v = cell.verdict
+    sure = "95 % confidence" if v is None else confidence_words(v.confidence, v.tests)
+    if beyond_chance(cell):
+        return Outcome("found", "identified", f"{said}. That is more than guessing explains ({sure}).")
+    return Outcome("nothing", NOTHING, f"{said}, and this is no more ({sure}). Other attacks may name more.")
 
 
 def subline(scorecard: Scorecard) -> str:
