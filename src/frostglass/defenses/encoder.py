@@ -262,7 +262,8 @@ class RowEncoder:
             out = torch.empty(shape, dtype=self.dtype, device=data.device)
         elif tuple(out.shape) != shape or out.dtype != self.dtype or not out.is_contiguous():
             raise BadInput(f"out: give contiguous memory of shape {shape} and {self.dtype}.")
-        step = len(rows) if out.is_cuda else max(1, _MASK_BYTES // mask_width(shape[1] * shape[2] * shape[3]))
+        on_cpu = out.device.type == "cpu"
+        step = max(1, _MASK_BYTES // mask_width(shape[1] * shape[2] * shape[3])) if on_cpu else len(rows)
         if 0 < len(rows) <= step:  # slices of tensors take as long as everything else here
             self._mix(data, ring, indices, weights, epoch, out)
         else:
