@@ -87,7 +87,7 @@ def run_unmix(
     Args:
         plan: checked by `parse_unmix_plan`.
         out: new, empty, or of this plan with `resume`.
-        device: where attacks compute.
+        device: where unmixing and comparisons with a pool compute; the smaller attacks stay on the CPU.
         resume: go on with a killed run.
         emit: told of everything that happens.
         given: objects from Python instead of the plan's paths.

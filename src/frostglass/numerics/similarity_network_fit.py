@@ -127,7 +127,7 @@ def fit(
     held, seen = images[order[: len(images) // 10]], images[order[len(images) // 10 :]].to(device)
     shape = Shape(int(images.shape[1]), int(images.shape[-1]), settings.width, features=settings.features)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(rng.at("weights").key[:4], "big"))
+        torch.default_generator.manual_seed(int.from_bytes(rng.at("weights").key[:4], "big"))
         network = SimilarityNetwork(shape).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=1e-3)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=settings.steps + 1, pct_start=0.1)

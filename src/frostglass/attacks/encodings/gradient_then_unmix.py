@@ -79,8 +79,8 @@ class GradientThenUnmix:
     def init(self, seen: Observation, run: Runtime) -> Collected:
         """Nothing has been attacked."""
         none = torch.zeros(0, *seen.image_shape)
-        flat = torch.zeros(0, 1)
-        blank = UnmixState(flat.long(), flat, none, torch.zeros(0))
+        flat = torch.zeros(0, 1, device=run.device)  # where a checkpoint of the unmixing goes back to
+        blank = UnmixState(flat.long(), flat, none.to(run.device), flat[:, 0])
         return Collected(none, torch.zeros(0, seen.classes), 0, 0, Progress(torch.zeros(0).long(), blank, blank, 0))
 
     def step(self, seen: Observation, state: Collected, run: Runtime, t: int) -> tuple[Collected, Scalars]:

@@ -84,16 +84,18 @@ class MixupAttack:
     def init(self, seen: Observation, run: Runtime) -> Partners:
         """No partner is known."""
         size = (len(encodings_of(seen)), self._slots(seen))
-        return Partners(torch.full(size, -1), torch.zeros(size), torch.zeros(size))
+        none = torch.zeros(size, device=run.device)
+        return Partners(torch.full_like(none, -1, dtype=torch.long), none, none)
 
     def step(self, seen: Observation, state: Partners, run: Runtime, t: int) -> tuple[Partners, Scalars]:
         """The next partner of every encoding; all of them at once under a mask."""
         mixing = _pooled(seen)
-        y = encodings_of(seen).float()
+        y = encodings_of(seen).to(run.device).float()
         if not bool(y.isfinite().all()):
             raise AttackFailed("mixup_attack: the encodings hold values that are not finite.")
         assert mixing.public is not None
-        new = _next(y, mixing.public, state, t) if mixing.mask == "none" else _masked(y, mixing.public, state)
+        pool = mixing.public.to(run.device)
+        new = _next(y, pool, state, t) if mixing.mask == "none" else _masked(y, pool, state)
         return new, {"partners_found": float((new.rows >= 0).sum())}
 
     def done(self, state: Partners) -> bool:
@@ -119,7 +121,9 @@ class MixupAttack:
         images = torch.zeros(0, *seen.image_shape)
         if mixing.mask == "none" and bool(complete.any()):
             assert mixing.public is not None
-            images = _remainders(encodings_of(seen).float(), mixing.public, state, complete, targets_of(seen))
+            there = Partners(state.rows.cpu(), state.weights.cpu(), state.score.cpu())
+            y = encodings_of(seen).float()
+            images = _remainders(y, mixing.public, there, complete.cpu(), targets_of(seen))
             images = images[: self.shown]
         return Reconstruction(
             seen.domain.clamp(images), torch.zeros(len(images), dtype=torch.bool), float("nan"), info=info
@@ -149,8 +153,8 @@ def _next(y: Tensor, pool: Tensor, state: Partners, slot: int) -> Partners:
 def _best(rest: Tensor, pool: Tensor, taken: Int[Tensor, "e s"]) -> tuple[Tensor, Tensor]:
     """([e] score above chance of the best pool image, [e] its row, -1 if chance explains it)."""
     e = len(rest)
-    top, where = torch.full((e,), -torch.inf), torch.full((e,), -1)
-    middle, spread, blocks = torch.zeros(e), torch.zeros(e), 0
+    top, where = rest.new_full((e,), -torch.inf), taken.new_full((e,), -1)
+    middle, spread, blocks = rest.new_zeros(e), rest.new_zeros(e), 0
     unit = torch.nn.functional.normalize(rest, dim=1)
     for start, held in _parts(pool):
         part = torch.nn.functional.normalize(differences(held.float()).flatten(1), dim=1)
@@ -206,7 +210,7 @@ def _refitted(y: Float[Tensor, "e f"], edges: Float[Tensor, "m f"], state: Partn
     for start in range(0, len(y), BLOCK // 8):
         part = slice(start, start + BLOCK // 8)
         x = edges[state.rows[part].clamp_min(0)] * chosen[part, :, None]
-        gram = x @ x.transpose(1, 2) + 1e-6 * torch.eye(x.shape[1])
+        gram = x @ x.transpose(1, 2) + 1e-6 * torch.eye(x.shape[1], device=x.device)
         weights[part] = torch.linalg.solve(gram, (x @ y[part, :, None]))[..., 0] * chosen[part]
     return Partners(state.rows, weights.clamp_min(0), state.score)
 
@@ -215,14 +219,14 @@ def _masked(y: Tensor, pool: Tensor, state: Partners) -> Partners:
     """The best pool images of each encoding by blocks, those above chance."""
     slots = state.rows.shape[1]
     e = len(y)
-    top, where = torch.full((e, slots), -torch.inf), torch.full((e, slots), -1)
-    middle, spread, blocks = torch.zeros(e), torch.zeros(e), 0
+    top, where = y.new_full((e, slots), -torch.inf), state.rows.new_full((e, slots), -1)
+    middle, spread, blocks = y.new_zeros(e), y.new_zeros(e), 0
     for start, held in _parts(pool):
         c = similarity(y, (held.float() + 1) / 2)
         m, s = _chance(c)
         middle, spread, blocks = middle + m, spread + s, blocks + 1
         both = torch.cat([top, c], 1)
-        at = torch.cat([where, torch.arange(start, start + c.shape[1]).expand(e, -1)], 1)
+        at = torch.cat([where, torch.arange(start, start + c.shape[1], device=c.device).expand(e, -1)], 1)
         top, order = both.topk(slots, dim=1)
         where = at.gather(1, order)
     judged = [_judged(top[:, s], where[:, s], middle / blocks, spread / blocks, len(pool)) for s in range(slots)]

@@ -39,7 +39,7 @@ def unmix_learned(
     held = load_network(Path(network))
 
     def likeness(encodings: Tensor) -> Tensor:
-        z = embed(held, encodings)
+        z = embed(held.to(encodings.device), encodings).to(encodings.device)
         learned = z @ z.T
         return (1 - statistical) * _standard(learned) + statistical * _standard(similarity(encodings))
 
@@ -49,5 +49,8 @@ def unmix_learned(
 def _standard(table: Tensor) -> Tensor:
     """Mean 0 and spread 1 off the diagonal."""
     n = len(table)
-    off = table[~torch.eye(n, dtype=torch.bool)] if n <= 4096 else table[:, : n // 2][torch.arange(n) >= n // 2]
+    if n <= 4096:
+        off = table[~torch.eye(n, dtype=torch.bool, device=table.device)]
+    else:
+        off = table[n // 2 :, : n // 2].contiguous()
     return (table - off.mean()) / off.std().clamp_min(1e-9)

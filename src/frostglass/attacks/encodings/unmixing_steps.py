@@ -99,7 +99,7 @@ class Unmix:
                 f"{needed / 2**30:.0f} GiB; attack a part of the set (encodings of some classes), or smaller images."
             ]
         try:
-            self._problem(seen, labelled_rows(seen)[: self.limit])
+            self._problem(seen, labelled_rows(seen)[: self.limit], torch.device("cpu"))
         except BadInput as wrong:
             return list(wrong.problems)
         return []
@@ -121,7 +121,7 @@ class Unmix:
         if now.settled or now.round >= self.rounds:
             start += 1
             now = self._start(seen, state.rows, run, start)
-        now = unmixing.unmix_round(self._problem(seen, state.rows), now)
+        now = unmixing.unmix_round(self._problem(seen, state.rows, run.device), now)
         best = now if start == state.start == 0 or now.log_likelihood >= state.best.log_likelihood else state.best
         new = replace(state, now=now, best=best, start=start)
         changed = now.history[-1].get("changed", 0.0) if now.history else 0.0
@@ -151,17 +151,17 @@ class Unmix:
             "log_likelihood": state.best.log_likelihood,
         }  # fmt: skip
         return Reconstruction(
-            seen.domain.clamp(found.images.float()),
+            seen.domain.clamp(found.images.float().cpu()),
             torch.zeros(len(found.images), dtype=torch.bool),
             -state.best.log_likelihood,
             targets=targets,
             info=info,
         )
 
-    def _problem(self, seen: Observation, rows: Tensor) -> unmixing.UnmixProblem:
+    def _problem(self, seen: Observation, rows: Tensor, device: torch.device) -> unmixing.UnmixProblem:
         targets = targets_of(seen)
         return unmixing.problem(
-            encodings_of(seen)[rows].float(),
+            encodings_of(seen)[rows].to(device).float(),
             None if targets is None else targets[rows].float(),
             None if targets is None else per_class_of(seen),
             private=private_slots(seen) or 2,
@@ -170,7 +170,7 @@ class Unmix:
         )
 
     def _start(self, seen: Observation, rows: Tensor, run: Runtime, start: int) -> unmixing.UnmixState:
-        given = self._problem(seen, rows)
+        given = self._problem(seen, rows, run.device)
         alike = None if self.likeness is None else self.likeness(given.y)
         return unmixing.unmix_start(given, run.rng.at("start", start), similarity=alike)
 
