@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from frostglass.core.errors import BadInput
 from frostglass.core.events import Event, broadcast, silent
-from frostglass.core.files import write_json, write_text, written_beside
+from frostglass.core.files import placed, source_placed, write_json, write_text, written_beside
 from frostglass.core.journal import Journal, json_ready, read_journal
 
 KILLED = """
@@ -24,6 +25,23 @@ with written_beside(Path(sys.argv[1])) as beside:
     beside.write_text("half of the new")
     os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_paths_of_a_plan_start_at_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FROSTGLASS_TEST", "far")
+    assert placed("a/../b", tmp_path) == (tmp_path / "b").as_posix()
+    assert placed("/elsewhere", tmp_path) == "/elsewhere"
+    assert placed("~/b", tmp_path) == (Path.home() / "b").resolve().as_posix()
+    assert placed("$FROSTGLASS_TEST/b", tmp_path) == (tmp_path / "far" / "b").as_posix()
+    assert source_placed("parquet:${FROSTGLASS_TEST}/b", tmp_path) == f"parquet:{(tmp_path / 'far' / 'b').as_posix()}"
+    assert source_placed("folder:b", tmp_path) == f"folder:{(tmp_path / 'b').as_posix()}"
+    assert [source_placed(name, tmp_path) for name in ("digits", "python:x", "folder:")] == [
+        "digits", "python:x", "folder:",
+    ]  # fmt: skip
+    with pytest.raises(BadInput, match="names \\$FROSTGLASS_NONE, which is not set"):
+        placed("$FROSTGLASS_NONE/b", tmp_path)
+    (tmp_path / "$FROSTGLASS_NONE").mkdir()
+    assert placed("$FROSTGLASS_NONE", tmp_path).endswith("$FROSTGLASS_NONE")
 
 
 def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from frostglass.auditing.plan import Resolved, Title
 from frostglass.auditing.plan_reading import override_value, read_values, sentences
 from frostglass.auditing.plan_verdict import Strict
 from frostglass.core.errors import BadInput
+from frostglass.core.files import source_placed
 from frostglass.federated.federate_plan import DefensePart, FederatePlan
 from frostglass.federated.train_plan import Seed
 
@@ -139,10 +139,7 @@ def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     data = job.get("data") if isinstance(job, dict) else None
     for key in ("source", "test"):
         if isinstance(data, dict) and isinstance(data.get(key), str):
-            kind, colon, place = data[key].partition(":")
-            if colon:
-                full = Path(os.path.expandvars(place)).expanduser()
-                data[key] = f"{kind}:{(folder / full).resolve().as_posix()}"
+            data[key] = source_placed(data[key], folder)
     return values
 
 

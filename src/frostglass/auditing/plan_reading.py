@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from frostglass.core.errors import BadInput, close_match
+from frostglass.core.files import placed, source_placed
 
 SHOWN = 60
 """Letters of a wrong value that a sentence repeats."""
@@ -39,26 +40,19 @@ def read_values(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 def _anchor_paths(values: Mapping[str, Any], folder: Path) -> None:
     """Makes paths of sources, weights and generators relative to the plan, so that a plan works from anywhere."""
 
-    def place(text: str) -> str:
-        return (folder / Path(text).expanduser()).resolve().as_posix()
-
-    def source(text: str) -> str:
-        kind, _, rest = text.partition(":")
-        return f"{kind}:{place(rest)}" if rest and kind in ("folder", "parquet") else text
-
-    def generator(text: str) -> str:
-        return place(text) if text.endswith(".safetensors") else text
+    def generator(text: str, folder: Path) -> str:
+        return placed(text, folder) if text.endswith(".safetensors") else text
 
     scenarios = values.get("scenario")
     tables = [s for s in scenarios if isinstance(s, dict)] if isinstance(scenarios, list) else []
     for table, key, anchored in [
-        *((s.get("data"), "source", source) for s in tables),
-        *((s.get("model"), "weights", place) for s in tables),
+        *((s.get("data"), "source", source_placed) for s in tables),
+        *((s.get("model"), "weights", placed) for s in tables),
         *((a, "generator", generator) for s in tables for a in _listed(s.get("attack"))),
-        *((s.get("threat"), "auxiliary", source) for s in [values, *tables]),
+        *((s.get("threat"), "auxiliary", source_placed) for s in [values, *tables]),
     ]:
         if isinstance(table, dict) and isinstance(table.get(key), str) and table[key]:
-            table[key] = anchored(table[key])
+            table[key] = anchored(table[key], folder)
 
 
 def _listed(tables: Any) -> list[Any]:

@@ -25,6 +25,7 @@ from frostglass.auditing.run import run_plan
 from frostglass.auditing.scorecard import AuditReport
 from frostglass.core.errors import BadInput
 from frostglass.core.events import Emit, silent
+from frostglass.core.files import placed, source_placed
 from frostglass.core.runtime import pick_device
 
 PLACES = ("record", "before", "after", "gradients", "weights")
@@ -53,9 +54,9 @@ def parse_request(values: Mapping[str, Any], folder: Path) -> UpdatesRequest:
     except ValidationError as wrong:
         raise BadInput(sentences(wrong, UpdatesRequest)) from None
     updates = request.updates.check()
-    placed = {k: _placed(getattr(updates, k), folder) for k in PLACES}
-    placed |= {k: _source(getattr(updates, k), folder) for k in SOURCES}
-    request.updates = updates.model_copy(update=placed)
+    places = {k: _placed(getattr(updates, k), folder) for k in PLACES}
+    places |= {k: _source(getattr(updates, k), folder) for k in SOURCES}
+    request.updates = updates.model_copy(update=places)
     return request
 
 
@@ -69,18 +70,16 @@ def load_request(path: Path, overrides: Sequence[str] = ()) -> UpdatesRequest:
 
 
 def _placed(text: str | None, folder: Path) -> str | None:
-    return None if text is None else (folder / Path(text).expanduser()).resolve().as_posix()
+    return None if text is None else placed(text, folder)
 
 
 def _source(text: str | None, folder: Path) -> str | None:
     """A folder or `parquet:FILE` from `folder`; names of bundled sources as they are."""
     if text is None or text == FROM_PYTHON:
         return text
-    kind, colon, rest = text.partition(":")
-    if colon and kind in ("parquet", "folder"):
-        there = _placed(rest, folder)
-        return there if kind == "folder" else f"{kind}:{there}"
-    return _placed(text, folder) if (folder / Path(text).expanduser()).is_dir() else text
+    if text.startswith(("parquet:", "folder:")):
+        return source_placed(text, folder).removeprefix("folder:")
+    return placed(text, folder) if (folder / Path(text).expanduser()).is_dir() else text
 
 
 def run_request(

@@ -14,6 +14,7 @@ from frostglass.auditing.plan import Named, Resolved, ThresholdPlan, Title
 from frostglass.auditing.plan_reading import read_values, sentences
 from frostglass.auditing.plan_verdict import Strict
 from frostglass.core.errors import BadInput, close_match
+from frostglass.core.files import placed, source_placed
 from frostglass.federated.record_header import INFO
 from frostglass.numerics.key_rows import MixLaw
 
@@ -105,12 +106,9 @@ def load_unmix_plan(path: Path, overrides: Sequence[str] = ()) -> UnmixPlan:
 
 def anchored(text: str, folder: Path) -> str:
     """A path, or the path of a source, made absolute from `folder`; names of bundled sources stay."""
-    kind, colon, rest = text.partition(":")
-    if colon and kind in ("folder", "parquet"):
-        return f"{kind}:{(folder / Path(rest).expanduser()).resolve().as_posix()}"
-    if text in ("digits", "photos", "python"):
-        return text
-    return (folder / Path(text).expanduser()).resolve().as_posix()
+    if text in ("digits", "photos", "python") or text.startswith(("folder:", "parquet:")):
+        return source_placed(text, folder)
+    return placed(text, folder)
 
 
 def parse_unmix_plan(values: Mapping[str, Any]) -> UnmixPlan:

@@ -1,9 +1,10 @@
-"""Files that are whole or absent: written beside, then renamed."""
+"""Files that are whole or absent: written beside, then renamed. And where the paths of a plan lead."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,25 @@ def written_beside(path: Path) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def placed(text: str, folder: Path) -> str:
+    """A path that a plan names, absolute: from the plan's `folder`, with ~ and $NAME from the environment.
+
+    Raises:
+        BadInput: a variable that is not set.
+    """
+    full = os.path.expandvars(text)
+    unset = re.search(r"\$(\w+|\{\w+\})", full)
+    if unset and not (folder / full).exists():
+        raise BadInput(f"plan: {text!r} names {unset[0]}, which is not set; set it, or write the path.")
+    return (folder / Path(full).expanduser()).resolve().as_posix()
+
+
+def source_placed(text: str, folder: Path) -> str:
+    """A source of images with its path `placed`, as in folder:PATH and parquet:FILE; any other name as it is."""
+    kind, _, rest = text.partition(":")
+    return f"{kind}:{placed(rest, folder)}" if rest and kind in ("folder", "parquet") else text
 
 
 def write_text(path: Path, text: str) -> None:

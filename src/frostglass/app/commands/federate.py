@@ -67,8 +67,8 @@ def load_federate_plan(path: Path, overrides: Sequence[str] = ()) -> Any:
     """
     from pydantic import ValidationError
 
-    from frostglass.app.commands.train import placed
     from frostglass.auditing.plan_reading import read_values, sentences, without_errors
+    from frostglass.core.files import placed, source_placed
     from frostglass.federated.federate_plan import FederatePlan
 
     values = read_values(path, overrides)
@@ -78,9 +78,8 @@ def load_federate_plan(path: Path, overrides: Sequence[str] = ()) -> Any:
         raise BadInput([*sentences(wrong, FederatePlan), *_further(without_errors(values, wrong))]) from None
     plan.check()
     for key in ("source", "test"):
-        kind, colon, place = (getattr(plan.data, key) or "").partition(":")
-        if colon:
-            setattr(plan.data, key, f"{kind}:{placed(place, path.parent)}")
+        if getattr(plan.data, key):
+            setattr(plan.data, key, source_placed(getattr(plan.data, key), path.parent))
     for part in plan.defense:
         if isinstance(part.settings.get("public"), str):
             part.public = placed(part.settings["public"], path.parent)  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +49,7 @@ def load_train_plan(path: Path, overrides: Sequence[str] = ()) -> Any:
     from pydantic import ValidationError
 
     from frostglass.auditing.plan_reading import read_values, sentences
+    from frostglass.core.files import placed, source_placed
     from frostglass.federated.train_plan import TrainPlan
 
     values = read_values(path, overrides)
@@ -59,20 +59,11 @@ def load_train_plan(path: Path, overrides: Sequence[str] = ()) -> Any:
         raise BadInput(sentences(wrong, TrainPlan)) from None
     plan.check()
     for key in ("source", "test"):
-        kind, colon, place = (getattr(plan.data, key) or "").partition(":")
-        if colon:
-            setattr(plan.data, key, f"{kind}:{placed(place, path.parent)}")
+        if getattr(plan.data, key):
+            setattr(plan.data, key, source_placed(getattr(plan.data, key), path.parent))
     for method in plan.method:
         method.public = placed(method.public, path.parent) if method.public else None
     return plan
-
-
-def placed(text: str, folder: Path) -> str:
-    """A path of the plan, with $NAME from the environment, relative to the plan's folder."""
-    full = os.path.expandvars(text)
-    if "$" in full:
-        raise BadInput(f"data: {text!r} names an environment variable that is not set.")
-    return (folder / Path(full).expanduser()).resolve().as_posix()
 
 
 def _claim(out: Path, plan: Any, resume: bool) -> None:
