@@ -54,7 +54,7 @@ constraints:  ## resolve all requirements afresh and write constraints.txt
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
 	$(PYTHON) -m venv "$$fresh" && \
 	"$$fresh/bin/pip" install --quiet $(PINS) '.[dev]' && \
-	"$$fresh/bin/pip" freeze --exclude frostglass > "$$fresh/frozen" && \
+	"$$fresh/bin/pip" freeze --exclude frostglass --exclude triton > "$$fresh/frozen" && \
 	{ sed -n '/^#/p' constraints.txt; sed -e '/ @ /d' -e 's/+[a-z0-9.]*$$//' "$$fresh/frozen"; } > "$$fresh/new" && \
 	cp "$$fresh/new" constraints.txt
 	@echo 'constraints.txt is new; run `make test` before you commit it.'

@@ -63,7 +63,7 @@ class InstaHide(RowEncoder):
         augment: "per_epoch" augments each image once an epoch (the paper); "per_use" at every use. Public images
             are not augmented.
         augmentation: [n, c, h, w] -> the same shape and dtype; None for no augmentation.
-        backend: which code mixes: "auto", "fused" (numba, CPU) or "torch".
+        backend: which code mixes: "auto", "fused" (numba on a CPU, Triton on CUDA) or "torch".
 
     Attributes:
         ledger: exposure of each image, for the owner alone; None before the first encoding.

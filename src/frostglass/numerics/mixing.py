@@ -2,13 +2,14 @@
 
     x~ = mask( sum_j lambda_j x_j ),   lambda on the simplex, lambda_j <= c1      (InstaHide: Huang et al. 2020, ICML)
 
-Three paths give the same mask bits and values within 1e-5: numba for CPUs (`fused_mixing`), torch for every device, and
-a reference in plain loops for tests. The affine map of pixels to [-1, 1] is applied after the sum, which is exact
-because coefficients sum to 1 and all sources share one normalisation.
+All paths give the same mask bits and values within 1e-5: numba for CPUs (`fused_mixing`), Triton for CUDA
+(`device_mixing`), torch for every device, and a reference in plain loops for tests. The affine map of pixels to [-1, 1]
+is applied after the sum, which is exact because coefficients sum to 1 and all sources share one normalisation.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from frostglass.core.errors import BadInput
+from frostglass.numerics import device_mixing
 from frostglass.numerics.compiled import kernel
 from frostglass.numerics.fused_mixing import mix_labels, mix_more_rows, mix_rows
 from frostglass.numerics.key_rows import KeyRows, mask_width
@@ -68,7 +70,7 @@ def mix(
         keys: one row per encoding.
         mask: "sign" flips each pixel by a key bit; "abs" gives |mix|, which holds exactly as much; "none" is Mixup.
         out: float32 or bfloat16, [b, d] or images of d pixels, contiguous; its device decides where "torch" computes.
-        backend: "auto" is "fused" on CPUs that have numba, else "torch".
+        backend: "auto" is "fused" where that can be had (numba on CPUs, Triton on CUDA), else "torch".
 
     Raises:
         BadInput: the tables differ in width or dtype, or "fused" was asked for and cannot be had.
@@ -78,16 +80,23 @@ def mix(
             f"public: rows of {public.shape[1]} {pixel_type(public)} pixels do not mix with private rows of "
             f"{private.shape[1]} {pixel_type(private)}; store both alike."
         )
-    run = kernel(mix_rows if keys.indices.shape[1] <= 4 else mix_more_rows)
-    fits = run is not None and out.device.type == "cpu" and out.dtype in (torch.float32, torch.bfloat16)
-    if backend == "fused" and not fits:
-        raise BadInput("backend: 'fused' needs numba, CPU and float32 or bfloat16 output; use 'auto' or 'torch'.")
+    if mask == "sign" and keys.bits is None:
+        raise ValueError("the sign mask needs bits")
     if backend == "reference":
         return out.copy_(mix_reference(private, public, inside, keys, mask).view_as(out))
-    if backend == "torch" or not fits:
-        return out.copy_(mix_torch(private, public, inside, keys, mask, out.device).view_as(out))
-    assert run is not None
-    _mix_fused(run, private, public, inside, keys, mask, out)
+    run = kernel(mix_rows if keys.indices.shape[1] <= 4 else mix_more_rows) if out.device.type == "cpu" else None
+    exact = out.dtype in (torch.float32, torch.bfloat16)
+    if backend in ("auto", "fused") and exact and run is not None:
+        _mix_fused(run, private, public, inside, keys, mask, out)
+    elif backend in ("auto", "fused") and exact and _plain(private) and device_kernel(out.device):
+        mix_on_device(private, public, inside, keys, mask, out)
+    elif backend == "fused":
+        raise BadInput(
+            "backend: 'fused' needs float32 or bfloat16 output, and numba on a CPU or Triton on CUDA; use 'auto' or "
+            "'torch'."
+        )
+    else:
+        out.copy_(mix_torch(private, public, inside, keys, mask, out.device).view_as(out))
     return out
 
 
@@ -123,8 +132,6 @@ def _mix_fused(
 ) -> None:
     scale, shift = affine(private.dtype)
     first = _readonly(private)
-    if mask == "sign" and keys.bits is None:
-        raise ValueError("the sign mask needs bits")
     whole = out.numpy().view(np.uint32) if out.dtype == torch.float32 else out.view(torch.uint16).numpy()
     run(
         first,
@@ -150,18 +157,66 @@ def mix_torch(
     scale, shift = affine(private.dtype)
     exact = torch.float64 if private.dtype in (torch.float64, np.dtype(np.float64)) else torch.float32
     weights = torch.from_numpy(keys.coefficients).to(device, exact)
-    index = torch.from_numpy(keys.indices).to(device)
-    total = _weighted(private, index[:, :inside], weights[:, :inside])
+    index = torch.from_numpy(keys.indices)
+    total = _weighted(*_rows_on(device, private, index[:, :inside]), weights[:, :inside])
     if public is not None and inside < index.shape[1]:
-        total = total + _weighted(public, index[:, inside:], weights[:, inside:])
+        total = total + _weighted(*_rows_on(device, public, index[:, inside:]), weights[:, inside:])
     bits = None if keys.bits is None else torch.from_numpy(keys.bits).to(device)
     return mask_images(total.mul_(scale).add_(shift), mask, bits)
 
 
-def _weighted(table: Table, index: Tensor, weights: Tensor) -> Tensor:
-    if isinstance(table, np.ndarray):  # maybe a memory map: read only the rows that are needed
-        rows = torch.from_numpy(np.ascontiguousarray(table[index.flatten().cpu().numpy()]))
-        index, table = torch.arange(index.numel(), device=index.device).view_as(index), rows.to(index.device)
+def mix_on_device(
+    private: Table, public: Table | None, inside: int, keys: KeyRows, mask: Mask, out: Float[Tensor, "b ..."]
+) -> None:
+    """The same by `device_mixing`; the copies of the keys on the device are overwritten."""
+    wanted = torch.from_numpy(keys.indices)
+    first, index = _rows_on(out.device, private, wanted[:, :inside])
+    second = first
+    if public is not None and inside < wanted.shape[1]:
+        second, others = _rows_on(out.device, public, wanted[:, inside:])
+        index = torch.cat([index, others], 1)
+    weights = torch.from_numpy(keys.coefficients).to(out.device)
+    bits = torch.from_numpy(keys.bits).to(out.device) if mask == "sign" and keys.bits is not None else None
+    flat = out.view(len(out), first.shape[1])
+    device_mixing.launch(first, second, inside, (index.contiguous(), weights, bits), mask, flat)
+    for part in (index, weights, bits):
+        if part is not None and out.device.type != "cpu":  # there they are the caller's
+            part.zero_()
+
+
+@functools.cache
+def device_kernel(device: torch.device) -> bool:
+    """Whether `device_mixing` can be had on a device: it is tried on a small case, as Triton also needs a compiler."""
+    if device.type != "cuda" or device_mixing.compiled() is None:
+        return False
+    pixels = np.arange(3 * 40, dtype=np.uint8).reshape(3, 40)
+    weights = np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]], np.float32)
+    keys = KeyRows(np.array([[0, 1, 2], [2, 0, 1]]), weights, np.arange(10, dtype=np.uint8).reshape(2, 5))
+    try:
+        found = torch.empty(2, 40, device=device)
+        mix_on_device(pixels, None, 3, keys, "sign", found)
+        return bool(torch.allclose(found, mix_torch(pixels, None, 3, keys, "sign", device), atol=1e-5))
+    except Exception:  # no compiler, no driver that Triton knows, a device that it does not
+        return False
+
+
+def _plain(table: Table) -> bool:
+    return pixel_type(table) in ("uint8", "float32")
+
+
+def _rows_on(device: torch.device, table: Table, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The table where it lies on `device`, else the rows that are needed of it (it may be a memory map), and `index`
+    into what is returned, on `device`."""
+    if isinstance(table, Tensor) and table.device == device:
+        return table, index.to(device)
+    if isinstance(table, Tensor):
+        rows = table[index.flatten().to(table.device)]
+    else:
+        rows = torch.from_numpy(np.ascontiguousarray(table[index.flatten().numpy()]))
+    return rows.to(device), torch.arange(index.numel(), device=device).view_as(index)
+
+
+def _weighted(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     if table.dtype != torch.uint8:
         return torch.nn.functional.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
     total = torch.zeros(len(index), table.shape[1], device=index.device)
