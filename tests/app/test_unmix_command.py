@@ -14,6 +14,7 @@ from encoded_scenes import crops
 from frostglass.app.cli import main
 from frostglass.defenses.instahide import InstaHide
 from frostglass.defenses.sets.writing import SetWriter
+from frostglass.numerics.similarity_network import Shape, SimilarityNetwork, save_network
 
 pytestmark = pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution")
 
@@ -165,6 +166,14 @@ def test_a_network_is_fitted_and_used(made, tmp_path, capsys) -> None:
     )  # fmt: skip
     assert code == 0, err
     assert "unmix_learned" in out
+    save_network(SimilarityNetwork(Shape(size=8, width=4)), tmp_path / "small.safetensors")
+    code, _, err = call(
+        capsys, "unmix", made / "set", "--out", tmp_path / "none", "--attack",
+        f"unmix_learned:network={tmp_path / 'small.safetensors'}",
+    )  # fmt: skip
+    assert code == 2
+    assert "unmix_learned: network: it was fitted to 3 x 8 x 8 and the encodings are 3 x 16 x 16; fit one" in err
+    assert not (tmp_path / "none").exists()
     code, _, err = call(capsys, "fit-similarity", others, "--out", tmp_path / "n.pt")
     assert code == 2
     assert "must end in .safetensors" in err

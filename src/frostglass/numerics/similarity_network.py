@@ -68,18 +68,24 @@ class SimilarityNetwork(nn.Module):
         return nn.functional.normalize(made, dim=1)
 
 
+def misfit(shape: Shape, image_shape: tuple[int, ...]) -> str:
+    """Why a network of that shape cannot embed encodings of `image_shape`; empty where it can."""
+    want = (shape.channels, shape.size, shape.size)
+    if image_shape == want:
+        return ""
+    fitted, given = (" x ".join(map(str, s)) for s in (want, image_shape))
+    return f"network: it was fitted to {fitted} and the encodings are {given}; fit one with --size and --channels."
+
+
 def embed(network: SimilarityNetwork, encodings: Float[Tensor, "n c s s"]) -> Float[Tensor, "n f"]:
     """One pass for each encoding, without gradients; on the device of the network, back on the CPU.
 
     Raises:
         BadInput: the network was fitted to encodings of another shape.
     """
-    want = network.shape
-    if tuple(encodings.shape[1:]) != (want.channels, want.size, want.size):
-        raise BadInput(
-            f"network: it was fitted to {want.channels} x {want.size} x {want.size} and the encodings are "
-            f"{' x '.join(map(str, encodings.shape[1:]))}; fit one with --size and --channels."
-        )
+    wrong = misfit(network.shape, tuple(encodings.shape[1:]))
+    if wrong:
+        raise BadInput(wrong)
     place = next(network.parameters()).device
     training = network.training
     network.eval()

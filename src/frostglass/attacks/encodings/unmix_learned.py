@@ -7,6 +7,7 @@ weights are shipped.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from frostglass.attacks.encodings.unmixing_steps import Unmix
 from frostglass.attacks.registry import ATTACKS
 from frostglass.core.errors import BadInput
-from frostglass.numerics.similarity_network import embed, load_network
+from frostglass.numerics.similarity_network import embed, load_network, misfit
 from frostglass.numerics.unmixing_similarity import similarity
 
 
@@ -43,7 +44,7 @@ def unmix_learned(
         learned = z @ z.T
         return (1 - statistical) * _standard(learned) + statistical * _standard(similarity(encodings))
 
-    return Unmix("unmix_learned", starts, rounds, limit, likeness)
+    return Unmix("unmix_learned", starts, rounds, limit, likeness, partial(misfit, held.shape))
 
 
 def _standard(table: Tensor) -> Tensor:

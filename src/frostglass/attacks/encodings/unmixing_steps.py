@@ -66,6 +66,7 @@ class Unmix:
         rounds: of each start, at the most.
         limit: encodings used at the most, so that the table of all pairs stays below 4 limit^2 bytes.
         likeness: similarity of two encodings; None for the one of `numerics.unmixing`.
+        misfit: of `likeness` and an image shape, a sentence, or nothing where it can be had of such encodings.
         needs: grants.
         sign_free: the images are recovered up to one sign for the whole set.
     """
@@ -75,6 +76,7 @@ class Unmix:
     rounds: int
     limit: int
     likeness: Likeness | None = field(default=None, compare=False)
+    misfit: Callable[[tuple[int, ...]], str] | None = field(default=None, compare=False)
     needs: frozenset[Knows] = frozenset({Knows.EXAMPLES})
     every: int = 1
     sign_free: bool = True
@@ -88,6 +90,9 @@ class Unmix:
         """Sentences on why this observation cannot be attacked."""
         if not messages_of(seen):
             return [NO_ENCODINGS]
+        wrong = "" if self.misfit is None else self.misfit(seen.image_shape)
+        if wrong:
+            return [wrong]
         if not seen.examples:
             return ["it needs the number of private images; give --known images=N."]
         if private_slots(seen) is None:
@@ -100,8 +105,8 @@ class Unmix:
             ]
         try:
             self._problem(seen, labelled_rows(seen)[: self.limit], torch.device("cpu"))
-        except BadInput as wrong:
-            return list(wrong.problems)
+        except BadInput as told:
+            return list(told.problems)
         return []
 
     def init(self, seen: Observation, run: Runtime) -> Progress:
