@@ -126,10 +126,11 @@ def augmented(images: Tensor, kind: str, draws: torch.Generator | None) -> Tenso
     padded = nn.functional.pad(images, (_PAD, _PAD, _PAD, _PAD))
     offsets = torch.randint(0, (2 * _PAD + 1) ** 2, (n,), generator=draws)
     out = torch.empty_like(images)
-    for offset in offsets.unique().tolist():  # one copy for each of the 81 places, and no index for every pixel
-        top, left = divmod(offset, 2 * _PAD + 1)
-        rows = (offsets == offset).nonzero()[:, 0].to(images.device)
-        out[rows] = padded[rows, :, top : top + h, left : left + w]
+    sorted_rows, counts = offsets.argsort().to(images.device), offsets.bincount(minlength=(2 * _PAD + 1) ** 2)
+    for offset, rows in enumerate(sorted_rows.split(counts.tolist())):
+        if len(rows):  # one copy for each of the 81 places, and no index for every pixel
+            top, left = divmod(offset, 2 * _PAD + 1)
+            out[rows] = padded[rows, :, top : top + h, left : left + w]
     if kind == "crop_flip":
         turn = (torch.rand(n, generator=draws) < 0.5).nonzero()[:, 0].to(images.device)
         out[turn] = out[turn].flip(-1)

@@ -108,7 +108,8 @@ class Run:
     def _epoch(self, epoch: int) -> dict[str, float]:
         t = self.plan.training
         per_epoch = -(-len(self.train) // t.batch)
-        begun, total, seen, rate = time.perf_counter(), 0.0, 0, t.lr
+        begun, seen, rate = time.perf_counter(), 0, t.lr
+        summed = torch.zeros((), dtype=torch.float64, device=self.device)  # read once: every look waits for the device
         self.model.train()
         for number, (images, targets) in enumerate(self.feed.batches(epoch)):
             rate = learning_rate(t, epoch * per_epoch + number, t.epochs * per_epoch)
@@ -118,8 +119,10 @@ class Run:
             loss = nn.functional.cross_entropy(self.model(images), targets)
             loss.backward()
             self.optimizer.step()
-            total, seen = total + loss.item() * len(images), seen + len(images)
+            summed += loss.detach().double() * len(images)
+            seen += len(images)
             self.tick(1)
+        total = float(summed)
         if not math.isfinite(total):
             raise BadInput(f"training.lr: {t.lr} made the loss infinite in epoch {epoch + 1}; lower it.")
         seconds = time.perf_counter() - begun
