@@ -427,6 +427,9 @@ def test_empty_runs() -> None:
     assert "No cell was run." in read(headline="No cell finished.", limits=[], environment={})
 
 
+LINES = "new Set([...document.querySelector('.overview tbody tr').cells].slice(1).map(c => c.offsetTop)).size"
+"""On how many lines the nine values of the first row stand."""
+
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run",
@@ -461,6 +464,9 @@ def test_browser_shows_the_page(tmp_path: Path, side: int) -> None:
             for other in (1161, 1160, 860, 600, 320):
                 page.set_viewport_size({"width": other, "height": 900})
                 assert page.evaluate("document.documentElement.scrollWidth") <= other
+            for other, lines in ((1161, 1), (1160, 1), (1000, 1), (768, 3), (390, 9)):
+                page.set_viewport_size({"width": other, "height": 900})
+                assert page.evaluate(LINES) == lines, f"the overview's values are to fill a width of {other}"
             page.close()
         browser.close()
     assert not wrong
