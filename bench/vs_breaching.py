@@ -4,6 +4,10 @@ The peer lives in an environment of its own, which this bench never installs:
 
     python3 -m venv peer && peer/bin/pip install breaching==0.1.2 kornia torch==2.13.0 torchvision==0.28.0
     python bench/vs_breaching.py --peer peer/bin/python  # eight minutes on one thread
+    python bench/vs_breaching.py --peer peer/bin/python --device cuda --seeds 8 --steps 200
+
+An iteration is one of all seeds: the peer runs them one after another, and its time is multiplied. On CUDA we have a
+third side, which replays iterations as a graph, and peak memory is that of the device.
 
 Both sides run in processes of their own, taking turns, on the same saved problem (a ResNet-18 with CIFAR stem, its
 gradient of bundled photographs). The peer is only ever run: parts of it carry a non-commercial licence.
@@ -34,7 +38,8 @@ NOTE = (
     "(numerics.second_order), the matching loss on one long vector (numerics.distance) and unread statistics. "
     "frozen_fd needs five passes."
 )
-ENGINES = ("double_backward", "frozen_fd")
+ENGINES = ("double_backward", "frozen_fd", "graph")
+"""Our sides; the last on CUDA alone."""
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -91,18 +96,22 @@ def load_problem(path: Path) -> tuple[Any, dict[str, Any]]:
 class Clock:
     """Wall and CPU time of every iteration, from calls that both sides make once an iteration."""
 
-    def __init__(self) -> None:
-        self.marks: list[tuple[float, float]] = []
+    def __init__(self, device: str) -> None:
+        self.cuda, self.marks = device == "cuda", list[tuple[float, float]]()
 
     def tick(self) -> None:
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
         self.marks.append((time.perf_counter(), time.process_time()))
 
-    def row(self) -> dict[str, float]:
+    def row(self, times: int = 1) -> dict[str, float]:
         gaps = list(zip(self.marks[1:-1], self.marks[2:], strict=False))  # the first gap holds warm-up
         wall, cpu = ([b[i] - a[i] for a, b in gaps] for i in (0, 1))
         return {
-            "wall_s_per_iteration": round(statistics.median(wall), 4),
-            "cpu_s_per_iteration": round(statistics.median(cpu), 4),
+            "wall_s_per_iteration": round(times * statistics.median(wall), 5),
+            "cpu_s_per_iteration": round(times * statistics.median(cpu), 5),
         }
 
 
@@ -119,7 +128,7 @@ def psnr(found: Any, truth: Any) -> float:
     return float((-10 * cost[torch.as_tensor(r), torch.as_tensor(c)].log10()).mean())
 
 
-def run_ours(path: Path, attack: str, steps: int, seed: int, engine: str) -> dict[str, Any]:
+def run_ours(path: Path, attack: str, steps: int, seed: int, seeds: int, device: str, engine: str) -> dict[str, Any]:
     import torch
 
     from frostglass.attacks.registry import ATTACKS
@@ -146,13 +155,14 @@ def run_ours(path: Path, attack: str, steps: int, seed: int, engine: str) -> dic
         bn_running=running_statistics(model),
     )
     name = {"invertinggradients": "inverting_gradients", "seethroughgradients": "grad_inversion"}[attack]
-    settings: dict[str, Any] = {"steps": steps, "every": steps, "engine": engine}
+    settings: dict[str, Any] = {"steps": steps, "every": steps, "seeds": seeds}
+    settings |= {"graph": True} if engine == "graph" else {"engine": engine}
     if name == "inverting_gradients":
         settings |= {"tv": 0.2}  # the peer's
     if name == "grad_inversion":
-        settings |= {"seeds": 1, "consensus": "none"}  # the peer has no group term and runs one seed
+        settings |= {"consensus": "none"}  # the peer has no group term
     made = ATTACKS[name].make(**settings)
-    clock = Clock()
+    clock = Clock(device)
     step = type(made).step
 
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,13 +170,13 @@ def run_ours(path: Path, attack: str, steps: int, seed: int, engine: str) -> dic
         return step(self, *args, **kwargs)
 
     type(made).step = timed  # type: ignore[method-assign]
-    found = drive(made, seen, Runtime(Rng.from_seed(seed, "bench")))
+    found = drive(made, seen, Runtime(Rng.from_seed(seed, "bench"), torch.device(device)))
     clock.tick()
     constants = [torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD)]
     return {**clock.row(), "psnr": round(psnr((found.images - constants[0]) / constants[1], held["x"]), 2)}
 
 
-def run_peer(path: Path, attack: str, steps: int, seed: int) -> dict[str, Any]:
+def run_peer(path: Path, attack: str, steps: int, seed: int, seeds: int, device: str) -> dict[str, Any]:
     import torch
 
     model, held = load_problem(path)
@@ -175,18 +185,22 @@ def run_peer(path: Path, attack: str, steps: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     config = breaching.get_attack_config(attack)
     config.optim.max_iterations, config.optim.callback = steps, 100_000
+    config.restarts.num_trials = seeds
     loss = torch.nn.CrossEntropyLoss()
     shape = tuple(held["x"].shape[1:])
     about = SimpleNamespace(
         modality="vision", size=(50_000,), classes=10, shape=shape, normalize=True, mean=MEAN, std=STD
     )
     attacker = breaching.attacks.prepare_attack(
-        model, loss, config, {"device": torch.device("cpu"), "dtype": torch.float}
+        model, loss, config, {"device": torch.device(device), "dtype": torch.float}
     )
+    model = model.to(device)
+    held = {name: value.to(device) if hasattr(value, "to") else value for name, value in held.items()}
+    held["g"] = [g.to(device) for g in held["g"]]
     sent = [{"parameters": list(model.parameters()), "buffers": list(model.buffers()), "metadata": about}]
     about_user = {"num_data_points": len(held["x"]), "labels": held["y"], "local_hyperparams": None}
     seen = [{"gradients": held["g"], "buffers": None, "metadata": about_user}]
-    clock, inner = Clock(), attacker._compute_objective
+    clock, inner = Clock(device), attacker._compute_objective
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         clock.tick()
@@ -195,22 +209,26 @@ def run_peer(path: Path, attack: str, steps: int, seed: int) -> dict[str, Any]:
     attacker._compute_objective = timed
     found, _ = attacker.reconstruct(sent, seen, {}, dryrun=False)
     clock.tick()
-    return {**clock.row(), "psnr": round(psnr(found["data"], held["x"]), 2)}
+    return {**clock.row(seeds), "psnr": round(psnr(found["data"].cpu(), held["x"].cpu()), 2)}
 
 
 def child(options: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    given = Path(options.problem), options.attack, options.steps, options.seed
+    given = Path(options.problem), options.attack, options.steps, options.seed, options.seeds, options.device
     row = run_peer(*given) if options.side == "breaching" else run_ours(*given, options.side)
-    row |= {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "torch": torch.__version__}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    if options.device == "cuda":
+        peak = torch.cuda.max_memory_allocated() // 2**20
+    row |= {"peak_mib": peak, "torch": torch.__version__}
     print("ROW " + json.dumps(row))
 
 
 def ask(python: str, problem: str, side: str, attack: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     command = [python, __file__, "--side", side, "--problem", problem, "--attack", attack, "--seed", str(seed)]
     command += ["--steps", str(options.steps), "--threads", str(options.threads)]
+    command += ["--seeds", str(options.seeds), "--device", options.device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     line = next((x for x in done.stdout.splitlines() if x.startswith("ROW ")), None)
     if line is None:
@@ -225,27 +243,31 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             problem = str(Path(folder) / "problem.pt")
             make_problem(Path(problem), batch)
             for attack in ("invertinggradients", "seethroughgradients"):
-                sides: dict[str, list[dict[str, Any]]] = {side: [] for side in (*ENGINES, "breaching")}
+                ours = ENGINES if options.device == "cuda" else ENGINES[:2]
+                sides: dict[str, list[dict[str, Any]]] = {side: [] for side in (*ours, "breaching")}
                 for seed in range(options.repeats):  # taking turns, so that a busy machine hurts all alike
                     for side, held in sides.items():
                         python = options.peer if side == "breaching" else sys.executable
                         held.append(ask(python, problem, side, attack, seed, options))
-                rows.append(summary(attack, batch, options.steps, sides))
+                rows.append(summary(attack, batch, options, sides))
                 print(json.dumps(rows[-1], indent=1), file=sys.stderr)
     return rows
 
 
-def summary(attack: str, batch: int, steps: int, sides: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summary(
+    attack: str, batch: int, options: argparse.Namespace, sides: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
     from harness import spread
 
     def middle(side: str, key: str) -> float:
         return statistics.median(r[key] for r in sides[side])
 
     keys = ("cpu_s_per_iteration", "wall_s_per_iteration", "peak_mib")
-    ratios = {e: {k: round(middle("breaching", k) / middle(e, k), 3) for k in keys} for e in ENGINES}
+    ratios = {e: {k: round(middle("breaching", k) / middle(e, k), 3) for k in keys} for e in sides if e != "breaching"}
     psnr = {side: spread([r["psnr"] for r in held]) for side, held in sides.items()}
     return {
-        "attack": attack, "network": "ResNet-18, CIFAR stem, random, eval mode", "batch": batch, "steps": steps,
+        "attack": attack, "network": "ResNet-18, CIFAR stem, random, eval mode", "batch": batch, "steps": options.steps,
+        "seeds": options.seeds, "device": options.device,
         "breaching_over_frostglass": ratios, "psnr": psnr, **sides,
     }  # fmt: skip
 
@@ -257,6 +279,8 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=30)
     made.add_argument("--repeats", type=int, default=3, help="seeds, one process of each side for each")
     made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--seeds", type=int, default=1, help="starts (restarts of the peer), all of them in an iteration")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--out", type=Path, default=None)
     made.add_argument("--quick", action="store_true")
     made.add_argument("--side", choices=[*ENGINES, "breaching"], help=argparse.SUPPRESS)
@@ -271,7 +295,8 @@ def main() -> None:
         return None
     from harness import save
 
-    save("vs_breaching", options.threads, compare(options), options.out, note=NOTE)
+    name = "vs_breaching" if options.device == "cpu" else "vs_breaching_cuda"
+    save(name, options.threads, compare(options), options.out, note=NOTE)
     return None
 
 
