@@ -23,6 +23,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 waits: list[str] = []
 """Names of what has waited for the device, in order."""
 
+arrivals: list[str] = []
+"""Names of what has brought values to the device, in order: a CUDA graph cannot record that."""
+
 _aten = torch.ops.aten
 _ACROSS = {_aten.copy_.default, _aten._to_copy.default}
 _INDEXED = {
@@ -116,6 +119,8 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves = bool(there) and to is not None and torch.device(to).type == "cpu"
     if op in _READS or leaves or (op is _aten.copy_.default and not isinstance(args[0], Elsewhere)):
         waits.append(str(op))
+    if here and (_is_pretend(to) or (op in _ACROSS and there and isinstance(args[0], Elsewhere))):
+        arrivals.append(str(op))
     near_args, near_kwargs = tree_map(_near, args), tree_map(_near, kwargs)
     found = op(*near_args, **near_kwargs)
     if torch.Tag.inplace_view in op.tags:  # unsqueeze_ and the like: the wrapper takes the new shape too

@@ -87,12 +87,14 @@ def test_seeds_share_a_pass_there(victim: str) -> None:
     assert [held.at_once for held in attack._laid_out.values()] == [2]
 
 
-def test_a_recording_is_made_of_device_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("victim", ["small_bn_cnn", "resnet20", "lenet", "mlp"])
+@pytest.mark.parametrize("setting", ["thaw", "cosine", "lazy"])
+def test_a_recording_is_made_of_device_tensors(setting: str, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def record(function: Any) -> Replay:
-        """What a CUDA graph refuses: to wait for the device while it is recorded."""
-        before = len(pretend_device.waits)
+        """What a CUDA graph refuses while it is recorded: to wait for the device, and values from the CPU."""
+        pretend_device.waits.clear(), pretend_device.arrivals.clear()
         held = function()
-        assert pretend_device.waits[before:] == []
+        assert (pretend_device.waits, pretend_device.arrivals) == ([], [])
 
         def replay() -> Evaluations:
             found = function()
@@ -107,12 +109,12 @@ def test_a_recording_is_made_of_device_tensors(monkeypatch: pytest.MonkeyPatch) 
         assert all(t.device.type == "pretend" for t in tensors)
         return tensors
 
-    seen, _ = observe("small_bn_cnn", width=8)
-    setting = {**SETTINGS["lazy"], "graph": True}
+    seen, _ = observe(victim, **({"width": 8} if victim == "small_bn_cnn" else {}))
+    told = {**SETTINGS[setting], "graph": True}
     with monkeypatch.context() as patched:
         patched.setattr(captured, "recorder_for", lambda device: record if device.type == "pretend" else None)
-        there = on("auto", seen, made(setting))
-    here = on("cpu", seen, made(setting))
+        there = on("auto", seen, replace(made(told), at_once=2))  # seeds of the consensus in one pass
+    here = on("cpu", seen, made(told))
     assert (there.info.pop("cuda_graph"), here.info.pop("cuda_graph")) == (True, False)
     agree(there, here)
 
