@@ -31,6 +31,8 @@ from frostglass.numerics.local_update import trainable
 from frostglass.vision import networks
 from frostglass.vision.datasets import ImageSet
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -49,17 +51,19 @@ class Recording:
     network: Network
     truth: Truth | None = None
     others: ImageSet | None = None
-    _models: dict[tuple[str, str], nn.Module] = field(default_factory=dict, repr=False)
+    _models: dict[tuple[str, str, torch.device], nn.Module] = field(default_factory=dict, repr=False)
 
-    def model(self, sent: Sent, mode: str) -> nn.Module:
-        """The global model that this update starts from; one for all updates of a round. Attacks leave it unchanged.
+    def model(self, sent: Sent, mode: str, device: torch.device = CPU) -> nn.Module:
+        """The global model that this update starts from; one on each device for all updates of a round.
+
+        Attacks leave it unchanged, and nobody moves it.
 
         Raises:
             BadInput: what was sent does not fit the network.
         """
-        key = sent.sent_key, mode
+        key = sent.sent_key, mode, device
         if key not in self._models:
-            self._models[key] = self.network.with_state(self.source.tensors(sent).sent, mode)
+            self._models[key] = self.network.with_state(self.source.tensors(sent).sent, mode).to(device)
         return self._models[key]
 
     def by_number(self, number: int) -> Sent:
@@ -172,7 +176,7 @@ def prepare_scenario(recording: Recording, scenario: ScenarioPlan, seed: int, de
     sent = recording.by_number(scenario.recorded.number)
     held = recording.source.tensors(sent)
     mode = mode_of(sent, held)
-    model = recording.model(sent, mode).to(device)
+    model = recording.model(sent, mode, device)
     threat, rng = scenario.threat, Rng.from_seed(seed, "recorded update", str(sent.header.number))
     domain = _domain(recording, model)
     client = sent.header.client
