@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from frostglass.core.batch import Batch, Domain, one_hot
 from frostglass.core.defense import Defense
+from frostglass.core.draws import kept_draws
 from frostglass.core.errors import BadInput
+from frostglass.core.randomness import Rng, global_draws
 from frostglass.core.update import LocalPlan, Update
 from frostglass.federated.gate import Decision, Finding, Gate, NotRun, Outgoing
 
@@ -106,6 +108,43 @@ def test_checks_take_no_random_numbers_from_training(seconds: float) -> None:
     torch.manual_seed(5)
     Gate(draws, budget=0.25)(leaving)
     assert torch.equal(torch.rand(3), wanted)
+
+
+def test_training_is_the_same_to_the_bit_beside_a_gate_that_records() -> None:
+    """The check draws, forks and restores between every two draws of the training, in lockstep."""
+    turn, done = threading.Semaphore(0), threading.Semaphore(0)
+
+    def draws(out: Outgoing) -> Decision:
+        device = torch.device("cpu")
+        for step in range(4):
+            with global_draws(Rng.from_seed(step), device), kept_draws():
+                turn.acquire(timeout=30)
+                nn.Dropout()(torch.ones(100))
+                torch.randn(3)
+                done.release()
+                turn.acquire(timeout=30)
+            done.release()
+        return Decision((), 0.1)
+
+    def trained(beside: bool) -> list[Tensor]:
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2))
+        found = []
+        for _ in range(8):
+            if beside:
+                turn.release()
+                done.acquire(timeout=30)
+            loss = model(torch.rand(6, 4)).square().sum()
+            for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+                p.data -= 0.1 * g
+            found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        return found
+
+    wanted = trained(beside=False)
+    with Gate(draws, action="record") as gate:
+        gate(outgoing())
+        found = trained(beside=True)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 def test_warning_never_blocks() -> None:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from frostglass.core.draws import apart_draws, seed_of
+
 _MT_OFFSET = 24  # bytes before the 624 state words in torch's CPU generator state: seed, left, seeded, next
 
 
@@ -87,7 +89,7 @@ class Rng:
         Elsewhere it holds 63 bits. The state can be inverted from enough outputs: never for InstaHide keys.
         """
         made = torch.Generator(device=device)
-        made.manual_seed(int.from_bytes(self.key[:8], "big") & (2**63 - 1))
+        made.manual_seed(seed_of(self.key))
         if made.device.type == "cpu":
             state = made.get_state().numpy().copy()
             words = state[_MT_OFFSET : _MT_OFFSET + 8 * 624].view(np.uint64)  # 32-bit words kept in 64-bit slots
@@ -100,8 +102,13 @@ class Rng:
 def global_draws(rng: Rng, device: torch.device) -> Iterator[None]:
     """In the block torch's own generators (those that Dropout draws from) follow from `rng`; afterwards they are as
     they were."""
+    apart = apart_draws()
+    if apart is not None:
+        with apart.following(rng.key):
+            yield
+        return
     cuda = [device] if device.type == "cuda" else []
-    seed = int.from_bytes(rng.key[:8], "big") & (2**63 - 1)
+    seed = seed_of(rng.key)
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
         if cuda:

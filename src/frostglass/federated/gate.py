@@ -27,8 +27,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
+from frostglass.core.draws import draws_apart
 from frostglass.core.errors import BadInput, close_match
 from frostglass.core.journal import json_ready
+from frostglass.core.randomness import Rng
 from frostglass.federated.outgoing import Decide, Decision, Finding, NotRun, Outgoing
 
 __all__ = ["Action", "Decide", "Decision", "Finding", "Gate", "NotRun", "OnFailure", "Outgoing", "Ruling"]
@@ -215,7 +217,9 @@ class Gate:
     def _check_all(self) -> None:
         while (outgoing := self._queue.get()) is not None:
             held = replace(outgoing, deadline=time.monotonic() + self.budget)
-            decision, problem = _run(self.decide, held)
+            key = Rng.from_seed(0, "gate", outgoing.client, str(outgoing.round)).key
+            with draws_apart(key):  # training goes on meanwhile, on torch's own generators
+                decision, problem = _run(self.decide, held)
             found = self._rule(decision, problem)
             self._write(outgoing, replace(found, passed=True))
             del outgoing, held
