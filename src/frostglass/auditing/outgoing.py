@@ -149,7 +149,10 @@ def _each(checks: dict[str, Check], outgoing: Outgoing, rng: Rng) -> Iterator[Fi
 
 def _look(outgoing: Outgoing, rng: Rng) -> _Looked | str:
     """The server's view, or what is wrong with the update."""
-    model, update, private = copy.deepcopy(outgoing.model), outgoing.update, outgoing.private
+    update = outgoing.update
+    device = next((g.device for g in update.gradients.values()), torch.device("cpu"))
+    outgoing = replace(outgoing, private=outgoing.private.to(device))
+    model, private = copy.deepcopy(outgoing.model).to(device), outgoing.private
     wrong = misfits(outgoing.sent, model)
     if wrong:
         return f"what was sent does not fit the model: {'; '.join(wrong[:3])}"
@@ -176,7 +179,6 @@ def _look(outgoing: Outgoing, rng: Rng) -> _Looked | str:
         return problems[0].rstrip(".")
     if not all(bool(g.isfinite().all()) for g in update.gradients.values()):
         return "the update holds values that are not finite"
-    device = next(iter(update.gradients.values())).device
     return _Looked(outgoing, seen, trained, Runtime(rng, device))
 
 

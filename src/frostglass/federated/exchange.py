@@ -38,6 +38,11 @@ def names_of(model: nn.Module) -> Names:
     return Names(trained, tuple(name for name in model.state_dict() if name not in set(trained)))
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the network lies; the CPU for one without parameters and buffers."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def misfits(state: State, model: nn.Module) -> list[str]:
     """What keeps `state` from being one of `model`, a clause each: names, shapes, types, values that are not finite."""
     own = model.state_dict()

@@ -21,7 +21,7 @@ from frostglass.core.randomness import Insecure, OsKey, Randomness, Rng
 from frostglass.core.update import LocalPlan, Update
 from frostglass.defenses.accounting import epsilon_of
 from frostglass.defenses.instahide import InstaHide
-from frostglass.federated.exchange import State, applied, misfits, names_of
+from frostglass.federated.exchange import State, applied, device_of, misfits, names_of
 from frostglass.numerics.client_step import computed_step
 from frostglass.numerics.fedavg import Order, epoch_order
 from frostglass.vision.normalise import domain_of
@@ -59,7 +59,8 @@ class LocalClient:
 
     Args:
         name: of the client.
-        model: the network, whose weights are replaced in every round; takes images in [0, 1], or encodings.
+        model: the network, whose weights are replaced in every round; takes images in [0, 1], or encodings. Training
+            is where it lies.
         images: [n, c, h, w] in [0, 1].
         labels: [n] class indices.
         classes: outputs of the network.
@@ -124,8 +125,11 @@ class LocalClient:
         if wrong:
             raise BadInput(f"client {self.name}: what was sent does not fit the model: {'; '.join(wrong[:3])}.")
         self.model.load_state_dict(dict(state))
+        device = device_of(self.model)
+        state = {n: t.to(device) for n, t in state.items()}  # engines send them on the CPU
         key = self.randomness(round, "train").rng()
         batch, order = self._held(key)
+        batch = batch.to(device)
         done = computed_step(self.model, batch, self.plan, self.defense, key, order)
         if not all(bool(g.isfinite().all()) for g in done.update.gradients.values()):
             raise BadInput(f"client {self.name}: training diverged (lr = {self.plan.lr}); lower client.lr.")
@@ -213,7 +217,7 @@ def dirichlet_split(labels: Int64[Tensor, " n"], clients: int, alpha: float, rng
         raise BadInput(f"split.alpha: {alpha} must be above 0.")
     if clients < 1 or clients * least > len(labels):
         raise BadInput(f"clients: {clients} with {least} images each are more than the {len(labels)} images; lower it.")
-    draws = rng.at("shares").numpy()
+    labels, draws = labels.cpu(), rng.at("shares").numpy()
     held: list[list[int]] = [[] for _ in range(clients)]
     for c in sorted(set(labels.tolist())):
         rows = (labels == c).nonzero().flatten()

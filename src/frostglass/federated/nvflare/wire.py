@@ -65,7 +65,7 @@ class Network:
 
 
 def tensors_of(dxo: DXO) -> dict[str, Tensor]:
-    """Arrays by name, sharing their memory.
+    """Arrays by name on the CPU, sharing their memory if they lie there.
 
     Raises:
         BadInput: something that is no array, or values that another filter has encrypted or packed.
@@ -74,15 +74,15 @@ def tensors_of(dxo: DXO) -> dict[str, Tensor]:
     if done:
         raise BadInput(f"update: it was processed by {done!r} already; put frostglass's filters before that one.")
     try:
-        return {n: v if isinstance(v, Tensor) else torch.as_tensor(np.asarray(v)) for n, v in dxo.data.items()}
+        return {n: v.cpu() if isinstance(v, Tensor) else torch.as_tensor(np.asarray(v)) for n, v in dxo.data.items()}
     except (TypeError, ValueError) as wrong:
         raise BadInput(f"update: an entry is no array of numbers ({str(wrong).splitlines()[0]}).") from None
 
 
 def like(value: Any, tensor: Tensor) -> Any:
-    """The tensor in type and container of `value`: a numpy array, or a torch tensor."""
+    """The tensor in type and container of `value`: a numpy array, or a torch tensor where that lies."""
     if isinstance(value, Tensor):
-        return tensor.to(value.dtype)
+        return tensor.to(value.device, value.dtype)
     return tensor.detach().cpu().numpy().astype(np.asarray(value).dtype)
 
 
