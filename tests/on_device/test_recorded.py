@@ -26,6 +26,8 @@ from recorded_scenes import Federation
 
 MLP = {"network": "mlp", "options": {"hidden": [200]}}
 STEPS = LocalPlan(kind="delta", lr=0.05, local_steps=3)
+LABELS = {"grants": ["labels"]}
+"""Restoring them takes longer than all else here."""
 
 
 def told(report: Any) -> list[Any]:
@@ -87,14 +89,13 @@ def test_minibatches_with_momentum_and_adam(tmp_path: Path) -> None:
         ("adam", replace(STEPS, optimizer="adam")),
     ):
         made = Federation(tmp_path / name, each=4, plan=plan, network="mlp", options={"hidden": [32]})
-        known = {"grants": ["labels"]} if name == "adam" else {}
-        same_on_both(made.run(), truth=made.truth(), attacks={"name": "thaw", "steps": 4}, known=known)
+        same_on_both(made.run(), truth=made.truth(), attacks={"name": "thaw", "steps": 4}, known=LABELS)
 
 
 def test_a_sum_of_several_clients(tmp_path: Path) -> None:
     made = Federation(tmp_path, clients=3, each=2, cohort=True)
     truth = {"all": (made.data.images, made.data.labels)}
-    report = same_on_both(made.run(), truth=truth, attacks={"name": "thaw", "steps": 4})
+    report = same_on_both(made.run(), truth=truth, attacks={"name": "thaw", "steps": 4}, known=LABELS)
     assert report.cells[0].batch == 6
 
 
@@ -126,6 +127,12 @@ def test_raw_gradients_of_a_network_given_from_python(tmp_path: Path) -> None:
     assert {p.device.type for p in made.model.parameters()} == {"cpu"}, "the user's own network stays where it was"
 
 
+def test_without_truth_what_was_found_is_named(tmp_path: Path) -> None:
+    made = Federation(tmp_path, each=1, **MLP)
+    report = same_on_both(made.run(), attacks="linear_exact")
+    assert report.cells[0].images[0].sha256
+
+
 class Crowd(Federation):
     """Client c0 says that it holds more images than any attack is tried on."""
 
@@ -155,8 +162,10 @@ def test_a_network_stays_on_its_device_when_it_is_wanted_on_another(tmp_path: Pa
 
 def test_killed_twice_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     made = Federation(tmp_path, each=2, plan=STEPS, network="mlp", options={"hidden": [32]})
-    settings: dict[str, Any] = {"attacks": {"name": "thaw", "steps": 6, "every": 2}}
     record = made.run()
+    settings: dict[str, Any] = {
+        "attacks": {"name": "thaw", "steps": 6, "every": 2}, "truth": made.truth(), "known": LABELS,
+    }  # fmt: skip
     audit_updates(record, out=tmp_path / "whole", **settings)
 
     def kill(event: Event) -> None:

@@ -146,7 +146,7 @@ def _unscored(result: Reconstruction, played: Round) -> Scored:
     if bool(result.proved.any()) and played.seen.domain.low >= 0:  # encodings that were proved are no private images
         for i in range(max(len(result.images), played.seen.examples or 0)):
             there = i < len(result.images)
-            pixels = result.images[i].float().contiguous().numpy().tobytes() if there else b""
+            pixels = result.images[i].float().cpu().contiguous().numpy().tobytes() if there else b""
             digest = hashlib.sha256(pixels).hexdigest() if there else ""
             rows.append(
                 ImageScore(id=f"image {i + 1}", sha256=digest, psnr=None, ssim=None,
