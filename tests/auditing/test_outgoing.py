@@ -256,18 +256,7 @@ def test_encodings_are_not_taken_for_images() -> None:
     assert "4 rows that were trained on were recovered with a proof, none of them a private image" in found.text
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"label_leakage": None},
-        pytest.param(
-            {"exact_recovery": False},
-            marks=pytest.mark.xfail(
-                reason="attacks/inversion/head.py forks torch's generators: kept_draws() belongs there", strict=True
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("settings", [{"label_leakage": None}, {"exact_recovery": False}])
 def test_a_gate_that_records_neither_reads_nor_writes_the_generators_of_training(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,14 @@ def test_a_public_pool_wherever_it_lies(kind: torch.dtype, crop: bool, lies: str
     same(found.images, near.encode_for_inference(photos(6, kind), 3).images)
 
 
+def test_images_here_mix_with_a_pool_that_lies_there() -> None:
+    private, public = photos(24, torch.uint8), photos(10, torch.uint8)
+    encoders = [InstaHide(k=4, private=2, public=PublicPool(p), insecure_seed=2) for p in (public, public.to(THERE))]
+    near, away = (e.encode_rows(private, torch.arange(24) % 3, range(24), num_classes=3).images for e in encoders)
+    assert away.device.type == "cpu"
+    torch.testing.assert_close(away, near, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("mask", ["sign", "abs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inference_there(mask: Any, dtype: torch.dtype) -> None:

@@ -84,7 +84,8 @@ def mix(
         raise ValueError("the sign mask needs bits")
     if backend == "reference":
         return out.copy_(mix_reference(private, public, inside, keys, mask).view_as(out))
-    run = kernel(mix_rows if keys.indices.shape[1] <= 4 else mix_more_rows) if out.device.type == "cpu" else None
+    near = out.device.type == "cpu" and all(_near(table) for table in (private, public))
+    run = kernel(mix_rows if keys.indices.shape[1] <= 4 else mix_more_rows) if near else None
     exact = out.dtype in (torch.float32, torch.bfloat16)
     if backend in ("auto", "fused") and exact and run is not None:
         _mix_fused(run, private, public, inside, keys, mask, out)
@@ -107,8 +108,7 @@ def pixel_type(table: Table) -> str:
 
 def as_source(table: Table, backend: Backend) -> Table:
     """The table in the form that `mix` reads without converting it first: for what is mixed from at every batch."""
-    here = not isinstance(table, Tensor) or table.device.type == "cpu"
-    return _readonly(table) if here and backend in ("auto", "fused") and kernel(mix_rows) is not None else table
+    return _readonly(table) if _near(table) and backend in ("auto", "fused") and kernel(mix_rows) is not None else table
 
 
 def _readonly(table: Table) -> Any:
@@ -198,6 +198,10 @@ def device_kernel(device: torch.device) -> bool:
         return bool(torch.allclose(found, mix_torch(pixels, None, 3, keys, "sign", device), atol=1e-5))
     except Exception:  # no compiler, no driver that Triton knows, a device that it does not
         return False
+
+
+def _near(table: Table | None) -> bool:
+    return not isinstance(table, Tensor) or table.device.type == "cpu"
 
 
 def _plain(table: Table) -> bool:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from frostglass.core.draws import kept_draws
 from frostglass.core.errors import BadInput
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import LocalPlan
@@ -131,7 +132,7 @@ def features_of(seen: Observation, images: Float[Tensor, "n c h w"]) -> Float[Te
         lambda _, given: kept.append(given[0].detach().double().cpu())
     )
     try:
-        with in_mode(seen.model, seen.mode), torch.no_grad(), torch.random.fork_rng():
+        with in_mode(seen.model, seen.mode), torch.no_grad(), kept_draws():
             # in train mode a batch of another size would have other statistics: leave the rest out
             end = len(images) - (len(images) % per if seen.mode == "train" else 0)
             for first in range(0, end, per):
