@@ -138,10 +138,7 @@ def test_constraints_pin_every_requirement() -> None:
     pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
-    own = {
-        "frostglass",
-        "triton",
-    }  # torch's CUDA builds pin a Triton of their own, so that a second pin would be in the way
+    own = {"frostglass", "triton"}  # CUDA builds of torch pin a Triton of their own: a second pin would be in the way
     names = {re.sub(r"[-_.]+", "-", re.split(r"[\[<>=~! ;]", r)[0]).lower() for r in wanted} - own
     assert names <= pinned, f"not pinned: {sorted(names - pinned)}"
 
