@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import frostglass
+from frostglass.auditing import recorded_view
 from frostglass.auditing.plan import DefensePlan
 from frostglass.auditing.plan_checks import make_defense
 from frostglass.auditing.recorded_api import UpdatesRequest, audit_updates, parse_request
@@ -23,6 +24,7 @@ from frostglass.auditing.recorded_head import noise_level
 from frostglass.auditing.recorded_plan import UpdatesPlan
 from frostglass.auditing.recorded_selection import chosen
 from frostglass.auditing.recorded_table import updates_text
+from frostglass.auditing.recorded_truth import content
 from frostglass.auditing.recorded_view import Recording, load_recording
 from frostglass.core.batch import one_hot
 from frostglass.core.errors import BadInput
@@ -185,6 +187,31 @@ def test_where_clients_train_on_encodings_a_proof_is_of_no_private_image(tmp_pat
     assert alone.cells[0].images == []
     assert alone.scorecard.verdict is not None
     assert alone.scorecard.verdict.verdict == "INCONCLUSIVE"
+
+
+def test_other_images_can_be_given_to_the_attacker_and_never_private_ones(
+    mlp: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"rounds": [1], "clients": ["c0"], "grants": ["auxiliary"]}
+    with pytest.raises(BadInput, match="grants: 'auxiliary' gives away nothing"):
+        audit_updates(mlp.record, truth=mlp.folder / "TRUTH", known=asked)
+    given: list[int] = []
+    chosen = recorded_view._auxiliary
+
+    def watched(recording: Any) -> Any:
+        images = chosen(recording)
+        held = {content(x) for pool in recording.truth.pools.values() for x in pool.images}
+        assert held
+        assert not held & {content(x) for x in images}
+        given.append(len(images))
+        return images
+
+    monkeypatch.setattr(recorded_view, "_auxiliary", watched)
+    report = audit_updates(mlp.record, truth=mlp.folder / "TRUTH", others="digits", known=asked)
+    assert report.cells[0].error is None
+    assert "auxiliary" in report.cells[0].grants
+    assert all(n < 1797 for n in given)
+    assert given
 
 
 def test_clients_of_a_round_count_together(mlp: Federation) -> None:

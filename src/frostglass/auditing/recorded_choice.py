@@ -103,7 +103,10 @@ def scenario_of(recording: Recording, sent: Sent, attacks: list[Named], name: st
         client=_client(sent),
         defense=[DefensePlan(**(recording.plan.defense or {"name": "none"}))],
         attack=attacks,
-        threat=ThreatPlan(name=f"server of {_plain(recording.source.engine)}"[:200], grants=sorted({*grants, *beyond})),
+        threat=ThreatPlan(
+            name=f"server of {_plain(recording.source.engine)}"[:200], grants=sorted({*grants, *beyond}),
+            auxiliary=recording.plan.others if Knows.AUXILIARY.value in beyond else None,
+        ),
         update=RecordedPlan(
             number=h.number, round=h.round, client=_plain(h.client), declared=h.defence, beyond=beyond
         ),

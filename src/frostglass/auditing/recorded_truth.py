@@ -63,6 +63,11 @@ class Truth:
         names = [n for p in parts for n in p.names]
         return ImageSet(images[keep], labels[keep], tuple(names[i] for i in keep), parts[0].classes, (), "recorded")
 
+    def never_private(self, images: Tensor) -> Tensor:
+        """Those of `images` that no client holds: what an attacker may be given as other images of the kind."""
+        held = {_in_bytes(image) for pool in self.pools.values() for image in pool.images}
+        return images[[i for i, image in enumerate(images) if _in_bytes(image) not in held]]
+
 
 def content(image: Tensor) -> bytes:
     """Pixels as bytes: equal images have equal ones."""

@@ -93,6 +93,8 @@ def load_recording(plan: UpdatesPlan, model: nn.Module | None = None, truth: Giv
     network = network_of(plan, source, model)
     clients = [u.header.client for u in source.updates]
     others = None if plan.others is None else read_images(plan.others, network.image_shape)
+    if others is None and Knows.AUXILIARY.value in plan.grants:
+        raise BadInput("grants: 'auxiliary' gives away nothing without images; say where they are with others.")
     return Recording(plan, source, network, read_truth(plan.truth, clients, network.image_shape, truth), others)
 
 
@@ -182,7 +184,7 @@ def prepare_scenario(recording: Recording, scenario: ScenarioPlan, seed: int, de
     client = sent.header.client
     outside = None if recording.truth is None else recording.truth.outside(client, recording.others)
     data = outside or recording.others or _nothing(recording.network)
-    auxiliary = recording.others.images if recording.others and Knows.AUXILIARY in threat.grants else None
+    auxiliary = _auxiliary(recording) if Knows.AUXILIARY in threat.grants else None
     truth = _truth(recording, sent, domain, rng)
     ready = Prepared(
         scenario, model, replace(data, source="recorded"), recording.network.classes, domain, threat, rng, auxiliary,
@@ -192,6 +194,16 @@ def prepare_scenario(recording: Recording, scenario: ScenarioPlan, seed: int, de
         _round(ready, recording, sent, mode, truth), sent.header.examples or 0, _digest(held, truth), recording
     )
     return replace(ready, arrived=arrived)
+
+
+def _auxiliary(recording: Recording) -> Tensor | None:
+    """Other images of the kind, without those that a client holds."""
+    if recording.others is None or recording.truth is None:
+        return None if recording.others is None else recording.others.images
+    free = recording.truth.never_private(recording.others.images)
+    if not len(free):
+        raise BadInput("others: every image of it is a private one of a client; name other images for 'auxiliary'.")
+    return free
 
 
 def _domain(recording: Recording, model: nn.Module) -> Domain:
