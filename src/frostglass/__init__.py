@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 # On a busy machine spinning OpenMP threads are 20 to 60 times slower; must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Matrix products that repeat on CUDA; cuBLAS reads it when it is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from frostglass._version import __version__
 

@@ -35,6 +35,7 @@ from frostglass.core.errors import AttackFailed, BadInput, FrostglassError
 from frostglass.core.events import Emit, Event, broadcast, silent
 from frostglass.core.files import write_json
 from frostglass.core.journal import Journal
+from frostglass.core.precision import full_float32
 from frostglass.core.randomness import Rng
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime, World
@@ -103,7 +104,8 @@ def _deterministic() -> Iterator[None]:
     # filling every new tensor with NaN helps to find reads of memory never written, and takes a tenth of the time
     memory.fill_uninitialized_memory = False
     try:
-        yield
+        with full_float32():
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = filled
