@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from frostglass.app.cli import main
 from frostglass.auditing import collaboration
@@ -91,6 +92,15 @@ def test_accuracy_and_leakage_in_one_report(tmp_path: Path, capsys: pytest.Captu
 def test_the_bundled_plan_is_the_one_in_plans() -> None:
     assert load_collaboration(PLANS / "collaborate-digits.toml") == digits()
     assert digits(["seeds=[7]"]).seeds == [7]
+
+
+def test_public_pools_are_taken_from_the_folder_of_the_plan(tmp_path: Path) -> None:
+    encoder = {"name": "instahide", "k": 4, "private": 2}
+    pools = [{**encoder, "public": "pool/"}, {**encoder, "public": BUNDLED_POOL}]
+    methods = [{"name": f"m{i}", "defense": [part]} for i, part in enumerate(pools)]
+    (tmp_path / "plan.toml").write_text(tomli_w.dumps(values(method=methods)))
+    found = [m.defense[0].settings["public"] for m in load_collaboration(tmp_path / "plan.toml").method]
+    assert found == [(tmp_path / "pool").resolve().as_posix(), BUNDLED_POOL]
 
 
 def test_every_problem_comes_out_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from frostglass.auditing.plan import Resolved, Title
 from frostglass.auditing.plan_reading import override_value, read_values, sentences
 from frostglass.auditing.plan_verdict import Strict
 from frostglass.core.errors import BadInput
-from frostglass.core.files import source_placed
+from frostglass.core.files import placed, source_placed
 from frostglass.federated.federate_plan import DefensePart, FederatePlan
 from frostglass.federated.train_plan import Seed
 
@@ -134,12 +134,19 @@ def load_collaboration(path: Path, overrides: Sequence[str] = ()) -> Collaborati
 
 
 def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """With the paths of the job's images taken from `folder`."""
+    """With the paths of the job's images, and of the public pools of its defences, taken from `folder`."""
     job = values.get("job")
     data = job.get("data") if isinstance(job, dict) else None
     for key in ("source", "test"):
         if isinstance(data, dict) and isinstance(data.get(key), str):
             data[key] = source_placed(data[key], folder)
+    methods = values.get("method")
+    for method in methods if isinstance(methods, list) else []:
+        defenses = method.get("defense") if isinstance(method, dict) else None
+        for part in defenses if isinstance(defenses, list) else []:
+            pool = part.get("public") if isinstance(part, dict) else None
+            if isinstance(pool, str) and pool != BUNDLED_POOL:
+                part["public"] = placed(pool, folder)
     return values
 
 
