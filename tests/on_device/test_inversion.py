@@ -33,8 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "registered": {"name": "grad_inversion", "seeds": 2, "consensus_start": 2, "consensus_every": 3},
     "norms": {"name": "grad_inversion", "seeds": 1, "bn_relative": True, "restore": "sum"},
     "priors": {"name": "deep_inversion"},
-    "lbfgs": {"name": "dlg"},
-    "label first": {"name": "idlg"},
+    "lbfgs": {"name": "dlg", "steps": 3, "inner": 4},
+    "label first": {"name": "idlg", "steps": 3, "inner": 4},
     "untrained": {"name": "latent_projection"},
 }
 QUIET = sorted(SETTINGS.keys() - {"registered", "lbfgs", "label first"})
@@ -110,7 +110,7 @@ def test_a_recording_is_made_of_device_tensors(setting: str, victim: str, monkey
         return tensors
 
     seen, _ = observe(victim, **({"width": 8} if victim == "small_bn_cnn" else {}))
-    told = {**SETTINGS[setting], "graph": True}
+    told = {**SETTINGS[setting], "graph": True, "steps": 4}
     with monkeypatch.context() as patched:
         patched.setattr(captured, "recorder_for", lambda device: record if device.type == "pretend" else None)
         there = on("auto", seen, replace(made(told), at_once=2))  # seeds of the consensus in one pass
