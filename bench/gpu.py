@@ -205,7 +205,7 @@ def encodings(
     }
     if mixing.device_kernel(device):
         ways["kernel alone"] = lambda: device_mixing.launch(
-            flat, flat, k, (there[0], there[1], there[2]), "sign", written
+            flat, flat, k, (there[0], there[1], there[2]), mixing.affine(source), "sign", written
         )
     taken = {name: timed(way, device, 3 if quick else 50) for name, way in ways.items()}
     return {

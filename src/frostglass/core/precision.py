@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,24 +16,33 @@ def full_float32() -> Iterator[None]:
     TF32 moves a gradient by a thousandth of its size. Exact attacks read it to a millionth, and a proof that fails for
     rounding would pass for privacy. The settings are the process's: not for a thread beside a training.
     """
-    backends: Any = torch.backends
-    parts = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
-    try:
-        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # the caller uses torch's newer names for these settings, and may not mix them with the older
-        precisions = [part.fp32_precision for part in parts]
-        for part in parts:
-            part.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for part, held in zip(parts, precisions, strict=True):
-                part.fp32_precision = held
-        return
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
+    restore = _switched_off()
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
+        restore()
+
+
+def _switched_off() -> Callable[[], None]:
+    """TF32 off; returns what undoes it."""
+    backends: Any = torch.backends
+    try:
+        allowed, precision = backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller uses torch's newer names for these settings, and may not mix them with the older
+        parts = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
+        held = [part.fp32_precision for part in parts]
+        _set_precisions(parts, ["ieee"] * len(parts))
+        return lambda: _set_precisions(parts, held)
+
+    def restore() -> None:
+        backends.cudnn.allow_tf32 = allowed
+        torch.set_float32_matmul_precision(precision)
+
+    backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    return restore
+
+
+def _set_precisions(parts: Sequence[Any], precisions: Sequence[str]) -> None:
+    for part, precision in zip(parts, precisions, strict=True):
+        part.fp32_precision = precision

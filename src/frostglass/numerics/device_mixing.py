@@ -85,7 +85,13 @@ def compiled() -> Any | None:
 
 
 def launch(
-    private: Tensor, public: Tensor, inside: int, keys: tuple[Tensor, Tensor, Tensor | None], mask: str, out: Tensor
+    private: Tensor,
+    public: Tensor,
+    inside: int,
+    keys: tuple[Tensor, Tensor, Tensor | None],
+    affine: tuple[float, float],
+    mask: str,
+    out: Tensor,
 ) -> None:
     """Writes encodings to `out`; all tensors on its device.
 
@@ -94,6 +100,7 @@ def launch(
             block of memory.
         inside: slots 0 .. inside - 1 read `private`.
         keys: indices [b, k] int64, coefficients [b, k] float32, bits [b, ceil(d / 8)] uint8 (None but for "sign").
+        affine: (scale, shift); a pixel p as stored stands for scale p + shift.
         mask: "sign", "abs" or "none".
         out: [b, d], contiguous, float32 or bfloat16.
     """
@@ -103,7 +110,6 @@ def launch(
     b, d = out.shape
     if not b:
         return
-    scale = 1 / 127.5 if private.dtype == torch.uint8 else 2.0
     with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
         run[(b, -(-d // BLOCK))](
             private.contiguous(),
@@ -114,8 +120,7 @@ def launch(
             out,
             d,
             (d + 7) // 8,
-            scale,
-            -1.0,
+            *affine,
             k=indices.shape[1],
             inside=inside,
             mask=MASKS[mask],

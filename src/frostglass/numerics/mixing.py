@@ -178,7 +178,7 @@ def mix_on_device(
     weights = torch.from_numpy(keys.coefficients).to(out.device)
     bits = torch.from_numpy(keys.bits).to(out.device) if mask == "sign" and keys.bits is not None else None
     flat = out.view(len(out), first.shape[1])
-    device_mixing.launch(first, second, inside, (index.contiguous(), weights, bits), mask, flat)
+    device_mixing.launch(first, second, inside, (index.contiguous(), weights, bits), affine(first.dtype), mask, flat)
     for part in (index, weights, bits):
         if part is not None and out.device.type != "cpu":  # there they are the caller's
             part.zero_()

@@ -121,9 +121,9 @@ class MixupAttack:
         images = torch.zeros(0, *seen.image_shape)
         if mixing.mask == "none" and bool(complete.any()):
             assert mixing.public is not None
-            there = Partners(state.rows.cpu(), state.weights.cpu(), state.score.cpu())
+            here = Partners(state.rows.cpu(), state.weights.cpu(), state.score.cpu())
             y = encodings_of(seen).float()
-            images = _remainders(y, mixing.public, there, complete.cpu(), targets_of(seen))
+            images = _remainders(y, mixing.public, here, complete.cpu(), targets_of(seen))
             images = images[: self.shown]
         return Reconstruction(
             seen.domain.clamp(images), torch.zeros(len(images), dtype=torch.bool), float("nan"), info=info
