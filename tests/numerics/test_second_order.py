@@ -10,8 +10,9 @@ from torch import Tensor
 
 from frostglass.core.randomness import Rng
 from frostglass.numerics import distance
-from frostglass.numerics.second_order import second_order_layers
-from frostglass.numerics.second_order_norm import channel_statistics, two_pass_norms
+from frostglass.numerics.second_order import first_order_layers, second_order_layers
+from frostglass.numerics.second_order_norm import channel_statistics
+from frostglass.numerics.tiled_convolution import Kept
 from frostglass.vision import networks
 
 F = torch.nn.functional
@@ -148,7 +149,7 @@ def test_a_batch_norm_differentiated_once_is_pytorchs(training: bool) -> None:
         return [y.detach(), mean, var, *torch.autograd.grad(y.tanh().sum(), leaves)]
 
     wanted = run()
-    with two_pass_norms():
+    with first_order_layers(Kept()):
         assert "_Norm" in type(F.batch_norm(leaves[0], *statistics_of(shape), *leaves[1:], training).grad_fn).__name__
         found = run()
     for ours, theirs in zip(found, wanted, strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frostglass.core.errors import AttackFailed
 from frostglass.core.events import Emit, Event, silent
+from frostglass.core.memory import freed_memory_kept
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
@@ -106,29 +107,30 @@ def drive(
     Raises:
         AttackFailed: a reported value or a pixel of the result is not finite: such a run has no result.
     """
-    state = attack.init(seen, run)
-    start = 0
-    kept = store.load(state) if store else None
-    if kept is not None:
-        start, state = kept
-    emit(Event("attack_started", attack.name, start, attack.steps))
-    if start == 0 and 0 in film:
-        _show(attack, seen, state, 0, emit)
-    t = start
-    ended = attack.done(state)
-    while t < attack.steps and not ended:
-        state, scalars = attack.step(seen, state, run, t)
-        t += 1
-        if t % attack.every == 0 or t == attack.steps:
-            values = {name: float(value) for name, value in scalars.items()}
-            emit(Event("progress", attack.name, t, attack.steps, values))
-            _check_finite(attack.name, t, values)
-            ended = attack.done(state) or stop()
-        if t in film or (film and (ended or t == attack.steps)):
-            _show(attack, seen, state, t, emit)  # before the checkpoint, or a kill between the two would lose it
-        if store and (t % save_every == 0) and t < attack.steps:
-            store.save(t, state)
-            emit(Event("checkpoint", attack.name, t, attack.steps))
+    with freed_memory_kept():
+        state = attack.init(seen, run)
+        start = 0
+        kept = store.load(state) if store else None
+        if kept is not None:
+            start, state = kept
+        emit(Event("attack_started", attack.name, start, attack.steps))
+        if start == 0 and 0 in film:
+            _show(attack, seen, state, 0, emit)
+        t = start
+        ended = attack.done(state)
+        while t < attack.steps and not ended:
+            state, scalars = attack.step(seen, state, run, t)
+            t += 1
+            if t % attack.every == 0 or t == attack.steps:
+                values = {name: float(value) for name, value in scalars.items()}
+                emit(Event("progress", attack.name, t, attack.steps, values))
+                _check_finite(attack.name, t, values)
+                ended = attack.done(state) or stop()
+            if t in film or (film and (ended or t == attack.steps)):
+                _show(attack, seen, state, t, emit)  # before the checkpoint, or a kill between the two would lose it
+            if store and (t % save_every == 0) and t < attack.steps:
+                store.save(t, state)
+                emit(Event("checkpoint", attack.name, t, attack.steps))
     result = attack.read(seen, state)
     if not bool(result.images.isfinite().all()):
         raise AttackFailed(

@@ -40,6 +40,15 @@ def rounded(bits: Any) -> Any:
     return np.uint16(np.uint32(np.uint32(bits) + np.uint32(0x7FFF) + tie) >> np.uint32(16))
 
 
+_CALLED: list[Callable[..., Any]] = []
+
+
+def called_in_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a plain function over arrays as one that compiled loops may call; it is compiled with them."""
+    _CALLED.append(function)
+    return function
+
+
 @functools.cache
 def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
     """`function` compiled with numba (kept on disk between runs), or None if numba is not installed."""
@@ -104,6 +113,13 @@ def _teach() -> None:
             return builder.bitcast(builder.fptrunc(given[0], BFloat()), ir.IntType(16))
 
         return types.uint16(types.float32), generate
+
+    def teach(known: Callable[..., Any]) -> None:
+        plain = inspect.unwrap(known)
+        overload(known, strict=False)(lambda *_, **__: plain)
+
+    for known in _CALLED:
+        teach(known)
 
     by_integers = register_jitable(inspect.unwrap(rounded))
 

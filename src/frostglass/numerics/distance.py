@@ -30,52 +30,32 @@ def cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, ""]:
         a: gradients, one tensor a layer.
         b: those they are compared with; shapes as in `a`.
     """
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (*a, *b))):
-        return _distance_of(_inner_products(a, b))
-    distance: Tensor = _Cosine.apply(len(a), *a, *b)  # type: ignore[no-untyped-call]
-    return distance
-
-
-def _inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(<a, a>, <b, b>, <a, b>)."""
-
-    def inner(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-        return torch.stack([u.reshape(-1).dot(v.reshape(-1)) for u, v in zip(x, y, strict=True)]).sum()
-
-    return inner(a, a), inner(b, b), inner(a, b)
-
-
-def _distance_of(products: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    aa, bb, ab = products
+    products = [torch.stack(_Products.apply(x, y)) for x, y in zip(a, b, strict=True)]  # type: ignore[no-untyped-call]
+    aa, bb, ab = torch.stack(products).sum(0).unbind()
     return 1 - ab / (aa * bb).clamp_min(torch.finfo(aa.dtype).tiny).sqrt()
 
 
-class _Cosine(torch.autograd.Function):
-    """(number of layers, *a, *b) -> distance."""
+class _Products(torch.autograd.Function):
+    """(a, b) of one layer -> <a, a>, <b, b>, <a, b>.
+
+    A node for each layer: autograd lets a layer's gradients go as soon as their slopes are there, so that those of all
+    layers are not in memory twice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, layers: int, *tensors: Tensor) -> Tensor:
-        products = _inner_products(tensors[:layers], tensors[layers:])
-        ctx.layers, ctx.products = layers, products
-        ctx.save_for_backward(*tensors)
-        return _distance_of(products)
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(a, b)
+        x, y = a.reshape(-1), b.reshape(-1)
+        return x.dot(x), y.dot(y), x.dot(y)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        layers, tensors = ctx.layers, ctx.saved_tensors
-        a, b = tensors[:layers], tensors[layers:]
-        # a second derivative is asked for: the products have to be on the graph
-        products = _inner_products(a, b) if torch.is_grad_enabled() else ctx.products
-        aa, bb, ab = products
-        tiny = torch.finfo(aa.dtype).tiny
-        norms = (aa * bb).clamp_min(tiny).sqrt()
-        other = -slopes[0] / norms
-        own = -other * torch.where(aa * bb > tiny, ab, torch.zeros_like(ab))
-        wanted = ctx.needs_input_grad[1:]
-        pairs = [*((x, y, aa) for x, y in zip(a, b, strict=True)), *((y, x, bb) for x, y in zip(a, b, strict=True))]
-        return None, *(
-            torch.addcmul(x * (own / square.clamp_min(tiny)), y, other) if want else None
-            for (x, y, square), want in zip(pairs, wanted, strict=True)
+        a, b = ctx.saved_tensors
+        of_aa, of_bb, of_ab = slopes
+        wanted = ctx.needs_input_grad
+        return (
+            (a * (2 * of_aa)).addcmul_(b, of_ab) if wanted[0] else None,
+            (b * (2 * of_bb)).addcmul_(a, of_ab) if wanted[1] else None,
         )
 
 

@@ -8,6 +8,8 @@ With g the gradient of y = conv(x, w), and a and b what its gradients of x and o
 
     d/dg = conv(a, w) + conv(x, b),    d/dx = input gradient of (g, b),    d/dw = weight gradient of (g, a).
 
+Where tiles make them faster (`tiled_convolution`), all of these convolutions are taken by tiles.
+
 Where several clients share one batch (see `many_clients`), w has a row for each, all alike: then conv(x, w) and the
 input gradient are those of one batch, and only the gradient of w, and what b is used for, is taken for each client.
 """
@@ -19,9 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from frostglass.numerics.second_order_norm import batch_norm
+from frostglass.numerics.tiled_convolution import Kept, covered
+from frostglass.numerics.tiled_layer import tiled_convolution, wanted
 
 
 class second_order_layers(TorchFunctionMode):
@@ -30,15 +35,67 @@ class second_order_layers(TorchFunctionMode):
 
     Weights that are leaves get a gradient where a graph is kept (`create_graph=True`) and none in the pass after it: an
     attack's derivative goes to the images. Third derivatives are refused.
+
+    Args:
+        kept: what may be remembered of the weights from one block to the next, for as long as they stay the same.
     """
+
+    def __init__(self, kept: Kept | None = None) -> None:
+        super().__init__()
+        self._kept = Kept() if kept is None else kept
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replaces batch normalisation and convolutions of explicit padding; everything else passes."""
-        if func in _REPLACED and torch.is_grad_enabled():
-            return _REPLACED[func](*args, **(kwargs or {}))
+        if not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        if func is F.batch_norm:
+            return batch_norm(*args, **(kwargs or {}))
+        if func is torch.conv2d:
+            return _conv2d(self._kept, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+class first_order_layers(TorchFunctionMode):
+    """In the block, `conv2d` is by tiles where that is faster, and `batch_norm` that of `second_order_norm`; both for
+    one ordinary backward pass.
+
+    Args:
+        kept: as for `second_order_layers`.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replaces batch normalisation and convolutions that tiles cover; everything else passes."""
+        if func is F.batch_norm:
+            return batch_norm(*args, **(kwargs or {}))
+        if func is torch.conv2d:
+            return self._conv2d(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _conv2d(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        if not isinstance(padding, str):
+            form = _Form(_pair(stride), _pair(padding), _pair(dilation), groups)
+            if covered(input, weight, form.stride, form.padding, (form.dilation, groups)):
+                y = tiled_convolution(input, weight, self._kept, form.padding[0], once=True)
+                return y if bias is None else y + bias.view(-1, 1, 1)
+            input = _laid_out(input, input, weight)[1]
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 class _Form(NamedTuple):
@@ -49,6 +106,7 @@ class _Form(NamedTuple):
 
 
 def _conv2d(
+    kept: Kept,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -59,11 +117,13 @@ def _conv2d(
 ) -> Tensor:
     if isinstance(padding, str) or input.ndim != 4:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    y = convolution(input, weight, stride, padding, dilation, groups)
+    y = convolution(input, weight, stride, padding, dilation, groups, kept)
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
-def convolution(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+def convolution(
+    x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, kept: Kept | None = None
+) -> Tensor:
     """As `conv2d` without a bias.
 
     Args:
@@ -71,16 +131,13 @@ def convolution(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, 
         w: [o, i, kh, kw], or [s, o, i, kh, kw] of s clients who have the same weights and b / s images each.
         stride, padding, dilation: numbers or pairs.
         groups: of channels.
+        kept: where spread kernels of leaves are kept; without it none are used.
     """
     form = _Form(_pair(stride), _pair(padding), _pair(dilation), groups)
+    if kept is not None and w.is_leaf and covered(x, w, form.stride, form.padding, (form.dilation, groups)):
+        return tiled_convolution(x, w, kept, form.padding[0])
     y: Tensor = _Convolution.apply(x, w, form)  # type: ignore[no-untyped-call]
     return y
-
-
-_REPLACED: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    torch.conv2d: _conv2d,
-    torch.nn.functional.batch_norm: batch_norm,
-}
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -92,7 +149,16 @@ def _shared(w: Tensor) -> Tensor:
     return w[0] if w.ndim == 5 else w
 
 
+def _laid_out(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Images as convolutions on this device want them: where kernels are larger than images, a CPU would lay kernels
+    out anew for images that lie as channels_last, and take three times as long for the gradient of the kernels."""
+    if x.device.type == "cpu" and w.numel() > x.numel():
+        return g.contiguous(), x.contiguous()
+    return g, x
+
+
 def _convolved(x: Tensor, w: Tensor, form: _Form) -> Tensor:
+    x = _laid_out(x, x, w)[1]
     y: Tensor = torch.ops.aten.convolution(
         x, w, None, form.stride, form.padding, form.dilation, False, (0, 0), form.groups
     )
@@ -101,6 +167,7 @@ def _convolved(x: Tensor, w: Tensor, form: _Form) -> Tensor:
 
 def _slopes(g: Tensor, x: Tensor, w: Tensor, form: _Form, of_x: bool, of_w: bool) -> tuple[Tensor | None, ...]:
     """Gradients of conv(x, w) times g: (of x, of w), None where not asked for."""
+    g, x = _laid_out(g, x, w)
     found = torch.ops.aten.convolution_backward(
         g, x, w, None, form.stride, form.padding, form.dilation, False, (0, 0), form.groups, (of_x, of_w, False)
     )
@@ -147,10 +214,6 @@ def _shared_slopes(g: Tensor, x: Tensor, w: Tensor, form: _Form, of_x: bool, of_
     return to_x, _slopes_apart(g, x, w, form, False, True)[1] if of_w else None
 
 
-def _wanted(w: Tensor) -> bool:
-    return w.requires_grad and (torch.is_grad_enabled() or not w.is_leaf)
-
-
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, form: _Form) -> Tensor:
@@ -161,7 +224,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        asked = (ctx.needs_input_grad[0], _wanted(w))
+        asked = (ctx.needs_input_grad[0], wanted(w))
         taken = _Slopes.apply if torch.is_grad_enabled() else _shared_slopes
         return *taken(slopes[0], x, w, ctx.form, *asked), None
 
@@ -189,6 +252,6 @@ class _Slopes(torch.autograd.Function):
             of_g = more if of_g is None else of_g.add_(more)
         if needs[1] and b is not None:
             of_x = _slopes_apart(g, x, b, form, True, False)[0]
-        if a is not None and _wanted(w):
+        if a is not None and wanted(w):
             of_w = _slopes(g, a, w, form, False, True)[1]
         return of_g, of_x, of_w, None, None, None

@@ -20,24 +20,12 @@ weight has a row for each of them, [s, c] for [c].
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-
-
-class two_pass_norms(TorchFunctionMode):
-    """In the block, batch normalisation is the one of this module, also where it is differentiated once only."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Replaces batch normalisation; everything else passes."""
-        return (batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
 
 
 def channel_statistics(

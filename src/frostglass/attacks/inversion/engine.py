@@ -33,8 +33,8 @@ from frostglass.core.update import BNStatistics
 from frostglass.numerics.bn import recorded_bn
 from frostglass.numerics.image import anchor_distance
 from frostglass.numerics.local_update import Trace, in_mode, local_update, soft_cross_entropy, trainable
-from frostglass.numerics.second_order import second_order_layers
-from frostglass.numerics.second_order_norm import two_pass_norms
+from frostglass.numerics.second_order import first_order_layers, second_order_layers
+from frostglass.numerics.tiled_convolution import Kept
 
 Engine: TypeAlias = Literal["double_backward", "frozen_fd"]
 Augment: TypeAlias = Callable[[Tensor], Tensor]
@@ -172,7 +172,7 @@ def _simulated(z: Tensor, problem: Objective, *, differentiable: bool) -> Candid
     target = problem.target
     if any(term.gradient for term in problem.terms):
         smooth = ADAM_SMOOTHING if target.plan.optimizer == "adam" else 0.0
-        with problem.drawing(), second_order_layers() if differentiable else nullcontext():
+        with problem.drawing(), second_order_layers(target.kept) if differentiable else nullcontext():
             trace = local_update(
                 target.model,
                 images,
@@ -197,7 +197,10 @@ def decoded(z: Tensor, problem: Objective) -> tuple[Tensor, Tensor, Tensor]:
     rows = problem.targets if labels is None else labels
     if len(rows) != len(pixels):  # an image of its own for every epoch of the client
         rows = rows.repeat(len(pixels) // len(rows), 1)
-    return pixels, problem.target.denormalise(shown), rows
+    images = problem.target.denormalise(shown)
+    if images.device.type == "cpu":
+        images = images.contiguous(memory_format=torch.channels_last)
+    return pixels, images, rows
 
 
 def _forward(
@@ -246,7 +249,7 @@ def _frozen_differences(z: Tensor, problem: Objective) -> Evaluation:
     inputs = [images] + ([targets] if targets.requires_grad else [])
     starts = [x.detach().requires_grad_(True) for x in inputs]
     choices = Choices()
-    with problem.drawing(), two_pass_norms(), choices.recorded():
+    with problem.drawing(), first_order_layers(target.kept), choices.recorded():
         trace = _forward(target, weights, starts[0], starts[1] if len(starts) > 1 else targets)
     found = torch.autograd.grad(trace.loss, [*weights.values(), *starts], allow_unused=True)
     leaves = {
@@ -256,14 +259,16 @@ def _frozen_differences(z: Tensor, problem: Objective) -> Evaluation:
     matched = Candidate(pixels.detach(), images.detach(), targets.detach(), replace(trace, gradients=leaves), target)
     loss, _, values = valued(problem, matched, only=True)
     v = _or_zeros(loss, list(leaves.values()))
+    slopes, loss, values = found[len(leaves) :], loss.detach(), {name: value.detach() for name, value in values.items()}
+    del found, leaves, matched  # as much memory as the weights
     step = _step_size(list(weights.values()), v)
-    moved = {n: (w + step * to).detach() for (n, w), to in zip(weights.items(), v, strict=True)}
+    moved = {n: (v.pop(0) * step).add_(w.detach()) for n, w in weights.items()}
     reads = any(term.statistics and not term.gradient for term in problem.terms)
-    with problem.drawing(), two_pass_norms(), choices.replayed():
+    with problem.drawing(), first_order_layers(Kept()), choices.replayed():
         trace = _forward(target, moved, images, targets, statistics=reads)
     priors, rest, others = valued(problem, Candidate(pixels, images, targets, trace, target), only=False)
     # linear in the inputs: its slope is what the first pass found
-    before = sum(((g * x).sum() for g, x in zip(found[len(leaves) :], inputs, strict=True)), loss.new_zeros(()))
+    before = sum(((g * x).sum() for g, x in zip(slopes, inputs, strict=True)), loss.new_zeros(()))
     change = torch.autograd.grad((trace.loss - before) / step + rest, z)[0]
     return finished(loss + priors, loss + rest, {**values, **others}, change)
 

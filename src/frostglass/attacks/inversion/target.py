@@ -18,6 +18,7 @@ from frostglass.core.update import BNStatistics, LocalPlan
 from frostglass.numerics.distance import flatten
 from frostglass.numerics.fedavg import Order, epoch_order
 from frostglass.numerics.local_update import trainable
+from frostglass.numerics.tiled_convolution import Kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,11 @@ class Target:
     def names(self) -> list[str]:
         """Parameters that were sent."""
         return list(self.gradients)
+
+    @cached_property
+    def kept(self) -> Kept:
+        """What is computed from the weights alone, once for the whole run: nothing changes them here."""
+        return Kept()
 
     @cached_property
     def flat(self) -> Tensor:

@@ -83,7 +83,7 @@ def evaluate_together(z: Tensor, problems: Sequence[Objective]) -> list[Evaluati
     first = problems[0]
     with sdpa_kernel(SDPBackend.MATH):
         found = [decoded(own, problem) for own, problem in zip(z.unbind(), problems, strict=True)]
-        with first.drawing(), second_order_layers():
+        with first.drawing(), second_order_layers(first.target.kept):
             traces = local_gradients(
                 first.target.model,
                 torch.stack([images for _, images, _ in found]),

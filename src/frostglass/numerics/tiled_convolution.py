@@ -1,0 +1,259 @@
+"""3 x 3 convolutions on a CPU in a quarter of the multiplications, with all their first and second derivatives.
+
+    conv(x, w) = A^T [(G w G^T) . (B^T x B)] A      for every 6 x 6 tile of x, which gives 4 x 4 numbers of the result
+
+(Lavin and Gray 2016, arXiv:1509.09308, F(4 x 4, 3 x 3): 36 multiplications where 144 were.) The product is taken for
+all tiles, channels and images at once, as a matrix product for each of the 36 points of a tile. It is linear in each of
+its arguments, so that its derivatives are the same products between transposed maps (`tile_kernels`):
+
+    X(x) = B^T x B    W(w) = G w G^T    Y(m) = A^T m A        conv = Y(X(x) W(w))
+    gradient of x     X'(Y'(g) W(w))                          gradient of w     W'(Y'(g) X(x))
+
+Rounding is two to four times that of an ordinary convolution in float32, some 3e-6 of the result. What is gained grows
+with the channels; images should lie as torch.channels_last, as all results here do.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from frostglass.numerics import tile_kernels
+from frostglass.numerics.compiled import kernel
+
+POINTS = 36
+GROUP = 2**19
+"""Images are taken so many at a time that their tiles are about as many numbers: 2 MiB stay near the processor."""
+
+
+class Kept:
+    """Spread kernels of weights that stay the same, made once; as long as the caller keeps this, so are they.
+
+    Weights are told apart by identity and by PyTorch's count of their changes. Spread kernels take four times the
+    memory of the weights.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def spread(self, w: Float[Tensor, "o i 3 3"]) -> Float[Tensor, "36 o i"]:
+        """W(w) of a leaf."""
+        found = self._held.get(id(w))
+        if found is None or found[1] != w._version:
+            found = self._held[id(w)] = (w, w._version, _spread(w.detach()))
+        return found[2]
+
+
+class _Size(NamedTuple):
+    """Of images, of the result, and of the grid of tiles."""
+
+    images: int
+    height: int
+    width: int
+    pad: int
+    out_height: int
+    out_width: int
+    down: int
+    across: int
+
+    @property
+    def places(self) -> int:
+        return self.images * self.down * self.across
+
+    def places_of(self, part: tuple[int, int]) -> int:
+        return (part[1] - part[0]) * self.down * self.across
+
+    def groups(self, channels: int) -> list[tuple[int, int]]:
+        """Of images, alike in size."""
+        parts = min(self.images, -(-self.places * POINTS * channels // GROUP))
+        return list(pairwise(self.images * t // parts for t in range(parts + 1)))
+
+
+def _size(x_shape: torch.Size, pad: int) -> _Size:
+    b, _, h, w = x_shape
+    oh, ow = h + 2 * pad - 2, w + 2 * pad - 2
+    return _Size(b, h, w, pad, oh, ow, -(-oh // 4), -(-ow // 4))
+
+
+CHANNELS = 32
+"""Channels in and out from which on tiles are faster than oneDNN."""
+
+
+def _fewest(w: Tensor) -> int:
+    """Places from which on they are: spread kernels beyond a third-level cache cost a pass over memory each time."""
+    return 8 if POINTS * w.shape[0] * w.shape[1] <= 2**22 else 24
+
+
+def covered(x: Tensor, w: Tensor, stride: tuple[int, int], padding: tuple[int, int], more: tuple[Any, ...]) -> bool:
+    """Whether a convolution is one of these, and gains by it.
+
+    Args:
+        x, w: as for conv2d.
+        stride, padding: pairs.
+        more: dilation (a pair) and groups.
+    """
+    return (
+        w.shape[2:] == (3, 3)
+        and w.ndim == x.ndim == 4
+        and stride == (1, 1)
+        and padding in ((0, 0), (1, 1))
+        and more == ((1, 1), 1)
+        and x.dtype == w.dtype == torch.float32
+        and x.device.type == "cpu"
+        and min(w.shape[:2]) >= CHANNELS
+        and min(x.shape[2:]) >= 3
+        and _size(x.shape, padding[0]).places >= _fewest(w)
+        and kernel(tile_kernels.cut_tiles) is not None
+    )
+
+
+def convolved(x: Float[Tensor, "b i h w"], spread: Float[Tensor, "36 o i"], pad: int) -> Float[Tensor, "b o p q"]:
+    """conv(x, w), with w spread (`Kept`)."""
+    size = _size(x.shape, pad)
+    y = torch.empty(size.images, size.out_height, size.out_width, spread.shape[1])
+    for part in size.groups(x.shape[1]):
+        _join(torch.bmm(_cut(x, size, part), spread.transpose(1, 2)), size, part, y)
+    return y.permute(0, 3, 1, 2)
+
+
+def slopes(
+    g: Float[Tensor, "b o p q"],
+    x: Float[Tensor, "b i h w"],
+    spread: Float[Tensor, "36 o i"] | None,
+    pad: int,
+    of_w: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of conv(x, w) times g: (of x, of w); of x where w is given spread, of w where asked for."""
+    size, (i, o) = _size(x.shape, pad), (x.shape[1], g.shape[1])
+    of_x = None if spread is None else torch.empty(size.images, size.height, size.width, i)
+    sums = torch.empty(POINTS, o, i) if of_w else None
+    for part in size.groups(max(i, o)):
+        wide = _join_back(g, size, part)
+        if of_x is not None:
+            assert spread is not None
+            _cut_back(torch.bmm(wide, spread), size, part, of_x)
+        if sums is not None:
+            sums.baddbmm_(wide.transpose(1, 2), _cut(x, size, part), beta=float(part[0] > 0))
+    return None if of_x is None else of_x.permute(0, 3, 1, 2), None if sums is None else _spread_back(sums)
+
+
+def second_slopes(
+    g: Float[Tensor, "b o p q"],
+    x: Float[Tensor, "b i h w"],
+    spread: Float[Tensor, "36 o i"],
+    a: Float[Tensor, "b i h w"] | None,
+    b: Float[Tensor, "o i 3 3"] | None,
+    pad: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What `slopes` times (a, b) gives once more: (of g, of x) = (conv(a, w) + conv(x, b), gradient of x for b)."""
+    if b is None:
+        return None if a is None else convolved(a, spread, pad), None
+    size, other = _size(x.shape, pad), _spread(b)
+    of_g = torch.empty(size.images, size.out_height, size.out_width, len(b))
+    of_x = torch.empty(size.images, size.height, size.width, x.shape[1])
+    for part in size.groups(max(b.shape[:2])):
+        sums = torch.bmm(_cut(x, size, part), other.transpose(1, 2))
+        if a is not None:
+            sums.baddbmm_(_cut(a, size, part), spread.transpose(1, 2))
+        _join(sums, size, part, of_g)
+        _cut_back(torch.bmm(_join_back(g, size, part), other), size, part, of_x)
+    return of_g.permute(0, 3, 1, 2), of_x.permute(0, 3, 1, 2)
+
+
+_Part: TypeAlias = tuple[int, int]
+"""First and last image of a group."""
+
+
+def _cut(x: Tensor, size: _Size, part: _Part) -> Tensor:
+    """X of some images: [36, places, c]."""
+    c, places = x.shape[1], size.places_of(part)
+    tiles = torch.empty(POINTS, places, c)
+    of, to = _flat(_rows(x[part[0] : part[1]])), _flat(tiles)
+    grid = size.height, size.width, c, size.pad, size.down, size.across
+    _over(part[1] - part[0], lambda m, n: _run(tile_kernels.cut_tiles, of, m, n, *grid, to, places * c))
+    return tiles
+
+
+def _cut_back(tiles: Tensor, size: _Size, part: _Part, x: Tensor) -> None:
+    """X', into images that lie as [b, h, w, c]."""
+    c, places = x.shape[3], size.places_of(part)
+    of, to = _flat(tiles), _flat(x[part[0] : part[1]])
+    grid = size.height, size.width, c, size.pad, size.down, size.across
+    _over(part[1] - part[0], lambda m, n: _run(tile_kernels.cut_tiles_back, of, places * c, m, n, *grid, to))
+
+
+def _join(tiles: Tensor, size: _Size, part: _Part, y: Tensor) -> None:
+    """Y, into images that lie as [b, h, w, c]."""
+    c, places = y.shape[3], size.places_of(part)
+    of, to = _flat(tiles), _flat(y[part[0] : part[1]])
+    grid = size.out_height, size.out_width, c, size.down, size.across
+    _over(part[1] - part[0], lambda m, n: _run(tile_kernels.join_tiles, of, places * c, m, n, *grid, to))
+
+
+def _join_back(g: Tensor, size: _Size, part: _Part) -> Tensor:
+    """Y' of some images: [36, places, c]."""
+    c, places = g.shape[1], size.places_of(part)
+    tiles = torch.empty(POINTS, places, c)
+    of, to = _flat(_rows(g[part[0] : part[1]])), _flat(tiles)
+    grid = size.out_height, size.out_width, c, size.down, size.across
+    _over(part[1] - part[0], lambda m, n: _run(tile_kernels.join_tiles_back, of, m, n, *grid, to, places * c))
+    return tiles
+
+
+def _spread(w: Tensor) -> Tensor:
+    """W: [36, o, i]."""
+    o, i = w.shape[:2]
+    spread = torch.empty(POINTS, o, i)
+    of, to = _flat(w.contiguous()), _flat(spread)
+    _over(o, lambda m, n: _run(tile_kernels.spread_kernels, of, m, n, i, to, o * i))
+    return spread
+
+
+def _spread_back(spread: Tensor) -> Tensor:
+    """W': [o, i, 3, 3]."""
+    o, i = spread.shape[1:]
+    w = torch.empty(o, i, 3, 3)
+    of, to = _flat(spread), _flat(w)
+    _over(o, lambda m, n: _run(tile_kernels.spread_kernels_back, of, o * i, m, n, i, to))
+    return w
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[b, h, w, c], in this order in memory."""
+    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+
+
+def _flat(x: Tensor) -> NDArray[np.float32]:
+    flat: NDArray[np.float32] = x.detach().reshape(-1).numpy()
+    return flat
+
+
+def _run(function: Callable[..., None], *args: Any) -> None:
+    run = kernel(function)
+    assert run is not None
+    run(*args)
+
+
+def _over(count: int, work: Callable[[int, int], None]) -> None:
+    """work(first, last) for parts of range(count), on as many threads as PyTorch uses."""
+    threads = min(torch.get_num_threads(), count)
+    if threads < 2:
+        return work(0, count)
+    ends = [count * t // threads for t in range(threads + 1)]
+    list(_threads(os.getpid(), threads).map(work, ends[:-1], ends[1:]))
+    return None
+
+
+@functools.lru_cache(maxsize=2)
+def _threads(process: int, count: int) -> ThreadPoolExecutor:  # noqa: ARG001 - threads do not survive a fork
+    return ThreadPoolExecutor(count, "tiles")

@@ -1,0 +1,68 @@
+"""`tiled_convolution` as a layer: autograd finds its first and second derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from frostglass.numerics import tiled_convolution as tiles
+
+
+def tiled_convolution(
+    x: Float[Tensor, "b i h w"], w: Float[Tensor, "o i 3 3"], kept: tiles.Kept, pad: int, *, once: bool = False
+) -> Float[Tensor, "b o p q"]:
+    """conv2d(x, w) of stride 1, where `tiles.covered` says so.
+
+    Args:
+        x: images.
+        w: a leaf.
+        kept: where its spread kernels are kept.
+        pad: on every side.
+        once: for one ordinary backward pass. Otherwise weights get a gradient where a graph is kept and none in the
+            pass after it, as `second_order_layers` has it.
+    """
+    y: Tensor = _Tiled.apply(x, w, kept, pad, once)  # type: ignore[no-untyped-call]
+    return y
+
+
+def wanted(w: Tensor) -> bool:
+    """Whether a weight of `second_order_layers` gets a gradient in the pass that runs now."""
+    return w.requires_grad and (torch.is_grad_enabled() or not w.is_leaf)
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, kept: tiles.Kept, pad: int, once: bool) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.kept, ctx.pad, ctx.once = kept, pad, once
+        return tiles.convolved(x, kept.spread(w), pad)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        of_x, of_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1] if ctx.once else wanted(w)
+        if torch.is_grad_enabled():
+            found = _Slopes.apply(above[0], x, w, ctx.kept, ctx.pad, of_x, of_w)  # type: ignore[no-untyped-call]
+        else:
+            found = tiles.slopes(above[0], x, ctx.kept.spread(w) if of_x else None, ctx.pad, of_w)
+        return *found, None, None, None
+
+
+class _Slopes(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, w: Tensor, kept: tiles.Kept, pad: int, of_x: bool, of_w: bool
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(g, x, w)
+        ctx.kept, ctx.pad = kept, pad
+        ctx.set_materialize_grads(False)
+        return tiles.slopes(g, x, kept.spread(w) if of_x else None, pad, of_w)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, x, w = ctx.saved_tensors
+        return *tiles.second_slopes(g, x, ctx.kept.spread(w), a, b, ctx.pad), None, None, None, None, None

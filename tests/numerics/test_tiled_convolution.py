@@ -1,0 +1,272 @@
+"""Convolutions by tiles: against autograd in float64, for every derivative that they have."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from frostglass.numerics import distance, tile_kernels
+from frostglass.numerics import tiled_convolution as tiles
+from frostglass.numerics.compiled import kernel
+from frostglass.numerics.second_order import first_order_layers, second_order_layers
+
+F = torch.nn.functional
+CLOSE = 1e-5
+"""Of the result's size: float32 by tiles is within 3e-6 of float64 here, where its own sums are within 1e-6."""
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    return float((found.detach().double() - wanted.detach().double()).norm() / wanted.detach().double().norm())
+
+
+def drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
+    made = torch.Generator().manual_seed(1)
+    return [torch.randn(s, generator=made) for s in shapes]
+
+
+CASES = [
+    # images, inputs, outputs, height, width, pad: whole tiles, cut ones, fewer channels than a block, and more
+    (2, 32, 32, 8, 8, 1),
+    (3, 5, 40, 7, 9, 1),
+    (2, 33, 3, 6, 6, 0),
+    (1, 70, 65, 3, 11, 1),
+    (2, 1, 1, 3, 3, 0),
+    (5, 16, 32, 33, 32, 1),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"])
+def test_results_and_both_derivatives_are_those_of_a_convolution(case: tuple[int, ...], layout: Any) -> None:
+    n, i, o, h, w, pad = case
+    x, k, a, b = drawn((n, i, h, w), (o, i, 3, 3), (n, i, h, w), (o, i, 3, 3))
+    x, a = (t.contiguous(memory_format=layout) for t in (x, a))
+    y = F.conv2d(x.double(), k.double(), padding=pad)
+    (g,) = drawn(tuple(y.shape))
+    spread = tiles.Kept().spread(k)
+
+    exact = [t.double().requires_grad_() for t in (g, x, k)]
+    of_x, of_w = torch.autograd.grad(F.conv2d(exact[1], exact[2], padding=pad), exact[1:], exact[0], create_graph=True)
+    found_x, found_w = tiles.slopes(g, x, spread, pad, True)
+    assert off(tiles.convolved(x, spread, pad), y) < CLOSE
+    assert found_x is not None
+    assert found_w is not None
+    assert off(found_x, of_x) < CLOSE
+    assert off(found_w, of_w) < CLOSE
+
+    for to_x, to_w in ((a, b), (None, b), (a, None)):
+        sides = [(s, t) for s, t in ((of_x, to_x), (of_w, to_w)) if t is not None]
+        total = torch.stack([(s * t.double()).sum() for s, t in sides]).sum()
+        again = torch.autograd.grad(total, exact[:2], retain_graph=True, allow_unused=True)
+        for one, other in zip(tiles.second_slopes(g, x, spread, to_x, to_w, pad), again, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                assert off(one, other) < CLOSE
+
+
+def test_only_what_is_asked_for_is_computed() -> None:
+    x, k, g = drawn((2, 32, 8, 8), (32, 32, 3, 3), (2, 32, 8, 8))
+    spread = tiles.Kept().spread(k)
+    assert tiles.slopes(g, x, spread, 1, False)[1] is None
+    assert tiles.slopes(g, x, None, 1, True)[0] is None
+    assert tiles.second_slopes(g, x, spread, None, None, 1) == (None, None)
+
+
+@settings(max_examples=40)
+@given(n=st.integers(1, 3), c=st.integers(1, 40), h=st.integers(3, 10), w=st.integers(3, 10), pad=st.integers(0, 1))
+def test_each_map_and_its_transpose_agree(n: int, c: int, h: int, w: int, pad: int) -> None:
+    """<M x, y> = <x, M' y>, which is what makes them derivatives of each other."""
+    size = tiles._size(torch.Size((n, c, h, w)), pad)
+    part = (0, n)
+    x, wide = drawn((n, c, h, w), (36, size.places, c))
+    back = torch.empty(n, h, w, c)
+    tiles._cut_back(wide, size, part, back)
+    same(tiles._cut(x, size, part), wide, x, back.permute(0, 3, 1, 2))
+
+    (y,) = drawn((n, c, size.out_height, size.out_width))
+    joined = torch.empty(n, size.out_height, size.out_width, c)
+    tiles._join(wide, size, part, joined)
+    same(joined.permute(0, 3, 1, 2), y, wide, tiles._join_back(y, size, part))
+
+    k, spread = drawn((h, c, 3, 3), (36, h, c))
+    same(tiles._spread(k), spread, k, tiles._spread_back(spread))
+
+
+def same(mx: Tensor, y: Tensor, x: Tensor, my: Tensor) -> None:
+    left, right = ((s.double() * t.double()).sum() for s, t in ((mx, y), (x, my)))
+    assert float((left - right).abs()) <= CLOSE * float(mx.double().norm() * y.double().norm())
+
+
+def test_groups_of_images_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, k, g, b = drawn((5, 32, 9, 8), (32, 32, 3, 3), (5, 32, 9, 8), (32, 32, 3, 3))
+    spread = tiles.Kept().spread(k)
+
+    def everything() -> list[Tensor]:
+        found = [tiles.convolved(x, spread, 1), *tiles.slopes(g, x, spread, 1, True)]
+        return [t for t in [*found, *tiles.second_slopes(g, x, spread, x, b, 1)] if t is not None]
+
+    whole = everything()
+    monkeypatch.setattr(tiles, "GROUP", 1)
+    assert len(tiles._size(x.shape, 1).groups(32)) == 5
+    for one, other in zip(everything(), whole, strict=True):
+        assert off(one, other) < CLOSE
+
+
+def test_several_threads_give_the_same_bits() -> None:
+    x, k, g = drawn((5, 33, 9, 8), (34, 33, 3, 3), (5, 34, 9, 8))
+
+    def everything() -> list[Tensor | None]:
+        spread = tiles.Kept().spread(k)
+        return [spread, tiles._cut(x, size, (0, 5)), tiles._join_back(g, size, (0, 5)), tiles._spread_back(spread)]
+
+    size = tiles._size(x.shape, 1)
+    one = everything()
+    torch.set_num_threads(3)
+    for a, b in zip(everything(), one, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+
+
+def test_compiled_kernels_do_what_the_plain_functions_do() -> None:
+    (x,) = drawn((1, 3, 5, 5))
+    size = tiles._size(x.shape, 1)
+    grid = size.height, size.width, 3, 1, size.down, size.across
+    flat = np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy()).reshape(-1)
+    found = np.empty(36 * size.places * 3, np.float32)
+    plain = inspect.unwrap(tile_kernels.cut_tiles)
+    with np.errstate(over="ignore"):
+        plain(flat, 0, 1, *grid, found, size.places * 3)
+    np.testing.assert_allclose(
+        found.reshape(36, size.places, 3), tiles._cut(x, size, (0, 1)).numpy(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_spread_kernels_are_kept_for_as_long_as_weights_stay_the_same() -> None:
+    k, other = drawn((4, 3, 3, 3), (4, 3, 3, 3))
+    kept = tiles.Kept()
+    first = kept.spread(k)
+    assert kept.spread(k) is first
+    assert kept.spread(other) is not first
+    k.mul_(2)
+    assert torch.allclose(kept.spread(k), 2 * first)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 40, 3, 1, 1), nn.BatchNorm2d(40), nn.ReLU()]
+    return nn.Sequential(
+        *body, nn.Conv2d(40, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)
+    )
+
+
+def matching(model: nn.Module, x: Tensor, goal: list[Tensor]) -> Tensor:
+    loss = F.cross_entropy(model(x), torch.tensor([0, 1]))
+    return distance.cosine(torch.autograd.grad(loss, list(model.parameters()), create_graph=True), goal)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which convolutions went by tiles."""
+    made: list[str] = []
+    for name in ("convolved", "slopes", "second_slopes"):
+        real = getattr(tiles, name)
+
+        def told(*args: Any, _real: Any = real, _name: str = name, **kw: Any) -> Any:
+            made.append(_name)
+            return _real(*args, **kw)
+
+        monkeypatch.setattr(tiles, name, told)
+    return made
+
+
+def test_a_matching_loss_has_the_gradient_that_float64_has(calls: list[str]) -> None:
+    model = network().eval()
+    (x,) = drawn((2, 3, 12, 12))
+    goal = [torch.randn_like(p) for p in model.parameters()]
+    before = [p.clone() for p in model.parameters()]
+    with second_order_layers():
+        z = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(matching(model, z, goal), z)
+    assert calls.count("convolved") == 2  # not the first, which has three channels
+    assert calls.count("second_slopes") == 2
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, q)
+    exact = x.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(matching(model.double(), exact, [g.double() for g in goal]), exact)
+    assert off(found, wanted) < 1e-4
+    assert float(F.cosine_similarity(found.double().flatten(), wanted.flatten(), 0)) > 1 - 1e-8
+
+
+def test_one_backward_pass_has_the_gradients_of_float64(calls: list[str]) -> None:
+    model = network().eval()
+    (x,) = drawn((2, 3, 12, 12))
+    with first_order_layers(tiles.Kept()):
+        z = x.clone().requires_grad_()
+        loss = F.cross_entropy(model(z), torch.tensor([0, 1]))
+    found = torch.autograd.grad(loss, [*model.parameters(), z])
+    assert calls.count("slopes") == 2
+    model.double()
+    exact = x.double().requires_grad_()
+    loss = F.cross_entropy(model(exact), torch.tensor([0, 1]))
+    for one, other in zip(found, torch.autograd.grad(loss, [*model.parameters(), exact]), strict=True):
+        assert off(one, other) < 1e-4 or float(other.norm()) < 1e-6
+
+
+X, W = (4, 32, 16, 16), (32, 32, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "stride", "pad", "more"),
+    [
+        (X, (32, 32, 5, 5), (1, 1), (1, 1), ((1, 1), 1)),
+        (X, W, (2, 2), (1, 1), ((1, 1), 1)),
+        (X, W, (1, 1), (2, 2), ((1, 1), 1)),
+        (X, W, (1, 1), (1, 1), ((2, 2), 1)),
+        ((4, 64, 16, 16), W, (1, 1), (1, 1), ((1, 1), 2)),
+        ((4, 3, 16, 16), (32, 3, 3, 3), (1, 1), (1, 1), ((1, 1), 1)),
+        ((1, 32, 8, 4), W, (1, 1), (1, 1), ((1, 1), 1)),
+        ((8, 512, 4, 4), (512, 512, 3, 3), (1, 1), (1, 1), ((1, 1), 1)),
+    ],
+    ids=[
+        "5 x 5",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "three channels",
+        "few places",
+        "large kernels, few places",
+    ],
+)
+def test_other_convolutions_are_left_to_torch(x: Any, w: Any, stride: Any, pad: Any, more: Any) -> None:
+    assert tiles.covered(torch.empty(X), torch.empty(W), (1, 1), (1, 1), ((1, 1), 1))
+    assert not tiles.covered(torch.empty(x), torch.empty(w), stride, pad, more)
+
+
+def test_other_numbers_and_devices_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = (1, 1), (1, 1), ((1, 1), 1)
+    x, w = torch.empty(X), torch.empty(W)
+    assert tiles.covered(x, w, *form)
+    assert not tiles.covered(x.double(), w.double(), *form)
+    assert not tiles.covered(x.to("meta"), w.to("meta"), *form)
+    monkeypatch.setattr(tiles, "kernel", lambda _: None)  # numba is not installed
+    assert not tiles.covered(x, w, *form)
+
+
+def test_weights_that_are_results_are_left_to_torch(calls: list[str]) -> None:
+    x, w = drawn(X, W)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    with second_order_layers():
+        F.conv2d(x, w * 2, padding=1)
+        assert calls == []
+        F.conv2d(x, w, padding=1)
+    assert calls == ["convolved"]
+    assert kernel(tile_kernels.cut_tiles) is not None
