@@ -86,7 +86,7 @@ def test_each_map_and_its_transpose_agree(n: int, c: int, h: int, w: int, pad: i
     size = tiles._size(torch.Size((n, c, h, w)), pad)
     part = (0, n)
     x, wide = drawn((n, c, h, w), (36, size.places, c))
-    back = torch.empty(n, h, w, c)
+    back = torch.zeros(n, h, w, c)
     tiles._cut_back(wide, size, part, back)
     same(tiles._cut(x, size, part), wide, x, back.permute(0, 3, 1, 2))
 
@@ -143,7 +143,7 @@ def test_compiled_kernels_do_what_the_plain_functions_do() -> None:
     found = np.empty(36 * size.places * 3, np.float32)
     plain = inspect.unwrap(tile_kernels.cut_tiles)
     with np.errstate(over="ignore"):
-        plain(flat, 0, 1, *grid, found, size.places * 3)
+        plain(flat, 0, size.places, *grid, found, size.places * 3)
     np.testing.assert_allclose(
         found.reshape(36, size.places, 3), tiles._cut(x, size, (0, 1)).numpy(), rtol=1e-5, atol=1e-5
     )

@@ -150,102 +150,101 @@ def times_gt(src, near_in, far_in, dst, near_out, far_out, columns):  # type: ig
 
 
 def cut_tiles(x, first, last, h, w, c, pad, down, across, tiles, stride):  # type: ignore[no-untyped-def]
-    """tiles = B^T x B for every 6 x 6 piece of images `first` to `last`, four apart, from -pad on; zero outside."""
+    """tiles = B^T x B for the 6 x 6 pieces of images at some places, four apart, from -pad on; zero outside."""
     one, other = np.zeros(36 * BLOCK, np.float32), np.zeros(36 * BLOCK, np.float32)
-    for n in range(first, last):
-        for place in range(n * down * across, (n + 1) * down * across):
-            top = place // across % down * 4 - pad
-            left = place % across * 4 - pad
-            for lo in range(0, c, BLOCK):
-                size = U(min(BLOCK, c - lo))
-                for t in range(36):
-                    row, column, to = top + t // 6, left + t % 6, U(t * BLOCK)
-                    if 0 <= row < h and 0 <= column < w:
-                        at = U(((n * h + row) * w + column) * c + lo)
-                        for i in range(size):
-                            one[to + i] = x[at + i]
-                    else:
-                        for i in range(U(BLOCK)):
-                            one[to + i] = ZERO
-                times_bt(one, 6 * BLOCK, BLOCK, other, 6 * BLOCK, BLOCK, 6)
-                times_bt(other, BLOCK, 6 * BLOCK, one, BLOCK, 6 * BLOCK, 6)
-                for t in range(36):
-                    at, to = U(t * BLOCK), U(t * stride + place * c + lo)
+    for place in range(first, last):
+        n = place // (down * across)
+        top = place // across % down * 4 - pad
+        left = place % across * 4 - pad
+        for lo in range(0, c, BLOCK):
+            size = U(min(BLOCK, c - lo))
+            for t in range(36):
+                row, column, to = top + t // 6, left + t % 6, U(t * BLOCK)
+                if 0 <= row < h and 0 <= column < w:
+                    at = U(((n * h + row) * w + column) * c + lo)
                     for i in range(size):
-                        tiles[to + i] = one[at + i]
+                        one[to + i] = x[at + i]
+                else:
+                    for i in range(U(BLOCK)):
+                        one[to + i] = ZERO
+            times_bt(one, 6 * BLOCK, BLOCK, other, 6 * BLOCK, BLOCK, 6)
+            times_bt(other, BLOCK, 6 * BLOCK, one, BLOCK, 6 * BLOCK, 6)
+            for t in range(36):
+                at, to = U(t * BLOCK), U(t * stride + place * c + lo)
+                for i in range(size):
+                    tiles[to + i] = one[at + i]
 
 
 def cut_tiles_back(tiles, stride, first, last, h, w, c, pad, down, across, x):  # type: ignore[no-untyped-def]
-    """The transpose of `cut_tiles`: x = sum of B tile B^T where the tile was cut."""
+    """The transpose of `cut_tiles`: x += B tile B^T where the tile was cut. Places of one image overlap."""
     one, other = np.zeros(36 * BLOCK, np.float32), np.zeros(36 * BLOCK, np.float32)
-    x[U(first * h * w * c) : U(last * h * w * c)] = ZERO
-    for n in range(first, last):
-        for place in range(n * down * across, (n + 1) * down * across):
-            top = place // across % down * 4 - pad
-            left = place % across * 4 - pad
-            for lo in range(0, c, BLOCK):
-                size = U(min(BLOCK, c - lo))
-                for t in range(36):
-                    at, to = U(t * stride + place * c + lo), U(t * BLOCK)
+    for place in range(first, last):
+        n = place // (down * across)
+        top = place // across % down * 4 - pad
+        left = place % across * 4 - pad
+        for lo in range(0, c, BLOCK):
+            size = U(min(BLOCK, c - lo))
+            for t in range(36):
+                at, to = U(t * stride + place * c + lo), U(t * BLOCK)
+                for i in range(size):
+                    one[to + i] = tiles[at + i]
+            times_b(one, 6 * BLOCK, BLOCK, other, 6 * BLOCK, BLOCK, 6)
+            times_b(other, BLOCK, 6 * BLOCK, one, BLOCK, 6 * BLOCK, 6)
+            for t in range(36):
+                row, column, at = top + t // 6, left + t % 6, U(t * BLOCK)
+                if 0 <= row < h and 0 <= column < w:
+                    to = U(((n * h + row) * w + column) * c + lo)
                     for i in range(size):
-                        one[to + i] = tiles[at + i]
-                times_b(one, 6 * BLOCK, BLOCK, other, 6 * BLOCK, BLOCK, 6)
-                times_b(other, BLOCK, 6 * BLOCK, one, BLOCK, 6 * BLOCK, 6)
-                for t in range(36):
-                    row, column, at = top + t // 6, left + t % 6, U(t * BLOCK)
-                    if 0 <= row < h and 0 <= column < w:
-                        to = U(((n * h + row) * w + column) * c + lo)
-                        for i in range(size):
-                            x[to + i] += one[at + i]
+                        x[to + i] += one[at + i]
 
 
 def join_tiles(tiles, stride, first, last, h, w, c, down, across, y):  # type: ignore[no-untyped-def]
     """y = A^T tile A, the 4 x 4 pieces of the result side by side."""
     one, other = np.zeros(36 * BLOCK, np.float32), np.zeros(36 * BLOCK, np.float32)
-    for n in range(first, last):
-        for place in range(n * down * across, (n + 1) * down * across):
-            top = place // across % down * 4
-            left = place % across * 4
-            for lo in range(0, c, BLOCK):
-                size = U(min(BLOCK, c - lo))
-                for t in range(36):
-                    at, to = U(t * stride + place * c + lo), U(t * BLOCK)
+    for place in range(first, last):
+        n = place // (down * across)
+        top = place // across % down * 4
+        left = place % across * 4
+        for lo in range(0, c, BLOCK):
+            size = U(min(BLOCK, c - lo))
+            for t in range(36):
+                at, to = U(t * stride + place * c + lo), U(t * BLOCK)
+                for i in range(size):
+                    one[to + i] = tiles[at + i]
+            times_at(one, 6 * BLOCK, BLOCK, other, 6 * BLOCK, BLOCK, 6)
+            times_at(other, BLOCK, 6 * BLOCK, one, BLOCK, 6 * BLOCK, 4)
+            for t in range(16):
+                row, column, at = top + t // 4, left + t % 4, U((t // 4 * 6 + t % 4) * BLOCK)
+                if row < h and column < w:
+                    to = U(((n * h + row) * w + column) * c + lo)
                     for i in range(size):
-                        one[to + i] = tiles[at + i]
-                times_at(one, 6 * BLOCK, BLOCK, other, 6 * BLOCK, BLOCK, 6)
-                times_at(other, BLOCK, 6 * BLOCK, one, BLOCK, 6 * BLOCK, 4)
-                for t in range(16):
-                    row, column, at = top + t // 4, left + t % 4, U((t // 4 * 6 + t % 4) * BLOCK)
-                    if row < h and column < w:
-                        to = U(((n * h + row) * w + column) * c + lo)
-                        for i in range(size):
-                            y[to + i] = one[at + i]
+                        y[to + i] = one[at + i]
 
 
 def join_tiles_back(y, first, last, h, w, c, down, across, tiles, stride):  # type: ignore[no-untyped-def]
     """The transpose of `join_tiles`: tile = A y A^T."""
     one, other = np.zeros(36 * BLOCK, np.float32), np.zeros(36 * BLOCK, np.float32)
-    for n in range(first, last):
-        for place in range(n * down * across, (n + 1) * down * across):
-            top = place // across % down * 4
-            left = place % across * 4
-            for lo in range(0, c, BLOCK):
-                size = U(min(BLOCK, c - lo))
-                for t in range(16):
-                    row, column, to = top + t // 4, left + t % 4, U((t // 4 * 6 + t % 4) * BLOCK)
-                    if row < h and column < w:
-                        at = U(((n * h + row) * w + column) * c + lo)
-                        for i in range(size):
-                            one[to + i] = y[at + i]
-                    else:
-                        for i in range(U(BLOCK)):
-                            one[to + i] = ZERO
-                times_a(one, 6 * BLOCK, BLOCK, other, 6 * BLOCK, BLOCK, 4)
-                times_a(other, BLOCK, 6 * BLOCK, one, BLOCK, 6 * BLOCK, 6)
-                for t in range(36):
-                    at, to = U(t * BLOCK), U(t * stride + place * c + lo)
+    for place in range(first, last):
+        n = place // (down * across)
+        top = place // across % down * 4
+        left = place % across * 4
+        for lo in range(0, c, BLOCK):
+            size = U(min(BLOCK, c - lo))
+            for t in range(16):
+                row, column, to = top + t // 4, left + t % 4, U((t // 4 * 6 + t % 4) * BLOCK)
+                if row < h and column < w:
+                    at = U(((n * h + row) * w + column) * c + lo)
                     for i in range(size):
-                        tiles[to + i] = one[at + i]
+                        one[to + i] = y[at + i]
+                else:
+                    for i in range(U(BLOCK)):
+                        one[to + i] = ZERO
+            times_a(one, 6 * BLOCK, BLOCK, other, 6 * BLOCK, BLOCK, 4)
+            times_a(other, BLOCK, 6 * BLOCK, one, BLOCK, 6 * BLOCK, 6)
+            for t in range(36):
+                at, to = U(t * BLOCK), U(t * stride + place * c + lo)
+                for i in range(size):
+                    tiles[to + i] = one[at + i]
 
 
 def spread_kernels(w, first, last, inputs, spread, stride):  # type: ignore[no-untyped-def]

@@ -75,7 +75,7 @@ class _Size(NamedTuple):
 
     def groups(self, channels: int) -> list[tuple[int, int]]:
         """Of images, alike in size."""
-        parts = min(self.images, -(-self.places * POINTS * channels // GROUP))
+        parts = min(self.images, -(-self.places * POINTS * channels // (GROUP * torch.get_num_threads())))
         return list(pairwise(self.images * t // parts for t in range(parts + 1)))
 
 
@@ -135,7 +135,7 @@ def slopes(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of conv(x, w) times g: (of x, of w); of x where w is given spread, of w where asked for."""
     size, (i, o) = _size(x.shape, pad), (x.shape[1], g.shape[1])
-    of_x = None if spread is None else torch.empty(size.images, size.height, size.width, i)
+    of_x = None if spread is None else torch.zeros(size.images, size.height, size.width, i)
     sums = torch.empty(POINTS, o, i) if of_w else None
     for part in size.groups(max(i, o)):
         wide = _join_back(g, size, part)
@@ -160,7 +160,7 @@ def second_slopes(
         return None if a is None else convolved(a, spread, pad), None
     size, other = _size(x.shape, pad), _spread(b)
     of_g = torch.empty(size.images, size.out_height, size.out_width, len(b))
-    of_x = torch.empty(size.images, size.height, size.width, x.shape[1])
+    of_x = torch.zeros(size.images, size.height, size.width, x.shape[1])
     for part in size.groups(max(b.shape[:2])):
         sums = torch.bmm(_cut(x, size, part), other.transpose(1, 2))
         if a is not None:
@@ -180,16 +180,18 @@ def _cut(x: Tensor, size: _Size, part: _Part) -> Tensor:
     tiles = torch.empty(POINTS, places, c)
     of, to = _flat(_rows(x[part[0] : part[1]])), _flat(tiles)
     grid = size.height, size.width, c, size.pad, size.down, size.across
-    _over(part[1] - part[0], lambda m, n: _run(tile_kernels.cut_tiles, of, m, n, *grid, to, places * c))
+    _over(places, 1, lambda m, n: _run(tile_kernels.cut_tiles, of, m, n, *grid, to, places * c))
     return tiles
 
 
 def _cut_back(tiles: Tensor, size: _Size, part: _Part, x: Tensor) -> None:
-    """X', into images that lie as [b, h, w, c]."""
+    """X', added to images that lie as [b, h, w, c]."""
     c, places = x.shape[3], size.places_of(part)
     of, to = _flat(tiles), _flat(x[part[0] : part[1]])
     grid = size.height, size.width, c, size.pad, size.down, size.across
-    _over(part[1] - part[0], lambda m, n: _run(tile_kernels.cut_tiles_back, of, places * c, m, n, *grid, to))
+    _over(
+        places, size.down * size.across, lambda m, n: _run(tile_kernels.cut_tiles_back, of, places * c, m, n, *grid, to)
+    )
 
 
 def _join(tiles: Tensor, size: _Size, part: _Part, y: Tensor) -> None:
@@ -197,7 +199,7 @@ def _join(tiles: Tensor, size: _Size, part: _Part, y: Tensor) -> None:
     c, places = y.shape[3], size.places_of(part)
     of, to = _flat(tiles), _flat(y[part[0] : part[1]])
     grid = size.out_height, size.out_width, c, size.down, size.across
-    _over(part[1] - part[0], lambda m, n: _run(tile_kernels.join_tiles, of, places * c, m, n, *grid, to))
+    _over(places, 1, lambda m, n: _run(tile_kernels.join_tiles, of, places * c, m, n, *grid, to))
 
 
 def _join_back(g: Tensor, size: _Size, part: _Part) -> Tensor:
@@ -206,7 +208,7 @@ def _join_back(g: Tensor, size: _Size, part: _Part) -> Tensor:
     tiles = torch.empty(POINTS, places, c)
     of, to = _flat(_rows(g[part[0] : part[1]])), _flat(tiles)
     grid = size.out_height, size.out_width, c, size.down, size.across
-    _over(part[1] - part[0], lambda m, n: _run(tile_kernels.join_tiles_back, of, m, n, *grid, to, places * c))
+    _over(places, 1, lambda m, n: _run(tile_kernels.join_tiles_back, of, m, n, *grid, to, places * c))
     return tiles
 
 
@@ -215,7 +217,7 @@ def _spread(w: Tensor) -> Tensor:
     o, i = w.shape[:2]
     spread = torch.empty(POINTS, o, i)
     of, to = _flat(w.contiguous()), _flat(spread)
-    _over(o, lambda m, n: _run(tile_kernels.spread_kernels, of, m, n, i, to, o * i))
+    _over(o, 1, lambda m, n: _run(tile_kernels.spread_kernels, of, m, n, i, to, o * i))
     return spread
 
 
@@ -224,7 +226,7 @@ def _spread_back(spread: Tensor) -> Tensor:
     o, i = spread.shape[1:]
     w = torch.empty(o, i, 3, 3)
     of, to = _flat(spread), _flat(w)
-    _over(o, lambda m, n: _run(tile_kernels.spread_kernels_back, of, o * i, m, n, i, to))
+    _over(o, 1, lambda m, n: _run(tile_kernels.spread_kernels_back, of, o * i, m, n, i, to))
     return w
 
 
@@ -244,14 +246,14 @@ def _run(function: Callable[..., None], *args: Any) -> None:
     run(*args)
 
 
-def _over(count: int, work: Callable[[int, int], None]) -> None:
-    """work(first, last) for parts of range(count), on as many threads as PyTorch uses."""
-    threads = min(torch.get_num_threads(), count)
-    if threads < 2:
-        return work(0, count)
-    ends = [count * t // threads for t in range(threads + 1)]
-    list(_threads(os.getpid(), threads).map(work, ends[:-1], ends[1:]))
-    return None
+def _over(count: int, step: int, work: Callable[[int, int], None]) -> None:
+    """work(first, last) for parts of range(count), of whole steps, on as many threads as PyTorch uses."""
+    threads = min(torch.get_num_threads(), count // step)
+    ends = [count // step * t // threads * step for t in range(threads + 1)]
+    others = [_threads(os.getpid(), threads - 1).submit(work, *ends[t : t + 2]) for t in range(1, threads)]
+    work(*ends[:2])
+    for other in others:
+        other.result()
 
 
 @functools.lru_cache(maxsize=2)
