@@ -19,7 +19,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure
 from frostglass.numerics import key_rows, mixing
 from frostglass.numerics.compiled import kernel, rounded
-from frostglass.numerics.fused_mixing import mix_more_rows, mix_rows
+from frostglass.numerics.fused_mixing import BLOCK, mix_blocks, mix_more_rows, mix_rows
 from frostglass.numerics.key_rows import (
     KeyRows,
     MixLaw,
@@ -289,6 +289,30 @@ def test_the_kernel_is_plain_python_too() -> None:
         halves = [torch.from_numpy(out).view(torch.bfloat16) for out in made[np.uint16]]
         assert torch.equal(halves[0], torch.from_numpy(plain).bfloat16())
         assert torch.equal(halves[1], torch.from_numpy(fused).bfloat16())
+
+
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", range(1, 7))
+def test_blocks_give_the_bits_of_rows(monkeypatch, k: int, dtype: torch.dtype, public: bool) -> None:
+    """Whether written past the caches or not; and the uncompiled function those of the compiled one, to 1e-6."""
+    d, inside = 16 * BLOCK, max(1, k // 2) if public else k
+    private, keys = table(20, d, torch.float32), keys_for(6, k, inside, 20, 20 if public else 0, d, 1)
+    other = table(20, d, torch.float32).flip(1) if public else private
+    rows = torch.empty(6, d, dtype=dtype)
+    bits = rows.view(torch.uint32 if dtype == torch.float32 else torch.uint16).numpy()
+    given = private.numpy(), other.numpy(), inside, keys.indices, keys.coefficients, np.float32(2), np.float32(-1)
+    kernel(mix_rows if k <= 4 else mix_more_rows)(*given, keys.bits, np.uint32(0xFFFFFFFF), bits)
+    for size in (0, 1 << 25):
+        monkeypatch.setattr(mixing, "_CACHE", size)
+        got = mixing.mix(private, other if public else None, inside, keys, "sign", torch.zeros(6, d, dtype=dtype))
+        assert torch.equal(got.view(torch.uint8), rows.view(torch.uint8))
+    for past in (False, True):
+        plain = np.zeros_like(bits)
+        mix_blocks(*given, keys.bits, np.uint32(0xFFFFFFFF), plain, past)
+        assert torch.allclose(
+            torch.from_numpy(plain).view(dtype).float(), rows.float(), atol=1e-6 if bits.itemsize == 4 else 1e-2
+        )
 
 
 def test_bfloat16_by_integers_is_that_of_torch() -> None:

@@ -10,8 +10,7 @@ is applied after the sum, which is exact because coefficients sum to 1 and all s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -21,13 +20,16 @@ from torch import Tensor
 
 from frostglass.core.errors import BadInput
 from frostglass.numerics import device_mixing
-from frostglass.numerics.compiled import kernel
-from frostglass.numerics.fused_mixing import mix_labels, mix_more_rows, mix_rows
+from frostglass.numerics.compiled import LANES, kernel
+from frostglass.numerics.fused_mixing import BLOCK, mix_blocks, mix_labels, mix_more_rows, mix_rows
 from frostglass.numerics.key_rows import KeyRows, mask_width
 
 Mask: TypeAlias = Literal["sign", "abs", "none"]
 Labels: TypeAlias = Literal["exact", "quantised", "renormalised"]
 Backend: TypeAlias = Literal["auto", "fused", "torch", "reference"]
+_CACHE = 1 << 25
+"""Bytes of memory to write encodings to (of the whole of it, where a part is written at a time) beyond which they would
+leave the caches before anybody reads them."""
 Table: TypeAlias = "Tensor | NDArray[np.uint8] | NDArray[np.float32]"
 """Images flattened to rows: [n, d], uint8 in 0 .. 255 or float32 in [0, 1]; a memory map is an array too."""
 
@@ -85,10 +87,9 @@ def mix(
     if backend == "reference":
         return out.copy_(mix_reference(private, public, inside, keys, mask).view_as(out))
     near = out.device.type == "cpu" and all(_near(table) for table in (private, public))
-    run = kernel(mix_rows if keys.indices.shape[1] <= 4 else mix_more_rows) if near else None
     exact = out.dtype in (torch.float32, torch.bfloat16)
-    if backend in ("auto", "fused") and exact and run is not None:
-        _mix_fused(run, private, public, inside, keys, mask, out)
+    if backend in ("auto", "fused") and exact and near and kernel(mix_rows) is not None:
+        _mix_fused(private, public, inside, keys, mask, out)
     elif backend in ("auto", "fused") and exact and _plain(private) and device_kernel(out.device):
         mix_on_device(private, public, inside, keys, mask, out)
     elif backend == "fused":
@@ -122,7 +123,6 @@ def _readonly(table: Table) -> Any:
 
 
 def _mix_fused(
-    run: Callable[..., None],
     private: Table,
     public: Table | None,
     inside: int,
@@ -132,8 +132,9 @@ def _mix_fused(
 ) -> None:
     scale, shift = affine(private.dtype)
     first = _readonly(private)
+    d, k = first.shape[1], keys.indices.shape[1]
     whole = out.numpy().view(np.uint32) if out.dtype == torch.float32 else out.view(torch.uint16).numpy()
-    run(
+    given = (
         first,
         first if public is None else _readonly(public),
         inside,
@@ -141,10 +142,15 @@ def _mix_fused(
         keys.coefficients,
         np.float32(scale),
         np.float32(shift),
-        keys.bits if mask == "sign" else np.zeros((1, mask_width(first.shape[1])), np.uint8),
+        keys.bits if mask == "sign" else np.zeros((1, mask_width(d)), np.uint8),
         np.uint32(0x7FFFFFFF if mask == "abs" else 0xFFFFFFFF),
-        whole.reshape(len(whole), first.shape[1]),
+        whole.reshape(len(whole), d),
     )
+    if first.dtype == np.float32 and d % (8 * BLOCK) == 0 and k <= 6:  # from 7 on the order of additions differs
+        past = out.untyped_storage().nbytes() > _CACHE and out.data_ptr() % (LANES * out.element_size()) == 0
+        cast(Any, kernel(mix_blocks))(*given, past)
+    else:
+        cast(Any, kernel(mix_rows if k <= 4 else mix_more_rows))(*given)
 
 
 def mix_torch(
