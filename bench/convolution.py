@@ -108,7 +108,7 @@ def main() -> None:
             for images in (1, 8, 32):
                 row: dict[str, Any] = {"channels": channels, "size": size, "images": images}
                 x, w = torch.empty(images, channels, size, size), torch.empty(channels, channels, 3, 3)
-                row["used"] = tiles.covered(x, w, (1, 1), (1, 1), ((1, 1), 1))
+                row["used"] = tiles.covered(x, w, (1, 1), (1, 1), (1, 1), 1)
                 for job, jobs in sides(channels, size, images).items():
                     seconds = measure(jobs, 5 if options.quick else 25)
                     best = min(s for name, s in seconds.items() if name != "tiles")

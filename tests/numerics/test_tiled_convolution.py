@@ -221,52 +221,57 @@ def test_one_backward_pass_has_the_gradients_of_float64(calls: list[str]) -> Non
 
 
 X, W = (4, 32, 16, 16), (32, 32, 3, 3)
+FORM = (1, 1), (1, 1), (1, 1), 1
 
 
 @pytest.mark.parametrize(
-    ("x", "w", "stride", "pad", "more"),
+    ("x", "w", "form"),
     [
-        (X, (32, 32, 5, 5), (1, 1), (1, 1), ((1, 1), 1)),
-        (X, W, (2, 2), (1, 1), ((1, 1), 1)),
-        (X, W, (1, 1), (2, 2), ((1, 1), 1)),
-        (X, W, (1, 1), (1, 1), ((2, 2), 1)),
-        ((4, 64, 16, 16), W, (1, 1), (1, 1), ((1, 1), 2)),
-        ((4, 3, 16, 16), (32, 3, 3, 3), (1, 1), (1, 1), ((1, 1), 1)),
-        ((1, 32, 8, 4), W, (1, 1), (1, 1), ((1, 1), 1)),
-        ((8, 512, 4, 4), (512, 512, 3, 3), (1, 1), (1, 1), ((1, 1), 1)),
+        (X, (32, 32, 5, 5), FORM),
+        (X, W, ((2, 2), *FORM[1:])),
+        (X, W, ((1, 1), (2, 2), *FORM[2:])),
+        (X, W, (*FORM[:2], (2, 2), 1)),
+        ((4, 64, 16, 16), W, (*FORM[:3], 2)),
+        ((4, 3, 16, 16), (32, 3, 3, 3), FORM),
+        ((1, 32, 8, 4), W, FORM),
+        ((8, 512, 4, 4), (512, 512, 3, 3), FORM),
     ],
-    ids=[
-        "5 x 5",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "three channels",
-        "few places",
-        "large kernels, few places",
-    ],
+    ids=["5 x 5", "stride", "padding", "dilation", "groups", "three channels", "few places", "large kernels"],
 )
-def test_other_convolutions_are_left_to_torch(x: Any, w: Any, stride: Any, pad: Any, more: Any) -> None:
-    assert tiles.covered(torch.empty(X), torch.empty(W), (1, 1), (1, 1), ((1, 1), 1))
-    assert not tiles.covered(torch.empty(x), torch.empty(w), stride, pad, more)
+def test_other_convolutions_are_left_to_torch(x: Any, w: Any, form: Any) -> None:
+    assert tiles.covered(torch.empty(X), torch.empty(W), *FORM)
+    assert not tiles.covered(torch.empty(x), torch.empty(w), *form)
 
 
 def test_other_numbers_and_devices_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    form = (1, 1), (1, 1), ((1, 1), 1)
     x, w = torch.empty(X), torch.empty(W)
-    assert tiles.covered(x, w, *form)
-    assert not tiles.covered(x.double(), w.double(), *form)
-    assert not tiles.covered(x.to("meta"), w.to("meta"), *form)
+    assert tiles.covered(x, w, *FORM)
+    assert not tiles.covered(x.double(), w.double(), *FORM)
+    assert not tiles.covered(x.to("meta"), w.to("meta"), *FORM)
     monkeypatch.setattr(tiles, "kernel", lambda _: None)  # numba is not installed
-    assert not tiles.covered(x, w, *form)
+    assert not tiles.covered(x, w, *FORM)
 
 
 def test_weights_that_are_results_are_left_to_torch(calls: list[str]) -> None:
     x, w = drawn(X, W)
-    x, w = x.requires_grad_(), w.requires_grad_()
+    x, w = x.requires_grad_(), nn.Parameter(w)
     with second_order_layers():
         F.conv2d(x, w * 2, padding=1)
         assert calls == []
         F.conv2d(x, w, padding=1)
     assert calls == ["convolved"]
     assert kernel(tile_kernels.cut_tiles) is not None
+
+
+def test_another_default_dtype_changes_nothing() -> None:
+    x, k, g = drawn((2, 32, 8, 8), (32, 32, 3, 3), (2, 32, 8, 8))
+    wanted = tiles.slopes(g, x, tiles.Kept().spread(k), 1, True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = tiles.slopes(g, x, tiles.Kept().spread(k), 1, True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, wanted, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -91,7 +91,7 @@ class first_order_layers(TorchFunctionMode):
     ) -> Tensor:
         if not isinstance(padding, str):
             form = _Form(_pair(stride), _pair(padding), _pair(dilation), groups)
-            if covered(input, weight, form.stride, form.padding, (form.dilation, groups)):
+            if covered(input, weight, *form):
                 y = tiled_convolution(input, weight, self._kept, form.padding[0], once=True)
                 return y if bias is None else y + bias.view(-1, 1, 1)
             input = _laid_out(input, input, weight)[1]
@@ -131,10 +131,10 @@ def convolution(
         w: [o, i, kh, kw], or [s, o, i, kh, kw] of s clients who have the same weights and b / s images each.
         stride, padding, dilation: numbers or pairs.
         groups: of channels.
-        kept: where spread kernels of leaves are kept; without it none are used.
+        kept: where spread kernels of a model's own parameters are kept, so that tiles may be used.
     """
     form = _Form(_pair(stride), _pair(padding), _pair(dilation), groups)
-    if kept is not None and w.is_leaf and covered(x, w, form.stride, form.padding, (form.dilation, groups)):
+    if kept is not None and isinstance(w, nn.Parameter) and covered(x, w, *form):
         return tiled_convolution(x, w, kept, form.padding[0])
     y: Tensor = _Convolution.apply(x, w, form)  # type: ignore[no-untyped-call]
     return y

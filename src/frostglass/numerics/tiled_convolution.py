@@ -47,11 +47,15 @@ class Kept:
         self._held: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def spread(self, w: Float[Tensor, "o i 3 3"]) -> Float[Tensor, "36 o i"]:
-        """W(w) of a leaf."""
+        """W(w)."""
         found = self._held.get(id(w))
         if found is None or found[1] != w._version:
             found = self._held[id(w)] = (w, w._version, _spread(w.detach()))
         return found[2]
+
+    def forget(self, w: Tensor) -> None:
+        """Lets the spread kernels of a weight go."""
+        self._held.pop(id(w), None)
 
 
 class _Size(NamedTuple):
@@ -94,20 +98,17 @@ def _fewest(w: Tensor) -> int:
     return 8 if POINTS * w.shape[0] * w.shape[1] <= 2**22 else 24
 
 
-def covered(x: Tensor, w: Tensor, stride: tuple[int, int], padding: tuple[int, int], more: tuple[Any, ...]) -> bool:
-    """Whether a convolution is one of these, and gains by it.
-
-    Args:
-        x, w: as for conv2d.
-        stride, padding: pairs.
-        more: dilation (a pair) and groups.
-    """
+def covered(
+    x: Tensor, w: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int
+) -> bool:
+    """Whether a convolution, given as for conv2d, is one of these, and gains by it."""
     return (
         w.shape[2:] == (3, 3)
         and w.ndim == x.ndim == 4
         and stride == (1, 1)
         and padding in ((0, 0), (1, 1))
-        and more == ((1, 1), 1)
+        and dilation == (1, 1)
+        and groups == 1
         and x.dtype == w.dtype == torch.float32
         and x.device.type == "cpu"
         and min(w.shape[:2]) >= CHANNELS
@@ -120,7 +121,7 @@ def covered(x: Tensor, w: Tensor, stride: tuple[int, int], padding: tuple[int, i
 def convolved(x: Float[Tensor, "b i h w"], spread: Float[Tensor, "36 o i"], pad: int) -> Float[Tensor, "b o p q"]:
     """conv(x, w), with w spread (`Kept`)."""
     size = _size(x.shape, pad)
-    y = torch.empty(size.images, size.out_height, size.out_width, spread.shape[1])
+    y = x.new_empty(size.images, size.out_height, size.out_width, spread.shape[1])
     for part in size.groups(x.shape[1]):
         _join(torch.bmm(_cut(x, size, part), spread.transpose(1, 2)), size, part, y)
     return y.permute(0, 3, 1, 2)
@@ -135,8 +136,8 @@ def slopes(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of conv(x, w) times g: (of x, of w); of x where w is given spread, of w where asked for."""
     size, (i, o) = _size(x.shape, pad), (x.shape[1], g.shape[1])
-    of_x = None if spread is None else torch.zeros(size.images, size.height, size.width, i)
-    sums = torch.empty(POINTS, o, i) if of_w else None
+    of_x = None if spread is None else x.new_zeros(size.images, size.height, size.width, i)
+    sums = x.new_empty(POINTS, o, i) if of_w else None
     for part in size.groups(max(i, o)):
         wide = _join_back(g, size, part)
         if of_x is not None:
@@ -159,8 +160,8 @@ def second_slopes(
     if b is None:
         return None if a is None else convolved(a, spread, pad), None
     size, other = _size(x.shape, pad), _spread(b)
-    of_g = torch.empty(size.images, size.out_height, size.out_width, len(b))
-    of_x = torch.zeros(size.images, size.height, size.width, x.shape[1])
+    of_g = x.new_empty(size.images, size.out_height, size.out_width, len(b))
+    of_x = x.new_zeros(size.images, size.height, size.width, x.shape[1])
     for part in size.groups(max(b.shape[:2])):
         sums = torch.bmm(_cut(x, size, part), other.transpose(1, 2))
         if a is not None:
@@ -177,7 +178,7 @@ _Part: TypeAlias = tuple[int, int]
 def _cut(x: Tensor, size: _Size, part: _Part) -> Tensor:
     """X of some images: [36, places, c]."""
     c, places = x.shape[1], size.places_of(part)
-    tiles = torch.empty(POINTS, places, c)
+    tiles = x.new_empty(POINTS, places, c)
     of, to = _flat(_rows(x[part[0] : part[1]])), _flat(tiles)
     grid = size.height, size.width, c, size.pad, size.down, size.across
     _over(places, 1, lambda m, n: _run(tile_kernels.cut_tiles, of, m, n, *grid, to, places * c))
@@ -205,7 +206,7 @@ def _join(tiles: Tensor, size: _Size, part: _Part, y: Tensor) -> None:
 def _join_back(g: Tensor, size: _Size, part: _Part) -> Tensor:
     """Y' of some images: [36, places, c]."""
     c, places = g.shape[1], size.places_of(part)
-    tiles = torch.empty(POINTS, places, c)
+    tiles = g.new_empty(POINTS, places, c)
     of, to = _flat(_rows(g[part[0] : part[1]])), _flat(tiles)
     grid = size.out_height, size.out_width, c, size.down, size.across
     _over(places, 1, lambda m, n: _run(tile_kernels.join_tiles_back, of, m, n, *grid, to, places * c))
@@ -215,7 +216,7 @@ def _join_back(g: Tensor, size: _Size, part: _Part) -> Tensor:
 def _spread(w: Tensor) -> Tensor:
     """W: [36, o, i]."""
     o, i = w.shape[:2]
-    spread = torch.empty(POINTS, o, i)
+    spread = w.new_empty(POINTS, o, i)
     of, to = _flat(w.contiguous()), _flat(spread)
     _over(o, 1, lambda m, n: _run(tile_kernels.spread_kernels, of, m, n, i, to, o * i))
     return spread
@@ -224,7 +225,7 @@ def _spread(w: Tensor) -> Tensor:
 def _spread_back(spread: Tensor) -> Tensor:
     """W': [o, i, 3, 3]."""
     o, i = spread.shape[1:]
-    w = torch.empty(o, i, 3, 3)
+    w = spread.new_empty(o, i, 3, 3)
     of, to = _flat(spread), _flat(w)
     _over(o, 1, lambda m, n: _run(tile_kernels.spread_kernels_back, of, o * i, m, n, i, to))
     return w

@@ -18,7 +18,7 @@ def tiled_convolution(
 
     Args:
         x: images.
-        w: a leaf.
+        w: what stays the same for as long as `kept` is used.
         kept: where its spread kernels are kept.
         pad: on every side.
         once: for one ordinary backward pass. Otherwise weights get a gradient where a graph is kept and none in the
@@ -48,6 +48,8 @@ class _Tiled(torch.autograd.Function):
             found = _Slopes.apply(above[0], x, w, ctx.kept, ctx.pad, of_x, of_w)  # type: ignore[no-untyped-call]
         else:
             found = tiles.slopes(above[0], x, ctx.kept.spread(w) if of_x else None, ctx.pad, of_w)
+            if ctx.once and not w.requires_grad:  # weights of one pass, not the model's own
+                ctx.kept.forget(w)
         return *found, None, None, None
 
 

@@ -27,7 +27,7 @@ class Target:
 
     Args:
         seen: the observation.
-        model: a copy of its model: the attack leaves the original unchanged.
+        model: a copy of its model, whose weights are the same memory where device and type are: no attack writes there.
         gradients: observed gradients, of the parameters that were sent, in the model's order.
         plan: what the attacker simulates.
         bn_batch, bn_running: statistics, where granted.
@@ -101,7 +101,7 @@ def lay_out(seen: Observation, run: Runtime) -> Target:
     if problems:
         raise BadInput(problems)
     refuse_broken_values(seen)
-    model = copy.deepcopy(seen.model).to(run.device, run.dtype)
+    model = _copied(seen.model).to(run.device, run.dtype)
     weights = trainable(model)
     sent = {n: seen.gradients[n].to(run.device, run.dtype) for n in weights if n in seen.gradients}
     for name, weight in weights.items():
@@ -115,6 +115,13 @@ def lay_out(seen: Observation, run: Runtime) -> Target:
     mean, std = seen.domain.channel_constants(torch.zeros((), dtype=run.dtype, device=run.device))
     low, high = (seen.domain.low - mean) / std, (seen.domain.high - mean) / std
     return Target(seen, model, sent, plan, moved["batch"], moved["running"], mean, std, low, high)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy with modes, flags and buffers of its own, and the weights of the original in their place."""
+    weights = {id(p): type(p)(p.detach(), p.requires_grad) for p in model.parameters()}
+    twin: nn.Module = copy.deepcopy(model, dict(weights))
+    return twin
 
 
 def update_problems(seen: Observation) -> list[str]:
