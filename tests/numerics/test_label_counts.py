@@ -183,6 +183,31 @@ def test_whole_counts_are_the_nearest_ones_in_the_metric(seed: int, total: int, 
     assert mine <= sorted(cost)[min(2, len(cost) - 1)] + 1e-9
 
 
+def test_two_batches_with_other_counts_can_have_one_gradient() -> None:
+    """What only reads the classifier's gradient is wrong for one of them (`bench/label_limit.py` does it to images)."""
+    made = torch.Generator().manual_seed(2)
+    weight = torch.randn(4, 6, generator=made, dtype=torch.float64)
+    bias, labels = torch.zeros(4).double(), torch.arange(24) % 4
+    start = 1 + 0.5 * torch.randn(24, 6, generator=made, dtype=torch.float64)
+    seen = gradient(weight, bias, start, labels)
+    other = labels.clone()
+    other[int((start[labels == 0] @ (weight[1] - weight[0])).argmax()) * 4] = 1
+
+    def missing(features: Tensor) -> Tensor:
+        there = gradient(weight, bias, features, other)
+        return (there.summed - seen.summed)[1:].flatten()  # rows sum to 0
+
+    features = start
+    for _ in range(10):
+        slopes = torch.autograd.functional.jacobian(missing, features).flatten(1)
+        features = features - (torch.linalg.pinv(slopes) @ missing(features)).view_as(features)
+    twin = gradient(weight, bias, features, other)
+    assert float((features - start).square().mean().sqrt()) < 0.5 * float(start.std())  # images differ by more
+    assert not torch.equal(torch.bincount(other), torch.bincount(labels))
+    torch.testing.assert_close(twin.grad_weight, seen.grad_weight, rtol=0, atol=1e-12)
+    torch.testing.assert_close(twin.grad_bias, seen.grad_bias, rtol=0, atol=1e-12)
+
+
 def test_decoding_takes_the_most_likely_tails() -> None:
     tails = torch.tensor([[[0.9, 0.8, 0.1], [0.5, 0.2, 0.0], [0.05, 0.0, 0.0]]])
     counts, expected = label_learn.decode(tails, 3)
