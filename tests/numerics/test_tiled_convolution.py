@@ -275,3 +275,38 @@ def test_another_default_dtype_changes_nothing() -> None:
         assert one is not None
         assert other is not None
         assert torch.equal(one, other)
+
+
+class Flattening(nn.Module):
+    """Flattens by `view`, as much code does; that fails on images that lie as channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
+        self.head = nn.Linear(32 * 16 * 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x.view(x.size(0), 3, 16, 16))
+        return self.head(y.view(y.size(0), -1))  # type: ignore[no-any-return]
+
+
+def test_networks_that_flatten_by_view_work_as_ever(calls: list[str]) -> None:
+    torch.manual_seed(0)
+    model = Flattening()
+    (x,) = drawn((2, 3, 16, 16))
+    goal = [torch.randn_like(p) for p in model.parameters()]
+    with second_order_layers():
+        z = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(matching(model, z, goal), z)
+    with first_order_layers(tiles.Kept()):
+        again = x.clone().requires_grad_()
+        once = F.cross_entropy(model(again), torch.tensor([0, 1]))
+    assert calls.count("convolved") == 2
+    model.double()
+    exact = x.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(matching(model, exact, [g.double() for g in goal]), exact)
+    assert off(found, wanted) < 1e-4
+    same = F.cross_entropy(model(exact), torch.tensor([0, 1]))
+    assert float(once.detach()) == pytest.approx(float(same.detach()), rel=1e-5)
+    with second_order_layers(), pytest.raises(RuntimeError, match="invalid"):
+        x.view(5, 7)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from frostglass.numerics.second_order_norm import batch_norm
-from frostglass.numerics.tiled_convolution import Kept, covered
+from frostglass.numerics.tiled_convolution import CHANNELS, Kept, covered
 from frostglass.numerics.tiled_layer import tiled_convolution, wanted
 
 
@@ -54,7 +54,7 @@ class second_order_layers(TorchFunctionMode):
             return batch_norm(*args, **(kwargs or {}))
         if func is torch.conv2d:
             return _conv2d(self._kept, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return _called(func, args, kwargs or {})
 
 
 class first_order_layers(TorchFunctionMode):
@@ -77,7 +77,7 @@ class first_order_layers(TorchFunctionMode):
             return batch_norm(*args, **(kwargs or {}))
         if func is torch.conv2d:
             return self._conv2d(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return _called(func, args, kwargs or {})
 
     def _conv2d(
         self,
@@ -96,6 +96,18 @@ class first_order_layers(TorchFunctionMode):
                 return y if bias is None else y + bias.view(-1, 1, 1)
             input = _laid_out(input, input, weight)[1]
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """func(...), where networks may flatten by `view` what lies as channels_last only here."""
+    if func is not torch.Tensor.view and func is not torch.Tensor.view_as:
+        return func(*args, **kwargs)
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError:
+        if args[0].is_contiguous():
+            raise
+        return func(args[0].contiguous(), *args[1:], **kwargs)
 
 
 class _Form(NamedTuple):
@@ -150,11 +162,19 @@ def _shared(w: Tensor) -> Tensor:
 
 
 def _laid_out(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Images as convolutions on this device want them: where kernels are larger than images, a CPU would lay kernels
-    out anew for images that lie as channels_last, and take three times as long for the gradient of the kernels."""
-    if x.device.type == "cpu" and w.numel() > x.numel():
+    """Images as convolutions on a CPU want them: as channels_last, like those of tiles, where there are many channels.
+
+    Where kernels are larger than images oneDNN would lay kernels out anew for them, and take three times as long for
+    the gradient of the kernels.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or w.ndim != 4:
+        return g, x
+    if w.numel() > x.numel():
         return g.contiguous(), x.contiguous()
-    return g, x
+    if len(w) < CHANNELS:
+        return g, x
+    last = torch.channels_last
+    return g.contiguous(memory_format=last), x.contiguous(memory_format=last)
 
 
 def _convolved(x: Tensor, w: Tensor, form: _Form) -> Tensor:

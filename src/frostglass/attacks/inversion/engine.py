@@ -197,10 +197,7 @@ def decoded(z: Tensor, problem: Objective) -> tuple[Tensor, Tensor, Tensor]:
     rows = problem.targets if labels is None else labels
     if len(rows) != len(pixels):  # an image of its own for every epoch of the client
         rows = rows.repeat(len(pixels) // len(rows), 1)
-    images = problem.target.denormalise(shown)
-    if images.device.type == "cpu":
-        images = images.contiguous(memory_format=torch.channels_last)
-    return pixels, images, rows
+    return pixels, problem.target.denormalise(shown), rows
 
 
 def _forward(
