@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -310,3 +314,22 @@ def test_networks_that_flatten_by_view_work_as_ever(calls: list[str]) -> None:
     assert float(once.detach()) == pytest.approx(float(same.detach()), rel=1e-5)
     with second_order_layers(), pytest.raises(RuntimeError, match="invalid"):
         x.view(5, 7)
+
+
+def test_kernels_compile_after_others_were_compiled(tmp_path: Path) -> None:
+    """What they call is told to the compiler when they are compiled, not when the first kernel of the process is."""
+    program = """
+import numpy as np
+from frostglass.numerics.compiled import kernel
+from frostglass.numerics.fused_mixing import mix_labels
+labels, rows, out = np.zeros(1, np.int64), np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32)
+kernel(mix_labels)(labels, 1, rows, out + 1, out)
+import torch
+from frostglass.numerics import tiled_convolution
+print(tuple(tiled_convolution.Kept().spread(torch.ones(2, 3, 3, 3)).shape), out.item())
+"""
+    nothing_compiled = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=nothing_compiled
+    )
+    assert done.stdout == "(36, 2, 3) 1.0\n", done.stderr

@@ -62,6 +62,15 @@ def called_in_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _teach_called() -> None:
+    """Tells numba of the functions marked since the last call: modules may be imported after the first compilation."""
+    from numba.extending import overload
+
+    while _CALLED:
+        plain = inspect.unwrap(_CALLED[-1])
+        overload(_CALLED.pop(), strict=False)(lambda *_, _plain=plain, **__: _plain)
+
+
 @functools.cache
 def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
     """`function` compiled with numba (kept on disk between runs), or None if numba is not installed."""
@@ -70,6 +79,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
     except ImportError:
         return None
     _teach()
+    _teach_called()
     plain = inspect.unwrap(function)  # tests wrap every function in shape checks
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
@@ -143,13 +153,6 @@ def _teach() -> None:
             return builder.bitcast(builder.fptrunc(given[0], BFloat()), ir.IntType(16))
 
         return types.uint16(types.float32), generate
-
-    def teach(known: Callable[..., Any]) -> None:
-        plain = inspect.unwrap(known)
-        overload(known, strict=False)(lambda *_, **__: plain)
-
-    for known in _CALLED:
-        teach(known)
 
     by_integers = register_jitable(inspect.unwrap(rounded))
 
