@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,8 @@ def rounded(bits: Any) -> Any:
 
 
 _CALLED: list[Callable[..., Any]] = []
+_TEACHING = threading.Lock()
+"""Threads may compile at once: none goes on before the compiler knows all that is called."""
 
 
 def called_in_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,8 +70,9 @@ def _teach_called() -> None:
     from numba.extending import overload
 
     while _CALLED:
-        plain = inspect.unwrap(_CALLED[-1])
-        overload(_CALLED.pop(), strict=False)(lambda *_, _plain=plain, **__: _plain)
+        known = _CALLED.pop()
+        plain = inspect.unwrap(known)
+        overload(known, strict=False)(lambda *_, _plain=plain, **__: _plain)
 
 
 @functools.cache
@@ -78,8 +82,9 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
         import numba
     except ImportError:
         return None
-    _teach()
-    _teach_called()
+    with _TEACHING:
+        _teach()
+        _teach_called()
     plain = inspect.unwrap(function)  # tests wrap every function in shape checks
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
