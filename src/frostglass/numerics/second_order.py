@@ -53,7 +53,7 @@ class second_order_layers(TorchFunctionMode):
         if func is F.batch_norm:
             return batch_norm(*args, **(kwargs or {}))
         if func is torch.conv2d:
-            return _conv2d(self._kept, *args, **(kwargs or {}))
+            return _conv2d(lambda x, w, form: convolution(x, w, *form, self._kept), *args, **(kwargs or {}))
         return _called(func, args, kwargs or {})
 
 
@@ -76,26 +76,13 @@ class first_order_layers(TorchFunctionMode):
         if func is F.batch_norm:
             return batch_norm(*args, **(kwargs or {}))
         if func is torch.conv2d:
-            return self._conv2d(*args, **(kwargs or {}))
+            return _conv2d(self._convolved, *args, **(kwargs or {}))
         return _called(func, args, kwargs or {})
 
-    def _conv2d(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        if not isinstance(padding, str):
-            form = _Form(_pair(stride), _pair(padding), _pair(dilation), groups)
-            if covered(input, weight, *form):
-                y = tiled_convolution(input, weight, self._kept, form.padding[0], once=True)
-                return y if bias is None else y + bias.view(-1, 1, 1)
-            input = _laid_out(input, input, weight)[1]
-        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    def _convolved(self, x: Tensor, w: Tensor, form: _Form) -> Tensor:
+        if covered(x, w, *form):
+            return tiled_convolution(x, w, self._kept, form.padding[0], once=True)
+        return torch.conv2d(_laid_out(x, x, w)[1], w, None, *form)
 
 
 def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,7 +105,7 @@ class _Form(NamedTuple):
 
 
 def _conv2d(
-    kept: Kept,
+    convolved: Callable[[Tensor, Tensor, _Form], Tensor],
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -129,7 +116,7 @@ def _conv2d(
 ) -> Tensor:
     if isinstance(padding, str) or input.ndim != 4:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    y = convolution(input, weight, stride, padding, dilation, groups, kept)
+    y = convolved(input, weight, _Form(_pair(stride), _pair(padding), _pair(dilation), groups))
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
