@@ -119,7 +119,7 @@ def lay_out(seen: Observation, run: Runtime) -> Target:
 
 def _copied(model: nn.Module) -> nn.Module:
     """A copy with modes, flags and buffers of its own, and the weights of the original in their place."""
-    weights = {id(p): type(p)(p.detach(), p.requires_grad) for p in model.parameters()}
+    weights = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     twin: nn.Module = copy.deepcopy(model, dict(weights))
     return twin
 
