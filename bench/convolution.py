@@ -27,6 +27,11 @@ INPUTS = 12
 FORM = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 
 
+def tiling(x: Tensor, w: Tensor) -> tiles.Tiling:
+    """What an inversion takes; small tiles where it takes none."""
+    return tiles.tiling(x, w, *FORM[:3], 1) or tiles.Tiling(1, 2)
+
+
 def forward(x: Tensor, w: Tensor) -> Tensor:
     y: Tensor = torch.ops.aten.convolution(x, w, None, *FORM)
     return y
@@ -47,22 +52,24 @@ def sides(channels: int, size: int, images: int) -> dict[str, dict[str, Callable
     x, g, a = ([torch.randn(images, channels, size, size, generator=made) for _ in range(INPUTS)] for _ in range(3))
     w, b = (torch.randn(channels, channels, 3, 3, generator=made) for _ in range(2))
     last = [[t.contiguous(memory_format=torch.channels_last) for t in part] for part in (x, g, a)]
-    kept = tiles.Kept()
+    kept, how = tiles.Kept(), tiling(x[0], w)
     return {
         "forward": {
             "torch": lambda t: forward(x[t], w),
             "torch, channels last": lambda t: forward(last[0][t], w),
-            "tiles": lambda t: tiles.convolved(last[0][t], kept.spread(w), 1),
+            "tiles": lambda t: tiles.convolved(last[0][t], kept.spread(w, how.edge), how),
         },
         "slopes": {
             "torch": lambda t: slopes(g[t], x[t], w, True, True),
             "torch, channels last": lambda t: slopes(last[1][t], last[0][t], w, True, True),
-            "tiles": lambda t: tiles.slopes(last[1][t], last[0][t], kept.spread(w), 1, True),
+            "tiles": lambda t: tiles.slopes(last[1][t], last[0][t], kept.spread(w, how.edge), how, True),
         },
         "second": {
             "torch": lambda t: second(g[t], x[t], w, a[t], b),
             "torch, channels last": lambda t: second(last[1][t], last[0][t], w, last[2][t], b),
-            "tiles": lambda t: tiles.second_slopes(last[1][t], last[0][t], kept.spread(w), last[2][t], b, 1),
+            "tiles": lambda t: tiles.second_slopes(
+                last[1][t], last[0][t], kept.spread(w, how.edge), last[2][t], b, how
+            ),
         },
     }
 
@@ -78,11 +85,12 @@ def errors(channels: int, size: int, images: int) -> dict[str, float]:
     x, g, a = (torch.randn(images, channels, size, size, generator=made) for _ in range(3))
     w, b = (torch.randn(channels, channels, 3, 3, generator=made) for _ in range(2))
     exact = [t.double() for t in (g, x, w, a, b)]
-    spread = tiles.Kept().spread(w)
+    how = tiling(x, w)
+    spread = tiles.Kept().spread(w, how.edge)
     return {
-        "forward": off(tiles.convolved(x, spread, 1), forward(exact[1], exact[2])),
-        "slopes": off(tiles.slopes(g, x, spread, 1, True), slopes(*exact[:3], True, True)),
-        "second": off(tiles.second_slopes(g, x, spread, a, b, 1), second(*exact)),
+        "forward": off(tiles.convolved(x, spread, how), forward(exact[1], exact[2])),
+        "slopes": off(tiles.slopes(g, x, spread, how, True), slopes(*exact[:3], True, True)),
+        "second": off(tiles.second_slopes(g, x, spread, a, b, how), second(*exact)),
         "forward, torch": off(forward(x, w), forward(exact[1], exact[2])),
     }
 
@@ -108,7 +116,7 @@ def main() -> None:
             for images in (1, 8, 32):
                 row: dict[str, Any] = {"channels": channels, "size": size, "images": images}
                 x, w = torch.empty(images, channels, size, size), torch.empty(channels, channels, 3, 3)
-                row["used"] = tiles.covered(x, w, (1, 1), (1, 1), (1, 1), 1)
+                row |= {"used": tiles.tiling(x, w, *FORM[:3], 1) is not None, "edge": tiling(x, w).edge}
                 for job, jobs in sides(channels, size, images).items():
                     seconds = measure(jobs, 5 if options.quick else 25)
                     best = min(s for name, s in seconds.items() if name != "tiles")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from frostglass.numerics import labels
 
 
 @given(st.lists(st.floats(-3, 10), min_size=2, max_size=12), st.integers(1, 48))
+@example([0.0, 2.2e-311], 1)
+@example([1e308, 1e308], 3)
 def test_largest_remainder_gives_whole_counts_that_add_up(values: list[float], total: int) -> None:
     counts = labels.largest_remainder(torch.tensor(values, dtype=torch.float64), total)
     assert int(counts.sum()) == total

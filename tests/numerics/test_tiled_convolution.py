@@ -44,22 +44,26 @@ CASES = [
     (2, 1, 1, 3, 3, 0),
     (5, 16, 32, 33, 32, 1),
 ]
+LARGER = tiles.Tiling(1, 4)
+edges = pytest.mark.parametrize("edge", [2, 4])
 
 
+@edges
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"])
-def test_results_and_both_derivatives_are_those_of_a_convolution(case: tuple[int, ...], layout: Any) -> None:
+def test_results_and_both_derivatives_are_those_of_a_convolution(case: tuple[int, ...], layout: Any, edge: int) -> None:
     n, i, o, h, w, pad = case
+    how = tiles.Tiling(pad, edge)
     x, k, a, b = drawn((n, i, h, w), (o, i, 3, 3), (n, i, h, w), (o, i, 3, 3))
     x, a = (t.contiguous(memory_format=layout) for t in (x, a))
     y = F.conv2d(x.double(), k.double(), padding=pad)
     (g,) = drawn(tuple(y.shape))
-    spread = tiles.Kept().spread(k)
+    spread = tiles.Kept().spread(k, edge)
 
     exact = [t.double().requires_grad_() for t in (g, x, k)]
     of_x, of_w = torch.autograd.grad(F.conv2d(exact[1], exact[2], padding=pad), exact[1:], exact[0], create_graph=True)
-    found_x, found_w = tiles.slopes(g, x, spread, pad, True)
-    assert off(tiles.convolved(x, spread, pad), y) < CLOSE
+    found_x, found_w = tiles.slopes(g, x, spread, how, True)
+    assert off(tiles.convolved(x, spread, how), y) < CLOSE
     assert found_x is not None
     assert found_w is not None
     assert off(found_x, of_x) < CLOSE
@@ -69,7 +73,7 @@ def test_results_and_both_derivatives_are_those_of_a_convolution(case: tuple[int
         sides = [(s, t) for s, t in ((of_x, to_x), (of_w, to_w)) if t is not None]
         total = torch.stack([(s * t.double()).sum() for s, t in sides]).sum()
         again = torch.autograd.grad(total, exact[:2], retain_graph=True, allow_unused=True)
-        for one, other in zip(tiles.second_slopes(g, x, spread, to_x, to_w, pad), again, strict=True):
+        for one, other in zip(tiles.second_slopes(g, x, spread, to_x, to_w, how), again, strict=True):
             assert (one is None) == (other is None)
             if one is not None and other is not None:
                 assert off(one, other) < CLOSE
@@ -77,19 +81,27 @@ def test_results_and_both_derivatives_are_those_of_a_convolution(case: tuple[int
 
 def test_only_what_is_asked_for_is_computed() -> None:
     x, k, g = drawn((2, 32, 8, 8), (32, 32, 3, 3), (2, 32, 8, 8))
-    spread = tiles.Kept().spread(k)
-    assert tiles.slopes(g, x, spread, 1, False)[1] is None
-    assert tiles.slopes(g, x, None, 1, True)[0] is None
-    assert tiles.second_slopes(g, x, spread, None, None, 1) == (None, None)
+    spread = tiles.Kept().spread(k, 4)
+    assert tiles.slopes(g, x, spread, LARGER, False)[1] is None
+    assert tiles.slopes(g, x, None, LARGER, True)[0] is None
+    assert tiles.second_slopes(g, x, spread, None, None, LARGER) == (None, None)
 
 
 @settings(max_examples=40)
-@given(n=st.integers(1, 3), c=st.integers(1, 40), h=st.integers(3, 10), w=st.integers(3, 10), pad=st.integers(0, 1))
-def test_each_map_and_its_transpose_agree(n: int, c: int, h: int, w: int, pad: int) -> None:
+@given(
+    n=st.integers(1, 3),
+    c=st.integers(1, 40),
+    h=st.integers(3, 10),
+    w=st.integers(3, 10),
+    pad=st.integers(0, 1),
+    edge=st.sampled_from([2, 4]),
+)
+def test_each_map_and_its_transpose_agree(n: int, c: int, h: int, w: int, pad: int, edge: int) -> None:
     """<M x, y> = <x, M' y>, which is what makes them derivatives of each other."""
-    size = tiles._size(torch.Size((n, c, h, w)), pad)
+    how = tiles.Tiling(pad, edge)
+    size = tiles._size(torch.Size((n, c, h, w)), how)
     part = (0, n)
-    x, wide = drawn((n, c, h, w), (36, size.places, c))
+    x, wide = drawn((n, c, h, w), (how.points, size.places, c))
     back = torch.zeros(n, h, w, c)
     tiles._cut_back(wide, size, part, back)
     same(tiles._cut(x, size, part), wide, x, back.permute(0, 3, 1, 2))
@@ -99,8 +111,8 @@ def test_each_map_and_its_transpose_agree(n: int, c: int, h: int, w: int, pad: i
     tiles._join(wide, size, part, joined)
     same(joined.permute(0, 3, 1, 2), y, wide, tiles._join_back(y, size, part))
 
-    k, spread = drawn((h, c, 3, 3), (36, h, c))
-    same(tiles._spread(k), spread, k, tiles._spread_back(spread))
+    k, spread = drawn((h, c, 3, 3), (how.points, h, c))
+    same(tiles._spread(k, edge), spread, k, tiles._spread_back(spread))
 
 
 def same(mx: Tensor, y: Tensor, x: Tensor, my: Tensor) -> None:
@@ -108,29 +120,31 @@ def same(mx: Tensor, y: Tensor, x: Tensor, my: Tensor) -> None:
     assert float((left - right).abs()) <= CLOSE * float(mx.double().norm() * y.double().norm())
 
 
-def test_groups_of_images_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
+@edges
+def test_groups_of_images_give_what_all_at_once_give(edge: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, k, g, b = drawn((5, 32, 9, 8), (32, 32, 3, 3), (5, 32, 9, 8), (32, 32, 3, 3))
-    spread = tiles.Kept().spread(k)
+    how, spread = tiles.Tiling(1, edge), tiles.Kept().spread(k, edge)
 
     def everything() -> list[Tensor]:
-        found = [tiles.convolved(x, spread, 1), *tiles.slopes(g, x, spread, 1, True)]
-        return [t for t in [*found, *tiles.second_slopes(g, x, spread, x, b, 1)] if t is not None]
+        found = [tiles.convolved(x, spread, how), *tiles.slopes(g, x, spread, how, True)]
+        return [t for t in [*found, *tiles.second_slopes(g, x, spread, x, b, how)] if t is not None]
 
     whole = everything()
     monkeypatch.setattr(tiles, "GROUP", 1)
-    assert len(tiles._size(x.shape, 1).groups(32)) == 5
+    assert len(tiles._size(x.shape, how).groups(32)) == 5
     for one, other in zip(everything(), whole, strict=True):
         assert off(one, other) < CLOSE
 
 
-def test_several_threads_give_the_same_bits() -> None:
+@edges
+def test_several_threads_give_the_same_bits(edge: int) -> None:
     x, k, g = drawn((5, 33, 9, 8), (34, 33, 3, 3), (5, 34, 9, 8))
 
     def everything() -> list[Tensor | None]:
-        spread = tiles.Kept().spread(k)
+        spread = tiles.Kept().spread(k, edge)
         return [spread, tiles._cut(x, size, (0, 5)), tiles._join_back(g, size, (0, 5)), tiles._spread_back(spread)]
 
-    size = tiles._size(x.shape, 1)
+    size = tiles._size(x.shape, tiles.Tiling(1, edge))
     one = everything()
     torch.set_num_threads(3)
     for a, b in zip(everything(), one, strict=True):
@@ -139,28 +153,39 @@ def test_several_threads_give_the_same_bits() -> None:
         assert torch.equal(a, b)
 
 
-def test_compiled_kernels_do_what_the_plain_functions_do() -> None:
-    (x,) = drawn((1, 3, 5, 5))
-    size = tiles._size(x.shape, 1)
-    grid = size.height, size.width, 3, 1, size.down, size.across
+@edges
+@pytest.mark.parametrize("channels", [3, 32], ids=["few channels", "a whole block"])
+def test_compiled_kernels_do_what_the_plain_functions_do(edge: int, channels: int) -> None:
+    how = tiles.Tiling(1, edge)
+    (x,) = drawn((1, channels, 3, 3))
+    size = tiles._size(x.shape, how)
+    grid = size.height, size.width, channels, 1, edge, size.down, size.across
     flat = np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy()).reshape(-1)
-    found = np.empty(36 * size.places * 3, np.float32)
-    plain = inspect.unwrap(tile_kernels.cut_tiles)
+    found, back = np.empty(how.points * size.places * channels, np.float32), np.zeros_like(flat)
+    cut, cut_back = (inspect.unwrap(f) for f in (tile_kernels.cut_tiles, tile_kernels.cut_tiles_back))
     with np.errstate(over="ignore"):
-        plain(flat, 0, size.places, *grid, found, size.places * 3)
-    np.testing.assert_allclose(
-        found.reshape(36, size.places, 3), tiles._cut(x, size, (0, 1)).numpy(), rtol=1e-5, atol=1e-5
-    )
+        cut(flat, 0, size.places, *grid, found, size.places * channels)
+        cut_back(found, size.places * channels, 0, size.places, *grid, back)
+    shaped = torch.from_numpy(found).view(how.points, size.places, channels)
+    assert torch.allclose(shaped, tiles._cut(x, size, (0, 1)), rtol=1e-5, atol=1e-5)
+    compiled = torch.zeros(1, 3, 3, channels)
+    tiles._cut_back(shaped, size, (0, 1), compiled)
+    assert np.allclose(back, compiled.numpy().reshape(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_spread_kernels_are_kept_for_as_long_as_weights_stay_the_same() -> None:
     k, other = drawn((4, 3, 3, 3), (4, 3, 3, 3))
     kept = tiles.Kept()
-    first = kept.spread(k)
-    assert kept.spread(k) is first
-    assert kept.spread(other) is not first
+    first, small = kept.spread(k, 4), kept.spread(k, 2)
+    assert kept.spread(k, 4) is first
+    assert kept.spread(k, 2) is small
+    assert kept.spread(other, 4) is not first
     k.mul_(2)
-    assert torch.allclose(kept.spread(k), 2 * first)
+    assert torch.allclose(kept.spread(k, 4), 2 * first)
+    assert torch.allclose(kept.spread(k, 2), 2 * small)
+    held = kept.spread(k, 4)
+    kept.forget(k)
+    assert kept.spread(k, 4) is not held
 
 
 def network() -> nn.Sequential:
@@ -237,23 +262,31 @@ FORM = (1, 1), (1, 1), (1, 1), 1
         (X, W, (*FORM[:2], (2, 2), 1)),
         ((4, 64, 16, 16), W, (*FORM[:3], 2)),
         ((4, 3, 16, 16), (32, 3, 3, 3), FORM),
-        ((1, 32, 8, 4), W, FORM),
-        ((8, 512, 4, 4), (512, 512, 3, 3), FORM),
+        ((1, 32, 6, 4), W, FORM),
     ],
-    ids=["5 x 5", "stride", "padding", "dilation", "groups", "three channels", "few places", "large kernels"],
+    ids=["5 x 5", "stride", "padding", "dilation", "groups", "three channels", "few places"],
 )
 def test_other_convolutions_are_left_to_torch(x: Any, w: Any, form: Any) -> None:
-    assert tiles.covered(torch.empty(X), torch.empty(W), *FORM)
-    assert not tiles.covered(torch.empty(x), torch.empty(w), *form)
+    assert tiles.tiling(torch.empty(X), torch.empty(W), *FORM) == LARGER
+    assert tiles.tiling(torch.empty(x), torch.empty(w), *form) is None
+
+
+@pytest.mark.parametrize(
+    ("channels", "images", "edge"),
+    [(256, 4, 2), (256, 8, 2), (256, 16, 4), (256, 2, None), (64, 8, 4), (64, 4, None), (512, 8, None), (512, 24, 4)],
+)
+def test_small_images_take_small_tiles_where_these_gain(channels: int, images: int, edge: int | None) -> None:
+    x, w = torch.empty(images, channels, 4, 4), torch.empty(channels, channels, 3, 3)
+    assert tiles.tiling(x, w, *FORM) == (edge and tiles.Tiling(1, edge))
 
 
 def test_other_numbers_and_devices_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.empty(X), torch.empty(W)
-    assert tiles.covered(x, w, *FORM)
-    assert not tiles.covered(x.double(), w.double(), *FORM)
-    assert not tiles.covered(x.to("meta"), w.to("meta"), *FORM)
+    assert tiles.tiling(x, w, *FORM)
+    assert not tiles.tiling(x.double(), w.double(), *FORM)
+    assert not tiles.tiling(x.to("meta"), w.to("meta"), *FORM)
     monkeypatch.setattr(tiles, "kernel", lambda _: None)  # numba is not installed
-    assert not tiles.covered(x, w, *FORM)
+    assert not tiles.tiling(x, w, *FORM)
 
 
 def test_weights_that_are_results_are_left_to_torch(calls: list[str]) -> None:
@@ -269,10 +302,10 @@ def test_weights_that_are_results_are_left_to_torch(calls: list[str]) -> None:
 
 def test_another_default_dtype_changes_nothing() -> None:
     x, k, g = drawn((2, 32, 8, 8), (32, 32, 3, 3), (2, 32, 8, 8))
-    wanted = tiles.slopes(g, x, tiles.Kept().spread(k), 1, True)
+    wanted = tiles.slopes(g, x, tiles.Kept().spread(k, 4), LARGER, True)
     torch.set_default_dtype(torch.float64)
     try:
-        found = tiles.slopes(g, x, tiles.Kept().spread(k), 1, True)
+        found = tiles.slopes(g, x, tiles.Kept().spread(k, 4), LARGER, True)
     finally:
         torch.set_default_dtype(torch.float32)
     for one, other in zip(found, wanted, strict=True):
@@ -326,7 +359,7 @@ labels, rows, out = np.zeros(1, np.int64), np.zeros((1, 1), np.int64), np.zeros(
 kernel(mix_labels)(labels, 1, rows, out + 1, out)
 import torch
 from frostglass.numerics import tiled_convolution
-print(tuple(tiled_convolution.Kept().spread(torch.ones(2, 3, 3, 3)).shape), out.item())
+print(tuple(tiled_convolution.Kept().spread(torch.ones(2, 3, 3, 3), 4).shape), out.item())
 """
     nothing_compiled = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

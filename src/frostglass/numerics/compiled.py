@@ -1,24 +1,29 @@
-"""How plain functions over arrays are compiled with numba, and the three instructions that numba has no name for.
+"""How plain functions over arrays are compiled with numba, and the instructions that numba has no name for.
 
-`fetch`, `pour` and `stored` are called from compiled loops. As plain Python they do what a machine without those
-instructions would; numba is taught the fast forms when it first compiles something, so that nothing here needs it to be
-installed.
+`fetch`, `pour`, `put`, `put_on` and `stored` are called from compiled loops. As plain Python they do what a machine
+without those instructions would; numba is taught the fast forms when it first compiles something, so that nothing here
+needs it to be installed.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 # ruff: noqa: ARG001 - numba goes by the names of arguments, whether they are used or not
 
 AHEAD = 64  # pixels that `fetch` asks for at a time: a line of bytes, four of float32
 LANES = 16  # values that `pour` writes at a time: a line of float32
+RUN = 32  # values in a row that `put`, `put_on` and `both_sides` are made for
 
 
 def fetch(table: Any, row: Any, column: Any) -> None:
@@ -38,6 +43,19 @@ def pour(words: Any, start: Any, out: Any, row: Any, column: Any) -> None:
     out[row, column : column + LANES] = words[start : start + LANES]
 
 
+def put(source: Any, at: Any, target: Any, to: Any, size: Any) -> None:
+    """target[to : to + size] = source[at : at + size], for flat arrays that do not overlap and unsigned places.
+
+    A loop over RUN values takes longer to find out that it may use vector instructions than to run.
+    """
+    target[to : to + size] = source[at : at + size]
+
+
+def put_on(source: Any, at: Any, target: Any, to: Any, size: Any) -> None:
+    """The same, added to what is there."""
+    target[to : to + size] += source[at : at + size]
+
+
 def stored(kind: Any, bits: Any) -> Any:
     """A float32, given by its IEEE bits, as `kind` stores it: uint32 the same bits, uint16 those of the bfloat16.
 
@@ -54,25 +72,30 @@ def rounded(bits: Any) -> Any:
     return np.uint16(np.uint32(np.uint32(bits) + np.uint32(0x7FFF) + tie) >> np.uint32(16))
 
 
-_CALLED: list[Callable[..., Any]] = []
 _TEACHING = threading.Lock()
 """Threads may compile at once: none goes on before the compiler knows all that is called."""
+_BOTH_SIDES: list[tuple[Callable[[Any], None], NDArray[np.float32], int]] = []
 
 
-def called_in_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a plain function over arrays as one that compiled loops may call; it is compiled with them."""
-    _CALLED.append(function)
-    return function
+def both_sides(matrix: NDArray[Any]) -> Callable[[Any], None]:
+    """A function for compiled loops: tile = M tile M^T.
 
+    The numbers of a tile are runs of RUN in a flat float32 array, in rows as long as the larger side of M. What the
+    result does not fill is undefined. In compiled code M is part of the instructions.
 
-def _teach_called() -> None:
-    """Tells numba of the functions marked since the last call: modules may be imported after the first compilation."""
-    from numba.extending import overload
+    Args:
+        matrix: M.
+    """
+    m = matrix.astype(np.float32)
+    side = max(m.shape)
 
-    while _CALLED:
-        known = _CALLED.pop()
-        plain = inspect.unwrap(known)
-        overload(known, strict=False)(lambda *_, _plain=plain, **__: _plain)
+    def times(tile: Any) -> None:
+        of = tile[: side * side * RUN].reshape(side, side, RUN)
+        rows, columns = m.shape
+        of[:rows, :rows] = np.einsum("ai,bj,ijk->abk", m, m, of[:columns, :columns])
+
+    _BOTH_SIDES.append((times, m, side))
+    return times
 
 
 @functools.cache
@@ -84,14 +107,22 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
         return None
     with _TEACHING:
         _teach()
-        _teach_called()
-    plain = inspect.unwrap(function)  # tests wrap every function in shape checks
+        _teach_matrices()
+    found = inspect.unwrap(function)  # tests wrap every function in shape checks
+    plain = FunctionType(found.__code__, found.__globals__, found.__name__, found.__defaults__)
+    plain.__qualname__ = f"{found.__qualname__}_{_edition()}"
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
         made: Callable[..., Any] = numba.njit(cache=True, **options)(plain)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         made = numba.njit(**options)(plain)
     return made
+
+
+@functools.cache
+def _edition() -> str:
+    """Of this module. numba goes by the source of a kernel alone, and would load one made with other instructions."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def fastest(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +140,7 @@ def rounds_in_hardware() -> bool:
 
 @functools.cache
 def _teach() -> None:
-    """Tells numba what `fetch`, `pour` and `stored` are in compiled code."""
+    """Tells numba what `fetch`, `pour`, `put`, `put_on` and `stored` are in compiled code."""
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
@@ -148,6 +179,29 @@ def _teach() -> None:
 
         return types.none(words, types.intp, out, types.intp, types.intp), generate
 
+    def run_of(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
+        array = context.make_array(kind)(context, builder, array)
+        item = tools.get_item_pointer(context, builder, kind, array, [at], wraparound=False)
+        return builder.bitcast(item, ir.VectorType(item.type.pointee, RUN).as_pointer())
+
+    def moving(onto: bool) -> Any:
+        @intrinsic  # type: ignore[misc, unused-ignore]
+        def move(typing: Any, source: Any, at: Any, target: Any, to: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+                width = target.dtype.bitwidth // 8
+                value = builder.load(run_of(context, builder, source, *given[:2]), align=width)
+                place = run_of(context, builder, target, *given[2:])
+                if onto:
+                    value = builder.fadd(builder.load(place, align=width), value)
+                builder.store(value, place, align=width)
+                return context.get_dummy_value()
+
+            return types.none(source, types.uintp, target, types.uintp), generate
+
+        return move
+
+    moved, moved_on = moving(False), moving(True)
+
     class BFloat(ir.Type):  # type: ignore[misc, unused-ignore]
         def _to_string(self) -> str:
             return "bfloat"
@@ -169,6 +223,28 @@ def _teach() -> None:
     def _(words, start, out, row, column):  # type: ignore[no-untyped-def]
         return lambda words, start, out, row, column: past_caches(words, start, out, row, column)  # type: ignore[call-arg, unused-ignore]
 
+    @overload(put, jit_options={"forceinline": True})  # type: ignore[misc, unused-ignore]
+    def _(source, at, target, to, size):  # type: ignore[no-untyped-def]
+        def run(source, at, target, to, size):  # type: ignore[no-untyped-def]
+            if size == RUN:
+                moved(source, at, target, to)
+            else:
+                for i in range(size):
+                    target[to + i] = source[at + i]
+
+        return inspect.unwrap(run)
+
+    @overload(put_on, jit_options={"forceinline": True})  # type: ignore[misc, unused-ignore]
+    def _(source, at, target, to, size):  # type: ignore[no-untyped-def]
+        def run(source, at, target, to, size):  # type: ignore[no-untyped-def]
+            if size == RUN:
+                moved_on(source, at, target, to)
+            else:
+                for i in range(size):
+                    target[to + i] += source[at + i]
+
+        return inspect.unwrap(run)
+
     @overload(stored)  # type: ignore[misc, unused-ignore]
     def _(kind, bits):  # type: ignore[no-untyped-def]
         if kind != types.uint16:
@@ -176,3 +252,58 @@ def _teach() -> None:
         if rounds_in_hardware():
             return lambda kind, bits: by_instruction(np.uint32(bits).view(np.float32))  # type: ignore[call-arg, unused-ignore]
         return lambda kind, bits: by_integers(np.uint32(bits))
+
+
+def _teach_matrices() -> None:
+    """Tells numba of the matrices named since the last call: modules may be imported after the first compilation."""
+    from numba.extending import overload
+
+    while _BOTH_SIDES:
+        plain, matrix, side = _BOTH_SIDES.pop()
+        times = _sandwich(matrix, side)
+        overload(plain, strict=False)(lambda tile, _times=times: lambda tile: _times(tile))
+
+
+def _sandwich(matrix: NDArray[np.float32], side: int) -> Any:
+    """`both_sides` as vector instructions, a column and then a row at a time, in place."""
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    lanes = ir.VectorType(ir.FloatType(), 8)
+    fused = {"flags": ("contract",)}
+
+    def weighted(builder: Any, weights: Any, values: list[Any]) -> Any:
+        total = None
+        for weight, value in zip(weights, values, strict=True):
+            if weight:
+                term = value if weight == 1 else builder.fmul(value, lanes([float(weight)] * 8), **fused)
+                total = term if total is None else builder.fadd(total, term, **fused)
+        return total
+
+    @intrinsic  # type: ignore[misc, unused-ignore]
+    def times(typing: Any, tile: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            numbers = context.make_array(tile)(context, builder, given[0]).data
+
+            def place(number: int, lane: int) -> Any:
+                at = builder.gep(numbers, [ir.IntType(64)(number * RUN + lane)])
+                return builder.bitcast(at, lanes.as_pointer())
+
+            def once(first: int, apart: int) -> None:
+                for lane in range(0, RUN, 8):
+                    at = [place(first + apart * i, lane) for i in range(side)]
+                    values = [builder.load(p, align=4) for p in at[: matrix.shape[1]]]
+                    results = [weighted(builder, weights, values) for weights in matrix]
+                    for p, result in zip(at, results, strict=False):
+                        builder.store(result, p, align=4)
+
+            for column in range(matrix.shape[1]):
+                once(column, side)
+            for row in range(matrix.shape[0]):
+                once(row * side, 1)
+            return context.get_dummy_value()
+
+        return types.none(tile), generate
+
+    return times

@@ -50,8 +50,9 @@ def label_counts(
 def largest_remainder(estimate: Float[Tensor, " k"], total: int) -> Float[Tensor, " k"]:
     """Whole numbers near `estimate` that are non-negative and sum to `total`; ties go to the lower class."""
     mass = estimate.double().clamp_min(0)
-    if float(mass.sum()) <= 0:
+    if float(mass.max()) <= 0:
         mass = torch.ones_like(mass)
+    mass = mass / mass.max()  # a sum may be too small to divide by, or too large to be taken
     mass = mass * (total / mass.sum())
     whole = mass.floor()
     short = total - int(whole.sum())

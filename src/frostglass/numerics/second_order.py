@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from frostglass.numerics.second_order_norm import batch_norm
-from frostglass.numerics.tiled_convolution import CHANNELS, Kept, covered
+from frostglass.numerics.tiled_convolution import CHANNELS, Kept, tiling
 from frostglass.numerics.tiled_layer import tiled_convolution, wanted
 
 
@@ -80,8 +80,9 @@ class first_order_layers(TorchFunctionMode):
         return _called(func, args, kwargs or {})
 
     def _convolved(self, x: Tensor, w: Tensor, form: _Form) -> Tensor:
-        if covered(x, w, *form):
-            return tiled_convolution(x, w, self._kept, form.padding[0], once=True)
+        how = tiling(x, w, *form)
+        if how is not None:
+            return tiled_convolution(x, w, self._kept, how, once=True)
         return torch.conv2d(_laid_out(x, x, w)[1], w, None, *form)
 
 
@@ -133,8 +134,9 @@ def convolution(
         kept: where spread kernels of a model's own parameters are kept, so that tiles may be used.
     """
     form = _Form(_pair(stride), _pair(padding), _pair(dilation), groups)
-    if kept is not None and isinstance(w, nn.Parameter) and covered(x, w, *form):
-        return tiled_convolution(x, w, kept, form.padding[0])
+    how = tiling(x, w, *form) if kept is not None and isinstance(w, nn.Parameter) else None
+    if kept is not None and how is not None:
+        return tiled_convolution(x, w, kept, how)
     y: Tensor = _Convolution.apply(x, w, form)  # type: ignore[no-untyped-call]
     return y
 

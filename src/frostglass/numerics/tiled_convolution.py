@@ -2,9 +2,10 @@
 
     conv(x, w) = A^T [(G w G^T) . (B^T x B)] A      for every 6 x 6 tile of x, which gives 4 x 4 numbers of the result
 
-(Lavin and Gray 2016, arXiv:1509.09308, F(4 x 4, 3 x 3): 36 multiplications where 144 were.) The product is taken for
-all tiles, channels and images at once, as a matrix product for each of the 36 points of a tile. It is linear in each of
-its arguments, so that its derivatives are the same products between transposed maps (`tile_kernels`):
+(Lavin and Gray 2016, arXiv:1509.09308, F(4 x 4, 3 x 3): 36 multiplications where 144 were; where that leaves too few
+tiles for its kernels, F(2 x 2, 3 x 3): 16 for 36.) The product is taken for all tiles, channels and images at once, as
+a matrix product for each point of a tile. It is linear in each of its arguments, so that its derivatives are the same
+products between transposed maps (`tile_kernels`):
 
     X(x) = B^T x B    W(w) = G w G^T    Y(m) = A^T m A        conv = Y(X(x) W(w))
     gradient of x     X'(Y'(g) W(w))                          gradient of w     W'(Y'(g) X(x))
@@ -16,6 +17,7 @@ grows with the channels; images should lie as torch.channels_last, as all result
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,31 +33,45 @@ from torch import Tensor
 from frostglass.numerics import tile_kernels
 from frostglass.numerics.compiled import kernel
 
-POINTS = 36
 GROUP = 2**19
 """Images are taken so many at a time that their tiles are about as many numbers: 2 MiB stay near the processor."""
+GAP = 48
+"""Numbers between one point's matrix and the next: at a distance of a power of two all would share a cache's lines."""
+
+
+class Tiling(NamedTuple):
+    """Padding on every side of the images, and results on a side of a tile: 4 or 2."""
+
+    pad: int
+    edge: int
+
+    @property
+    def points(self) -> int:
+        """Numbers in a tile."""
+        return (self.edge + 2) ** 2
 
 
 class Kept:
     """Spread kernels of weights that stay the same, made once; as long as the caller keeps this, so are they.
 
     Weights are told apart by identity and by PyTorch's count of their changes. Spread kernels take four times the
-    memory of the weights.
+    memory of the weights, or twice where tiles are small.
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._held: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
 
-    def spread(self, w: Float[Tensor, "o i 3 3"]) -> Float[Tensor, "36 o i"]:
-        """W(w)."""
-        found = self._held.get(id(w))
+    def spread(self, w: Float[Tensor, "o i 3 3"], edge: int) -> Float[Tensor, "points o i"]:
+        """W(w), for tiles of edge x edge results."""
+        found = self._held.get((id(w), edge))
         if found is None or found[1] != w._version:
-            found = self._held[id(w)] = (w, w._version, _spread(w.detach()))
+            found = self._held[id(w), edge] = (w, w._version, _spread(w.detach(), edge))
         return found[2]
 
     def forget(self, w: Tensor) -> None:
         """Lets the spread kernels of a weight go."""
-        self._held.pop(id(w), None)
+        for edge in (2, 4):
+            self._held.pop((id(w), edge), None)
 
 
 class _Size(NamedTuple):
@@ -65,6 +81,7 @@ class _Size(NamedTuple):
     height: int
     width: int
     pad: int
+    edge: int
     out_height: int
     out_width: int
     down: int
@@ -79,30 +96,26 @@ class _Size(NamedTuple):
 
     def groups(self, channels: int) -> list[tuple[int, int]]:
         """Of images, alike in size."""
-        parts = min(self.images, -(-self.places * POINTS * channels // (GROUP * torch.get_num_threads())))
+        tiles = self.places * (self.edge + 2) ** 2 * channels
+        parts = min(self.images, -(-tiles // (GROUP * torch.get_num_threads())))
         return list(pairwise(self.images * t // parts for t in range(parts + 1)))
 
 
-def _size(x_shape: torch.Size, pad: int) -> _Size:
+def _size(x_shape: torch.Size, how: Tiling) -> _Size:
     b, _, h, w = x_shape
-    oh, ow = h + 2 * pad - 2, w + 2 * pad - 2
-    return _Size(b, h, w, pad, oh, ow, -(-oh // 4), -(-ow // 4))
+    (pad, edge), oh, ow = how, h + 2 * how.pad - 2, w + 2 * how.pad - 2
+    return _Size(b, h, w, pad, edge, oh, ow, -(-oh // edge), -(-ow // edge))
 
 
 CHANNELS = 32
 """Channels in and out from which on tiles are faster than oneDNN."""
 
 
-def _fewest(w: Tensor) -> int:
-    """Places from which on they are: spread kernels beyond a third-level cache cost a pass over memory each time."""
-    return 8 if POINTS * w.shape[0] * w.shape[1] <= 2**22 else 24
-
-
-def covered(
+def tiling(
     x: Tensor, w: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int
-) -> bool:
-    """Whether a convolution, given as for conv2d, is one of these, and gains by it."""
-    return (
+) -> Tiling | None:
+    """The tiles for a convolution, given as for conv2d; None if it is not one of these, or would not gain."""
+    if not (
         w.shape[2:] == (3, 3)
         and w.ndim == x.ndim == 4
         and stride == (1, 1)
@@ -113,14 +126,32 @@ def covered(
         and x.device.type == "cpu"
         and min(w.shape[:2]) >= CHANNELS
         and min(x.shape[2:]) >= 3
-        and _size(x.shape, padding[0]).places >= _fewest(w)
         and kernel(tile_kernels.cut_tiles) is not None
-    )
+    ):
+        return None
+    for edge in (4, 2):
+        how = Tiling(padding[0], edge)
+        if _size(x.shape, how).places >= _fewest(w, how):
+            return how
+    return None
 
 
-def convolved(x: Float[Tensor, "b i h w"], spread: Float[Tensor, "36 o i"], pad: int) -> Float[Tensor, "b o p q"]:
+def _fewest(w: Tensor, how: Tiling) -> float:
+    """Places from which on they gain (`bench/convolution.py`): spread kernels beyond a cache cost a pass over them.
+
+    Small tiles gain nothing with 64 channels, and with 512 some per cent of a ResNet-18's time for as many of its memory.
+    """
+    numbers = how.points * w.shape[0] * w.shape[1]
+    if how.edge == 2:
+        return 16 if 2**18 <= numbers < 2**22 else float("inf")
+    return 8 if numbers <= 2**18 else 16 if numbers <= 2**22 else 24
+
+
+def convolved(
+    x: Float[Tensor, "b i h w"], spread: Float[Tensor, "points o i"], how: Tiling
+) -> Float[Tensor, "b o p q"]:
     """conv(x, w), with w spread (`Kept`)."""
-    size = _size(x.shape, pad)
+    size = _size(x.shape, how)
     y = x.new_empty(size.images, size.out_height, size.out_width, spread.shape[1])
     for part in size.groups(x.shape[1]):
         _join(torch.bmm(_cut(x, size, part), spread.transpose(1, 2)), size, part, y)
@@ -130,14 +161,14 @@ def convolved(x: Float[Tensor, "b i h w"], spread: Float[Tensor, "36 o i"], pad:
 def slopes(
     g: Float[Tensor, "b o p q"],
     x: Float[Tensor, "b i h w"],
-    spread: Float[Tensor, "36 o i"] | None,
-    pad: int,
+    spread: Float[Tensor, "points o i"] | None,
+    how: Tiling,
     of_w: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of conv(x, w) times g: (of x, of w); of x where w is given spread, of w where asked for."""
-    size, (i, o) = _size(x.shape, pad), (x.shape[1], g.shape[1])
+    size, (i, o) = _size(x.shape, how), (x.shape[1], g.shape[1])
     of_x = None if spread is None else x.new_zeros(size.images, size.height, size.width, i)
-    sums = x.new_empty(POINTS, o, i) if of_w else None
+    sums = x.new_empty(how.points, o, i) if of_w else None
     for part in size.groups(max(i, o)):
         wide = _join_back(g, size, part)
         if of_x is not None:
@@ -151,15 +182,15 @@ def slopes(
 def second_slopes(
     g: Float[Tensor, "b o p q"],
     x: Float[Tensor, "b i h w"],
-    spread: Float[Tensor, "36 o i"],
+    spread: Float[Tensor, "points o i"],
     a: Float[Tensor, "b i h w"] | None,
     b: Float[Tensor, "o i 3 3"] | None,
-    pad: int,
+    how: Tiling,
 ) -> tuple[Tensor | None, Tensor | None]:
     """What `slopes` times (a, b) gives once more: (of g, of x) = (conv(a, w) + conv(x, b), gradient of x for b)."""
     if b is None:
-        return None if a is None else convolved(a, spread, pad), None
-    size, other = _size(x.shape, pad), _spread(b)
+        return None if a is None else convolved(a, spread, how), None
+    size, other = _size(x.shape, how), _spread(b, how.edge)
     of_g = x.new_empty(size.images, size.out_height, size.out_width, len(b))
     of_x = x.new_zeros(size.images, size.height, size.width, x.shape[1])
     for part in size.groups(max(b.shape[:2])):
@@ -176,59 +207,73 @@ _Part: TypeAlias = tuple[int, int]
 
 
 def _cut(x: Tensor, size: _Size, part: _Part) -> Tensor:
-    """X of some images: [36, places, c]."""
+    """X of some images: [points, places, c]."""
     c, places = x.shape[1], size.places_of(part)
-    tiles = x.new_empty(POINTS, places, c)
-    of, to = _flat(_rows(x[part[0] : part[1]])), _flat(tiles)
-    grid = size.height, size.width, c, size.pad, size.down, size.across
-    _over(places, 1, lambda m, n: _run(tile_kernels.cut_tiles, of, m, n, *grid, to, places * c))
+    tiles = _matrices(x, (size.edge + 2) ** 2, places, c)
+    of, to = _flat(_rows(x[part[0] : part[1]])), _points(tiles)
+    grid = size.height, size.width, c, size.pad, size.edge, size.down, size.across
+    _over(places, 1, lambda m, n: _run(tile_kernels.cut_tiles, of, m, n, *grid, to, tiles.stride(0)))
     return tiles
 
 
 def _cut_back(tiles: Tensor, size: _Size, part: _Part, x: Tensor) -> None:
     """X', added to images that lie as [b, h, w, c]."""
     c, places = x.shape[3], size.places_of(part)
-    of, to = _flat(tiles), _flat(x[part[0] : part[1]])
-    grid = size.height, size.width, c, size.pad, size.down, size.across
-    _over(
-        places, size.down * size.across, lambda m, n: _run(tile_kernels.cut_tiles_back, of, places * c, m, n, *grid, to)
-    )
+    of, to = _points(tiles), _flat(x[part[0] : part[1]])
+    grid = size.height, size.width, c, size.pad, size.edge, size.down, size.across
+    image, apart = size.down * size.across, tiles.stride(0)
+    _over(places, image, lambda m, n: _run(tile_kernels.cut_tiles_back, of, apart, m, n, *grid, to))
 
 
 def _join(tiles: Tensor, size: _Size, part: _Part, y: Tensor) -> None:
     """Y, into images that lie as [b, h, w, c]."""
     c, places = y.shape[3], size.places_of(part)
-    of, to = _flat(tiles), _flat(y[part[0] : part[1]])
-    grid = size.out_height, size.out_width, c, size.down, size.across
-    _over(places, 1, lambda m, n: _run(tile_kernels.join_tiles, of, places * c, m, n, *grid, to))
+    of, to = _points(tiles), _flat(y[part[0] : part[1]])
+    grid = size.out_height, size.out_width, c, size.edge, size.down, size.across
+    _over(places, 1, lambda m, n: _run(tile_kernels.join_tiles, of, tiles.stride(0), m, n, *grid, to))
 
 
 def _join_back(g: Tensor, size: _Size, part: _Part) -> Tensor:
-    """Y' of some images: [36, places, c]."""
+    """Y' of some images: [points, places, c]."""
     c, places = g.shape[1], size.places_of(part)
-    tiles = g.new_empty(POINTS, places, c)
-    of, to = _flat(_rows(g[part[0] : part[1]])), _flat(tiles)
-    grid = size.out_height, size.out_width, c, size.down, size.across
-    _over(places, 1, lambda m, n: _run(tile_kernels.join_tiles_back, of, m, n, *grid, to, places * c))
+    tiles = _matrices(g, (size.edge + 2) ** 2, places, c)
+    of, to = _flat(_rows(g[part[0] : part[1]])), _points(tiles)
+    grid = size.out_height, size.out_width, c, size.edge, size.down, size.across
+    _over(places, 1, lambda m, n: _run(tile_kernels.join_tiles_back, of, m, n, *grid, to, tiles.stride(0)))
     return tiles
 
 
-def _spread(w: Tensor) -> Tensor:
-    """W: [36, o, i]."""
+def _spread(w: Tensor, edge: int) -> Tensor:
+    """W: [points, o, i]."""
     o, i = w.shape[:2]
-    spread = w.new_empty(POINTS, o, i)
-    of, to = _flat(w.contiguous()), _flat(spread)
-    _over(o, 1, lambda m, n: _run(tile_kernels.spread_kernels, of, m, n, i, to, o * i))
+    spread = _matrices(w, (edge + 2) ** 2, o, i)
+    of, to = _flat(w.contiguous()), _points(spread)
+    _over(o, 1, lambda m, n: _run(tile_kernels.spread_kernels, of, m, n, i, edge, to, spread.stride(0)))
     return spread
 
 
 def _spread_back(spread: Tensor) -> Tensor:
     """W': [o, i, 3, 3]."""
-    o, i = spread.shape[1:]
+    points, o, i = spread.shape
+    edge = math.isqrt(points) - 2
     w = spread.new_empty(o, i, 3, 3)
-    of, to = _flat(spread), _flat(w)
-    _over(o, 1, lambda m, n: _run(tile_kernels.spread_kernels_back, of, o * i, m, n, i, to))
+    of, to = _points(spread), _flat(w)
+    _over(o, 1, lambda m, n: _run(tile_kernels.spread_kernels_back, of, spread.stride(0), m, n, i, edge, to))
     return w
+
+
+def _matrices(like: Tensor, points: int, rows: int, columns: int) -> Tensor:
+    """[points, rows, columns], to be written; `GAP` apart."""
+    step = rows * columns + GAP
+    return like.new_empty(points * step).as_strided((points, rows, columns), (step, columns, 1))
+
+
+def _points(matrices: Tensor) -> NDArray[np.float32]:
+    """All of them one after another, with what lies between them."""
+    points = matrices.shape[0]
+    reach = matrices.stride(0) * (points - 1) + matrices[0].numel()
+    flat: NDArray[np.float32] = matrices.detach().as_strided((reach,), (1,)).numpy()
+    return flat
 
 
 def _rows(x: Tensor) -> Tensor:

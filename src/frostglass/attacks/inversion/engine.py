@@ -249,17 +249,14 @@ def _frozen_differences(z: Tensor, problem: Objective) -> Evaluation:
     with problem.drawing(), first_order_layers(target.kept), choices.recorded():
         trace = _forward(target, weights, starts[0], starts[1] if len(starts) > 1 else targets)
     found = torch.autograd.grad(trace.loss, [*weights.values(), *starts], allow_unused=True)
-    leaves = {
-        n: (torch.zeros_like(w) if g is None else g).detach().requires_grad_(True)
-        for (n, w), g in zip(weights.items(), found, strict=False)
-    }
-    matched = Candidate(pixels.detach(), images.detach(), targets.detach(), replace(trace, gradients=leaves), target)
-    loss, _, values = valued(problem, matched, only=True)
-    v = _or_zeros(loss, list(leaves.values()))
-    slopes, loss, values = found[len(leaves) :], loss.detach(), {name: value.detach() for name, value in values.items()}
-    del found, leaves, matched  # as much memory as the weights
+    slopes = found[len(weights) :]
+    own = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), found, strict=False)}
+    del found
+    matched = Candidate(pixels.detach(), images.detach(), targets.detach(), replace(trace, gradients=own), target)
+    loss, values, v = _matching(problem, matched)
+    del own, matched  # as much memory as the weights
     step = _step_size(list(weights.values()), v)
-    moved = {n: (v.pop(0) * step).add_(w.detach()) for n, w in weights.items()}
+    moved = {n: torch.addcmul(w.detach(), v.pop(0), step) for n, w in weights.items()}
     reads = any(term.statistics and not term.gradient for term in problem.terms)
     with problem.drawing(), first_order_layers(Kept()), choices.replayed():
         trace = _forward(target, moved, images, targets, statistics=reads)
@@ -270,9 +267,14 @@ def _frozen_differences(z: Tensor, problem: Objective) -> Evaluation:
     return finished(loss + priors, loss + rest, {**values, **others}, change)
 
 
-def _or_zeros(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(loss, inputs, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+def _matching(problem: Objective, candidate: Candidate) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    """(sum, each value, slopes in the candidate's gradients) of the terms that match gradients, all off the graph."""
+    leaves = {n: g.detach().requires_grad_(True) for n, g in candidate.trace.gradients.items()}
+    free = replace(candidate, trace=replace(candidate.trace, gradients=leaves))
+    loss, _, values = valued(problem, free, only=True)
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    slopes = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves.values(), found, strict=True)]
+    return loss.detach(), {name: value.detach() for name, value in values.items()}, slopes
 
 
 def _step_size(weights: list[Tensor], v: list[Tensor]) -> Tensor:
