@@ -139,7 +139,7 @@ def tiling(
 def _fewest(w: Tensor, how: Tiling) -> float:
     """Places from which on they gain (`bench/convolution.py`): spread kernels beyond a cache cost a pass over them.
 
-    Small tiles gain nothing with 64 channels, and with 512 some per cent of a ResNet-18's time for as many of its memory.
+    Small tiles gain nothing with 64 channels, and with 512 some per cent of a ResNet-18's time for as many of memory.
     """
     numbers = how.points * w.shape[0] * w.shape[1]
     if how.edge == 2:
