@@ -122,7 +122,10 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
 @functools.cache
 def _edition() -> str:
     """Of this module. numba goes by the source of a kernel alone, and would load one made with other instructions."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    try:
+        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    except OSError:  # packed without its sources, and so never changed beside a kernel
+        return ""
 
 
 def fastest(function: Callable[..., Any]) -> Callable[..., Any]:

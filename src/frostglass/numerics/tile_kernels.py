@@ -1,8 +1,8 @@
 """The six linear maps of a convolution by tiles (`tiled_convolution`), each one pass over its arrays.
 
 Plain Python over flat arrays (and run as such, slowly); `compiled.kernel` compiles them with numba where it is
-installed. Each gathers what belongs to one tile, `BLOCK` channels at a time, transforms it in the first-level cache
-(`tile_transforms`), and puts the result where it belongs.
+installed. Each gathers what belongs to one tile, `BLOCK` channels at a time, multiplies it by a constant matrix from
+both sides in the first-level cache, and puts the result where it belongs.
 
 Layouts, all flat float32: images [b, h, w, c]; tiles [points, places, c], where a place is a tile of an image and its
 points are `stride` numbers apart; kernels [o, i, 9]; spread kernels [points, o, i]. A tile gives edge x edge results
@@ -20,7 +20,6 @@ BLOCK = RUN
 
 U = np.uint64  # numba tests every signed index for being negative, which keeps loops from becoming vector instructions
 ZERO = np.float32(0)
-
 
 # Lavin and Gray (2016), section 4.1 for tiles of 2 x 2 results and section 4.3 for 4 x 4.
 _SMALL_B = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
