@@ -1,6 +1,6 @@
 """What the classifier's gradient cannot say: for a batch whose labels are counted wrongly, a twin counted the same.
 
-    python bench/label_limit.py  # cells of labels.json that are not right throughout; a quarter of an hour on one thread
+    python bench/label_limit.py  # cells of labels.json not right throughout; a quarter of an hour on one thread
 
 Cells that the saved result holds are not taken again.
 
