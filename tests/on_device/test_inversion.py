@@ -26,7 +26,7 @@ from victims import observe
 @pytest.fixture(autouse=True)
 def _no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the CPU takes convolutions by tiles; their rounding decides signs, which some of these attacks follow."""
-    monkeypatch.setattr("frostglass.numerics.second_order.covered", lambda *_: False)
+    monkeypatch.setattr("frostglass.numerics.second_order.tiling", lambda *_: None)
 
 
 SOON = {"steps": 9, "every": 50}
