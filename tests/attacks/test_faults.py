@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -371,6 +372,32 @@ class Own(nn.Module):
         for layer in self.layers:
             x = self.activation(layer(x))
         return self.head(x.mean((2, 3)))
+
+
+def test_frozen_differences_let_gradients_go_before_the_second_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, private = observe("small_bn_cnn", size=8)
+    z = seen.domain.normalise(private.images) + 0.1
+    problem = engine.Objective(
+        lay_out(seen, RUN), (terms.match_cosine(),), spaces.pixels(), "frozen_fd", 0, 1, private.targets, None, 0.0
+    )
+    first: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    valued, forward = engine.valued, engine._forward
+
+    def watched(problem: Any, candidate: Any, *, only: bool | None = None) -> Any:
+        if only:
+            first.extend(weakref.ref(g) for g in candidate.trace.gradients.values())
+        return valued(problem, candidate, only=only)
+
+    def counted(*args: Any, **kw: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in first))
+        return forward(*args, **kw)
+
+    monkeypatch.setattr(engine, "valued", watched)
+    monkeypatch.setattr(engine, "_forward", counted)
+    engine.evaluate(z, problem)
+    assert len(first) == len(seen.gradients)
+    assert alive == [0, 0]  # as much memory as the weights
 
 
 def seen_with(model: nn.Module) -> Observation:
