@@ -30,13 +30,8 @@ from frostglass.core.randomness import Rng
 from frostglass.numerics.labels import classifier_layer
 from harness import RESULTS, environment, parser, save
 
-CELLS = (
-    ("resnet20 random", "eval", 48),
-    ("resnet20 random", "eval", 32),
-    ("resnet20 random", "eval", 16),
-    ("resnet20 random", "train", 48),
-    ("resnet20 random", "train", 32),
-)  # not the small CNN's: 4,096 features are 36,873 equations, whose derivatives do not fit into memory
+VICTIM = "resnet20 random"  # the small CNN's 4,096 features are 36,873 equations: derivatives do not fit into memory
+CELLS = (("eval", 48), ("eval", 32), ("eval", 16), ("train", 48), ("train", 32))
 EDGE = 1e-3  # pixels nearer to black or white stay as they are
 STEPS, SMALL, NEAR = 20, 1e-9, 1e-7  # of Gauss-Newton; relative distances at which they end, and end if stuck
 AGAIN = 0.2  # a step that leaves more of the distance than this asks for new derivatives
@@ -46,7 +41,6 @@ AGAIN = 0.2  # a step that leaves more of the distance than this asks for new de
 class Batch:
     """One private batch, and what the rule answered."""
 
-    victim: str
     net: nn.Module
     which: str
     images: Tensor
@@ -55,9 +49,9 @@ class Batch:
     answer: Tensor
 
 
-def wrong_batch(held: labels.Data, victim: str, mode: str, examples: int, count: int, seeds: int) -> Batch | None:
+def wrong_batch(held: labels.Data, mode: str, examples: int, count: int, seeds: int) -> Batch | None:
     """The first batch of the cell (as in labels.py) whose answer differs from the truth by one label."""
-    for seed, net in enumerate(labels.victims(victim, seeds)):
+    for seed, net in enumerate(labels.victims(VICTIM, seeds)):
         net.train(mode == "train")
         seen = labels.view(net, mode, examples)
         dummies = features_of(seen, dummy_images(seen, max(384, 2 * examples)))
@@ -68,7 +62,7 @@ def wrong_batch(held: labels.Data, victim: str, mode: str, examples: int, count:
             answer = rule.count(head).counts
             if float((answer - truth).abs().sum()) == 2:
                 rows = labels.draw(held, examples, False, drawn.at(i))
-                return Batch(victim, net, f"{seed}/{i}", held.images[rows], held.labels[rows], truth, answer)
+                return Batch(net, f"{seed}/{i}", held.images[rows], held.labels[rows], truth, answer)
     return None
 
 
@@ -185,7 +179,7 @@ def compared(batch: Batch, mode: str, examples: int) -> dict[str, Any]:
         return float((one - two).norm() / two.norm()), 1 - float(nn.functional.cosine_similarity(one, two, 0))
 
     return {
-        "victim": batch.victim,
+        "victim": VICTIM,
         "network/batch": batch.which,
         "mode": mode,
         "K": examples,
@@ -215,9 +209,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if path.exists() and not chosen.quick:
         rows = json.loads(path.read_text())["rows"]
-    taken = {(row["victim"], row["mode"], row["K"]) for row in rows}
-    for victim, mode, examples in CELLS[:1] if chosen.quick else [cell for cell in CELLS if cell not in taken]:
-        batch = wrong_batch(held, victim, mode, examples, chosen.batches, chosen.seeds)
+    taken = {(row["mode"], row["K"]) for row in rows}
+    for mode, examples in CELLS[:1] if chosen.quick else [cell for cell in CELLS if cell not in taken]:
+        batch = wrong_batch(held, mode, examples, chosen.batches, chosen.seeds)
         if batch is None:
             continue
         rows.append(compared(batch, mode, examples))

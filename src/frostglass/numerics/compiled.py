@@ -74,7 +74,7 @@ def rounded(bits: Any) -> Any:
 
 _TEACHING = threading.Lock()
 """Threads may compile at once: none goes on before the compiler knows all that is called."""
-_BOTH_SIDES: list[tuple[Callable[[Any], None], NDArray[np.float32], int]] = []
+_BOTH_SIDES: list[tuple[Callable[[Any], None], NDArray[np.float32]]] = []
 
 
 def both_sides(matrix: NDArray[Any]) -> Callable[[Any], None]:
@@ -94,7 +94,7 @@ def both_sides(matrix: NDArray[Any]) -> Callable[[Any], None]:
         rows, columns = m.shape
         of[:rows, :rows] = np.einsum("ai,bj,ijk->abk", m, m, of[:columns, :columns])
 
-    _BOTH_SIDES.append((times, m, side))
+    _BOTH_SIDES.append((times, m))
     return times
 
 
@@ -262,18 +262,18 @@ def _teach_matrices() -> None:
     from numba.extending import overload
 
     while _BOTH_SIDES:
-        plain, matrix, side = _BOTH_SIDES.pop()
-        times = _sandwich(matrix, side)
+        plain, matrix = _BOTH_SIDES.pop()
+        times = _sandwich(matrix)
         overload(plain, strict=False)(lambda tile, _times=times: lambda tile: _times(tile))
 
 
-def _sandwich(matrix: NDArray[np.float32], side: int) -> Any:
+def _sandwich(matrix: NDArray[np.float32]) -> Any:
     """`both_sides` as vector instructions, a column and then a row at a time, in place."""
     from llvmlite import ir
     from numba import types
     from numba.extending import intrinsic
 
-    lanes = ir.VectorType(ir.FloatType(), 8)
+    side, lanes = max(matrix.shape), ir.VectorType(ir.FloatType(), 8)
     fused = {"flags": ("contract",)}
 
     def weighted(builder: Any, weights: Any, values: list[Any]) -> Any:

@@ -134,8 +134,7 @@ def convolution(
         kept: where spread kernels of a model's own parameters are kept, so that tiles may be used.
     """
     form = _Form(_pair(stride), _pair(padding), _pair(dilation), groups)
-    how = tiling(x, w, *form) if kept is not None and isinstance(w, nn.Parameter) else None
-    if kept is not None and how is not None:
+    if kept is not None and isinstance(w, nn.Parameter) and (how := tiling(x, w, *form)) is not None:
         return tiled_convolution(x, w, kept, how)
     y: Tensor = _Convolution.apply(x, w, form)  # type: ignore[no-untyped-call]
     return y

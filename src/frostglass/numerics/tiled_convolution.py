@@ -39,8 +39,12 @@ GAP = 48
 """Numbers between one point's matrix and the next: at a distance of a power of two all would share a cache's lines."""
 
 
+EDGES = (4, 2)
+"""Results on a side of a tile, the better first."""
+
+
 class Tiling(NamedTuple):
-    """Padding on every side of the images, and results on a side of a tile: 4 or 2."""
+    """Padding on every side of the images, and one of `EDGES`."""
 
     pad: int
     edge: int
@@ -70,7 +74,7 @@ class Kept:
 
     def forget(self, w: Tensor) -> None:
         """Lets the spread kernels of a weight go."""
-        for edge in (2, 4):
+        for edge in EDGES:
             self._held.pop((id(w), edge), None)
 
 
@@ -80,8 +84,7 @@ class _Size(NamedTuple):
     images: int
     height: int
     width: int
-    pad: int
-    edge: int
+    how: Tiling
     out_height: int
     out_width: int
     down: int
@@ -96,15 +99,15 @@ class _Size(NamedTuple):
 
     def groups(self, channels: int) -> list[tuple[int, int]]:
         """Of images, alike in size."""
-        tiles = self.places * (self.edge + 2) ** 2 * channels
+        tiles = self.places * self.how.points * channels
         parts = min(self.images, -(-tiles // (GROUP * torch.get_num_threads())))
         return list(pairwise(self.images * t // parts for t in range(parts + 1)))
 
 
 def _size(x_shape: torch.Size, how: Tiling) -> _Size:
     b, _, h, w = x_shape
-    (pad, edge), oh, ow = how, h + 2 * how.pad - 2, w + 2 * how.pad - 2
-    return _Size(b, h, w, pad, edge, oh, ow, -(-oh // edge), -(-ow // edge))
+    oh, ow = h + 2 * how.pad - 2, w + 2 * how.pad - 2
+    return _Size(b, h, w, how, oh, ow, -(-oh // how.edge), -(-ow // how.edge))
 
 
 CHANNELS = 32
@@ -129,7 +132,7 @@ def tiling(
         and kernel(tile_kernels.cut_tiles) is not None
     ):
         return None
-    for edge in (4, 2):
+    for edge in EDGES:
         how = Tiling(padding[0], edge)
         if _size(x.shape, how).places >= _fewest(w, how):
             return how
@@ -209,9 +212,9 @@ _Part: TypeAlias = tuple[int, int]
 def _cut(x: Tensor, size: _Size, part: _Part) -> Tensor:
     """X of some images: [points, places, c]."""
     c, places = x.shape[1], size.places_of(part)
-    tiles = _matrices(x, (size.edge + 2) ** 2, places, c)
+    tiles = _matrices(x, size.how.points, places, c)
     of, to = _flat(_rows(x[part[0] : part[1]])), _points(tiles)
-    grid = size.height, size.width, c, size.pad, size.edge, size.down, size.across
+    grid = size.height, size.width, c, *size.how, size.down, size.across
     _over(places, 1, lambda m, n: _run(tile_kernels.cut_tiles, of, m, n, *grid, to, tiles.stride(0)))
     return tiles
 
@@ -220,7 +223,7 @@ def _cut_back(tiles: Tensor, size: _Size, part: _Part, x: Tensor) -> None:
     """X', added to images that lie as [b, h, w, c]."""
     c, places = x.shape[3], size.places_of(part)
     of, to = _points(tiles), _flat(x[part[0] : part[1]])
-    grid = size.height, size.width, c, size.pad, size.edge, size.down, size.across
+    grid = size.height, size.width, c, *size.how, size.down, size.across
     image, apart = size.down * size.across, tiles.stride(0)
     _over(places, image, lambda m, n: _run(tile_kernels.cut_tiles_back, of, apart, m, n, *grid, to))
 
@@ -229,16 +232,16 @@ def _join(tiles: Tensor, size: _Size, part: _Part, y: Tensor) -> None:
     """Y, into images that lie as [b, h, w, c]."""
     c, places = y.shape[3], size.places_of(part)
     of, to = _points(tiles), _flat(y[part[0] : part[1]])
-    grid = size.out_height, size.out_width, c, size.edge, size.down, size.across
+    grid = size.out_height, size.out_width, c, size.how.edge, size.down, size.across
     _over(places, 1, lambda m, n: _run(tile_kernels.join_tiles, of, tiles.stride(0), m, n, *grid, to))
 
 
 def _join_back(g: Tensor, size: _Size, part: _Part) -> Tensor:
     """Y' of some images: [points, places, c]."""
     c, places = g.shape[1], size.places_of(part)
-    tiles = _matrices(g, (size.edge + 2) ** 2, places, c)
+    tiles = _matrices(g, size.how.points, places, c)
     of, to = _flat(_rows(g[part[0] : part[1]])), _points(tiles)
-    grid = size.out_height, size.out_width, c, size.edge, size.down, size.across
+    grid = size.out_height, size.out_width, c, size.how.edge, size.down, size.across
     _over(places, 1, lambda m, n: _run(tile_kernels.join_tiles_back, of, m, n, *grid, to, tiles.stride(0)))
     return tiles
 
