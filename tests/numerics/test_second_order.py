@@ -72,6 +72,31 @@ def test_cosine_to_nothing_is_one_and_flat() -> None:
     assert float(distance.cosine_distance(torch.zeros(3), torch.zeros(3))) == 1
 
 
+def test_layer_norms_have_the_derivatives_of_the_plain_formula() -> None:
+    a = [t.requires_grad_() for t in drawn((3, 2), (4,))]
+    b = [(t.detach().flip(0) + 1).requires_grad_() for t in a]
+
+    def both(*tensors: Tensor) -> Tensor:
+        return distance.layer_norms(tensors[:2], tensors[2:])
+
+    assert torch.autograd.gradcheck(both, (*a, *b))
+    assert torch.autograd.gradgradcheck(both, (*a, *b))
+    plain = torch.stack([(x - y).norm() for x, y in zip(a, b, strict=True)]).sum()
+    assert float(both(*a, *b).detach()) == pytest.approx(float(plain), rel=1e-12)
+    for wanted, found in ((a, torch.autograd.grad(plain, a, retain_graph=True)), (b, torch.autograd.grad(plain, b))):
+        for x, y in zip(torch.autograd.grad(both(*a, *b), wanted), found, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_layer_norms_are_flat_where_a_layer_is_matched() -> None:
+    """Both slopes are 0 there: an attack that starts at the truth stays, instead of at NaN."""
+    a = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(distance.layer_norms([a], [torch.ones(3)]), a, create_graph=True)
+    (again,) = torch.autograd.grad(slope.sum(), a)
+    assert not slope.detach().any()
+    assert not again.any()
+
+
 FORMS = [
     {},
     {"stride": 2, "padding": 1},

@@ -82,7 +82,8 @@ class _Norm(torch.autograd.Function):
         a, b = ctx.saved_tensors
         of_a = a - b
         norm = torch.linalg.vector_norm(of_a) if torch.is_grad_enabled() else ctx.norm
-        share = (slopes[0] / norm).masked_fill(norm == 0, 0)
+        none = norm == 0
+        share = (slopes[0] / norm.masked_fill(none, 1)).masked_fill(none, 0)  # never 0/0, not even in its own slope
         of_a = of_a * share if torch.is_grad_enabled() else of_a.mul_(share)
         wanted = ctx.needs_input_grad
         return of_a if wanted[0] else None, -of_a if wanted[1] else None
