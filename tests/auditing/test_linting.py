@@ -416,6 +416,17 @@ def test_a_target_epsilon_becomes_the_noise_that_opacus_would_choose(file: Write
     assert found.numbers[0].epsilon["RDP, Opacus"] == pytest.approx(3.0, rel=0.01)
 
 
+def test_minibatches_of_a_client_are_steps_at_a_rate(file: Write) -> None:
+    """Eight Poisson draws at 1/8, whose epsilon at 1e-5 is 12.85 by composing privacy losses; not one release."""
+    client = '[scenario.client]\nbatch = 64\nminibatch = 8\nupdate = "delta"\n'
+    text = PLAN.split("[verdict.claim]")[0].replace("[[scenario.defense]]", client + "[[scenario.defense]]", 1)
+    (numbers,) = check_file(file("minibatches.toml", text)).numbers
+    assert numbers.steps == 8
+    assert "GDP, exact" not in numbers.epsilon
+    assert numbers.epsilon["PRV, Opacus"] == pytest.approx(12.86, abs=0.02)
+    assert numbers.epsilon["RDP, Opacus"] == pytest.approx(14.99, abs=0.05)
+
+
 def test_noisy_encodings_cover_pixels_alone(file: Write) -> None:
     plan = PLAN.split("[verdict.claim]")[0].replace(
         'name = "dp_sgd"\nclipping_norm = 1.0\nnoise_multiplier = 0.5', 'name = "dp_instahide"'

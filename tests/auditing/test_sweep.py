@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from frostglass.app.commands.sweep import command
-from frostglass.auditing.sweep import Sweep, bound_of
+from frostglass.auditing.plan import DefensePlan
+from frostglass.auditing.plan_checks import make_defense
+from frostglass.auditing.sweep import Sweep, _epsilon, bound_of
 from frostglass.auditing.sweep_plan import SweepPlan, parse_sweep, points
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
@@ -44,6 +48,31 @@ def values_of(**parts: Any) -> dict[str, Any]:
 
 def small(**parts: Any) -> SweepPlan:
     return parse_sweep(values_of(**parts))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 10])
+def test_local_steps_on_one_draw_are_no_draws_of_their_own(steps: int) -> None:
+    """One round: an image is in all local steps or in none. The exact epsilon of that pair, found without Opacus."""
+    q, sigma, delta = 0.01, 1.0, 1e-5
+    defense = make_defense(DefensePlan(name="dp_sgd", noise_multiplier=sigma, delta=delta))
+    budget = Budget(1, 1, 5, 0.1, 0.0, poisson=True)
+    assert budget.rate(500) == q
+    shift = math.sqrt(steps) / sigma
+
+    def above(epsilon: float, sign: int) -> float:
+        """The larger hockey stick of the mixture and the noise alone, in both directions."""
+        ratio = math.exp(sign * epsilon) - (1 - q)
+        if ratio <= 0:
+            return 0.0
+        x = (math.log(ratio / q) + shift**2 / 2) / shift
+        none, mixed = norm.sf(x), (1 - q) * norm.sf(x) + q * norm.sf(x - shift)
+        if sign > 0:
+            return float(mixed - math.exp(epsilon) * none)
+        return float((1 - none) - math.exp(epsilon) * (1 - mixed))
+
+    exact = brentq(lambda e: max(above(e, 1), above(e, -1)) - delta, 1e-6, 60)
+    found = _epsilon(defense, budget, 500, steps)
+    assert exact <= found <= 1.2 * exact + 0.9
 
 
 def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import binom, norm
 
 from frostglass.auditing.cells import expand
 from frostglass.auditing.claims import guarantee_of
@@ -411,6 +413,28 @@ def test_the_proof_of_a_defence_and_its_steps() -> None:
     assert guarantee_of(bare, only_cell(bare), 0.05) is None
     heuristic = parse_plan(small(defense=[{"name": "instahide", "k": 2}]))
     assert guarantee_of(heuristic, only_cell(heuristic), 0.05) is None
+
+
+def test_every_message_that_a_claim_counts_has_all_its_local_steps() -> None:
+    """Three messages of four steps: sqrt(12) / sigma. Sampled, they are three draws, not twelve."""
+    claim = {"unit": "image", "adjacency": "add_remove", "noise_multiplier": 8.0, "releases": 3}
+    client = {"update": "delta", "local_steps": 4, "batch": 2}
+
+    def gamma(rate: float) -> tuple[float, float]:
+        claimed = {"claim": claim | {"sampling_rate": rate}}
+        plan = parse_plan(small(client=client, defense=[{"name": "dp_sgd"}], verdict=claimed))
+        found = guarantee_of(plan, only_cell(plan), 0.1)
+        assert found is not None
+        return found.observed, found.total
+
+    observed, total = gamma(1.0)
+    assert observed == pytest.approx(rero.gaussian(0.1, 8.0, 4))
+    assert total == pytest.approx(rero.gaussian(0.1, 8.0, 12))
+    q = 0.5
+    threshold = norm.isf(0.1)  # no less than what the test of three messages' sum gets, each there by a coin
+    counts = np.arange(4)
+    least = float((binom.pmf(counts, 3, q) * norm.sf(threshold - counts * 2 / 8 / math.sqrt(3))).sum())
+    assert max(gamma(1.0)[0], least) <= gamma(q)[1] < total
 
 
 def test_a_claim_counts_for_all_releases_and_sampling_does_not_hide_one_message() -> None:

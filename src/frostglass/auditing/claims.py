@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from frostglass.auditing.cells import CellPlan
@@ -79,7 +81,7 @@ def _gaussian(setting: Setting, kappa: float) -> float:
 
 
 def _claimed(claim: ClaimPlan, kappa: float, steps: int) -> Guarantee:
-    """What the plan claims, for one message and for all releases."""
+    """What the plan claims, for one message and for all that hold the image, each of so many steps."""
     if claim.epsilon is not None:
         gamma = rero.approximate_dp(kappa, claim.epsilon, claim.delta)
         words = f"The whole training is ({claim.epsilon:g}, {claim.delta:g})-differentially private as it is run."
@@ -89,13 +91,13 @@ def _claimed(claim: ClaimPlan, kappa: float, steps: int) -> Guarantee:
     assert claim.noise_multiplier is not None
     adjacency: Adjacency = "replace_one" if claim.adjacency == "replace_one" else "add_remove"
     unit_name = claim.unit or "image"
-    whole = Setting(
-        claim.noise_multiplier, max(claim.releases or 0, steps), claim.sampling_rate, claim.delta, adjacency, unit_name
-    )
-    one = Setting(claim.noise_multiplier, steps, 1.0, claim.delta, adjacency, unit_name)
+    releases, rate, sigma = claim.releases or 1, claim.sampling_rate, claim.noise_multiplier
+    one = Setting(sigma, steps, 1.0, claim.delta, adjacency, unit_name)
+    whole = Setting(sigma, steps * releases, rate, claim.delta, adjacency, unit_name)
+    # What is drawn is whole messages, whose steps together are one release with so many times less variance.
+    drawn = replace(whole, noise_multiplier=sigma / math.sqrt(steps), steps=releases)
     observed = _gaussian(one, kappa)
-    total = bounds(whole, [kappa], Rng.from_seed(0, "claim"), SAMPLES)[0].upper
+    total = bounds(drawn, [kappa], Rng.from_seed(0, "claim"), SAMPLES)[0].upper
     return Guarantee(
-        observed, max(observed, total), f"the claimed noise multiplier {claim.noise_multiplier:g}",
-        tuple(whole.assumptions()),
-    )  # fmt: skip
+        observed, max(observed, total), f"the claimed noise multiplier {sigma:g}", tuple(whole.assumptions())
+    )

@@ -54,7 +54,8 @@ def shuffled_gallery(prepared: Prepared, private: Batch, unit: int) -> tuple[Gal
     place = int(key.at("place").integers(wanted, (1,)))
     images = torch.cat([data.images[chosen[:place]], target[None], data.images[chosen[place:]]]).to(prepared.device)
     targets = one_hot(torch.full((wanted,), kind), prepared.classes).to(prepared.device)
-    return Gallery(images, targets, private.images[1:], private.targets[1:]), place
+    clients = prepared.scenario.client.cohort
+    return Gallery(images, targets, private.images[1:], private.targets[1:], clients), place
 
 
 def _digest(image: torch.Tensor) -> bytes:

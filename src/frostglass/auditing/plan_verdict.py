@@ -25,7 +25,9 @@ class ClaimPlan(Strict):
         None, description="what may differ between data sets"
     )
     noise_multiplier: float | None = Field(None, description="noise on the sum / clipping norm")
-    releases: int | None = Field(None, description="messages that hold the image; none: the steps of one message")
+    releases: int | None = Field(
+        None, description="messages that hold the image, each with all its local steps; none: one"
+    )
     sampling_rate: float = Field(1.0, description="Poisson; amplifies the whole training, not one observed message")
     epsilon: float | None = Field(None, description="claimed, instead of a noise multiplier; needs delta")
     delta: float = Field(1e-5, description="of (epsilon, delta)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -196,10 +197,14 @@ def _for_training(point: Point, batch: int) -> tuple[Defense, bool]:
 
 
 def _epsilon(defense: Defense, budget: Budget, images: int, steps: int) -> float:
-    """Of the whole training, Poisson sampling included: one image is in one client's message of a round at the most."""
+    """Of the whole training, Poisson sampling included: one image is in one client's message of a round at the most.
+
+    One coin a round decides for all its local steps, which are no draws of their own: together they are one release
+    with as many times less variance. Where steps see minibatches an image is in fewer of them, and this is a bound.
+    """
     settings = defense.settings if defense.name == "dp_sgd" else defense.settings["dp_sgd"]
     rate = budget.rate(images)
-    return epsilon_of(settings["noise_multiplier"], settings["delta"], budget.rounds * steps, "rdp", rate)
+    return epsilon_of(settings["noise_multiplier"] / math.sqrt(steps), settings["delta"], budget.rounds, "rdp", rate)
 
 
 def split(plan: SweepPlan, prepared: Prepared, rng: Rng) -> tuple[Images, Images]:

@@ -74,12 +74,14 @@ class Gallery:
         targets: [n, k] theirs, of one class.
         other_images: [b - 1, c, h, w] the other images of the message, before any encoding.
         other_targets: [b - 1, k] theirs.
+        clients: how many clients of equal size the images of the message are from.
     """
 
     images: Float[Tensor, "n c h w"]
     targets: Float[Tensor, "n k"]
     other_images: Float[Tensor, "o c h w"]
     other_targets: Float[Tensor, "o k"]
+    clients: int = 1
 
     def __len__(self) -> int:
         return len(self.images)

@@ -23,7 +23,7 @@ def accounted_epsilon(
         steps: releases that are composed.
         rate: probability with which a unit takes part in a step; 1: always.
         delta: of (epsilon, delta).
-        accountant: "rdp" is an upper bound; "prv" is numerical, within 1 % of the optimum.
+        accountant: "rdp" is an upper bound; "prv" is numerical, about .01 above the optimum.
 
     Raises:
         BadInput: a parameter that is out of range.
@@ -33,7 +33,7 @@ def accounted_epsilon(
 
     chosen = RDPAccountant() if accountant == "rdp" else PRVAccountant()
     chosen.history = [(noise_multiplier, rate, steps)]
-    with _quiet():
+    with quiet():
         return float(chosen.get_epsilon(delta))
 
 
@@ -48,7 +48,7 @@ def noise_for_epsilon(
     check(epsilon=epsilon, steps=steps, rate=rate, delta=delta)
     from opacus.accountants.utils import get_noise_multiplier
 
-    with _quiet():
+    with quiet():
         return float(
             get_noise_multiplier(
                 target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=accountant
@@ -57,7 +57,7 @@ def noise_for_epsilon(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Opacus warns and logs where its best order is the last one that it tries."""
     log = logging.getLogger("opacus")
     before = log.level

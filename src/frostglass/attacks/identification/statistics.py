@@ -103,7 +103,8 @@ def evidence_of(seen: Observation, run: Runtime) -> Evidence:
     model = copy.deepcopy(seen.model).to(place, dtype)
     weights = trainable(model)
     observed = {n: v.to(place, dtype) for n, v in seen.gradients.items() if n in weights}
-    moved = Gallery(*(t.to(place, dtype) for t in (g.images, g.targets, g.other_images, g.other_targets)))
+    parts = {name: getattr(g, name).to(place, dtype) for name in ("images", "targets", "other_images", "other_targets")}
+    moved = replace(g, **parts)
     kind = next(m.kind for m in seen.messages if isinstance(m, GradientMessage))
     plan = seen.local_plan or LocalPlan(kind="gradient" if kind == "gradient" else "delta")
     plan = replace(plan, mode="train" if seen.mode == "train" else "eval")
@@ -153,7 +154,9 @@ class Images:
         s, mechanism = self.setting, self.setting.mechanism
         assert mechanism is not None
         assert mechanism.clip is not None
-        total = mechanism.divisor or s.count
+        total = (
+            s.count if mechanism.divisor is None else mechanism.divisor * s.gallery.clients
+        )  # a secure sum is a mean
         rest = {n: total * v for n, v in s.observed.items()}
         for x, y in zip(s.gallery.other_images, s.gallery.other_targets, strict=True):
             own = clipped(local_update(s.model, x[None], y[None], s.plan).gradients, mechanism.clip)

@@ -68,6 +68,8 @@ def _about_noise(part: Defense) -> bool:
 
 
 def _facts(scenario: ScenarioPlan, part: Defense, claim: ClaimPlan | None) -> Facts:
+    from frostglass.auditing.simulate import local_plan
+
     def number(key: str) -> float | None:
         value = part.settings.get(key)
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -75,7 +77,9 @@ def _facts(scenario: ScenarioPlan, part: Defense, claim: ClaimPlan | None) -> Fa
     per_example = part.gradient is not None
     replaced = part.settings.get("adjacency") == "replace" or bool(claim and claim.adjacency == "replace_one")
     client = scenario.client
-    steps = client.local_steps * client.epochs if client.update == "delta" and per_example else 1
+    plan = local_plan(client, scenario.model.mode)
+    steps = plan.steps_for(client.batch) if client.update == "delta" and per_example else 1
+    rate = plan.sampling_rate(client.batch) if per_example else 1.0
     size, channels = scenario.data.size, scenario.data.channels or 3
     return Facts(
         framework="Frostglass",
@@ -93,7 +97,9 @@ def _facts(scenario: ScenarioPlan, part: Defense, claim: ClaimPlan | None) -> Fa
         uncovered=("labels",) if part.encodes else (),
         claim_unit=claim.unit if claim else None,
         claimed_multiplier=claim.noise_multiplier if claim else None,
-        steps=claim.releases if claim and claim.releases else steps,
+        steps=steps * (claim.releases or 1 if claim else 1),
+        sampling="poisson" if rate < 1 else None,
+        rate=rate if rate < 1 else None,
         accounted=True,
         batchnorm=_has_batchnorm(scenario) if per_example else None,
         dimensions=None if size is None else channels * size * size,
