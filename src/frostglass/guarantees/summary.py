@@ -123,7 +123,7 @@ def epsilons(setting: Setting) -> dict[str, float]:
         found["zCDP"] = conversions.zcdp_epsilon(conversions.zcdp_rho(mu), s.delta)
     rdp = _accounted(s, "rdp")
     if math.isfinite(rdp):
-        found["RDP, by quadrature" if s.exchanged else "RDP, Opacus"] = rdp
+        found["RDP" if s.exchanged else "RDP, Opacus"] = rdp
     if 0.3 <= s.effective_noise <= 100 and rdp * math.sqrt(s.steps) <= PRV_GRID:
         prv = _accounted(s, "prv")
         if math.isfinite(prv):
