@@ -91,6 +91,9 @@ def test_a_plan(made: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "recorded updates examined" in capsys.readouterr().out
     assert run("audit-updates", plan, "--truth", "digits", "--out", tmp_path / "other") == 2
     assert "--truth goes with updates, not with a plan" in capsys.readouterr().err
+    for option in (("--seed", 5), ("--show-images",)):
+        assert run("audit-updates", plan, *option, "--out", tmp_path / "other") == 2
+        assert f"{option[0]} goes with updates, not with a plan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

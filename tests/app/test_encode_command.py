@@ -50,7 +50,9 @@ def test_from_pictures_to_a_set_that_trains(images, tmp_path, capsys) -> None:
     assert held.classes == 2
     assert held.manifest["private"] == 2
     assert held.manifest["labels"] == "quantised"
-    rows = json.loads((tmp_path / "set.ledger.json").read_text())["images"]
+    owner = json.loads((tmp_path / "set.ledger.json").read_text())
+    assert owner["classes"] == ["cat", "dog"]
+    rows = owner["images"]
     assert {r["name"] for r in rows} >= {"cat/cat0.png", "dog/dog7.png"}
     code, out, _ = call(capsys, "encode", "--verify", out_folder)
     assert code == 0
@@ -97,6 +99,19 @@ def test_bad_input_is_one_sentence_and_writes_nothing(images, tmp_path, capsys, 
     assert sentence in err
     assert "Traceback" not in err
     assert set(tmp_path.iterdir()) == before
+
+
+def test_where_nothing_can_be_written_nothing_is_said_to_be_kept(images, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = call(capsys, "encode", images, tmp_path / "file" / "set", "--size", 16)
+    assert code == 2
+    assert "cannot be written" in err
+    assert "--resume" not in err
+
+
+def test_folders_with_suffixes_in_capitals_are_checked_too(tmp_path, capsys) -> None:
+    torch.save({"rng": torch.get_rng_state()}, tmp_path / "A.PT")
+    assert call(capsys, "check-checkpoint", tmp_path)[0] == 1
 
 
 def test_paths_and_folders_in_the_way(images, tmp_path, capsys) -> None:

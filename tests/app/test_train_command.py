@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from frostglass.app.cli import main
 from frostglass.app.commands.train import load_train_plan
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
+from frostglass.defenses.honesty import PrivacyCaution
 from frostglass.federated import training
 from frostglass.federated.checkpoint_check import check_checkpoint
 from frostglass.federated.feeds import augmented, takes_encodings
@@ -150,6 +152,78 @@ def test_a_killed_encoded_run_goes_on_with_its_exposures_and_new_keys(plan, tmp_
     assert "delete it" in err
 
 
+def coloured(folder: Path, classes: str) -> str:
+    """One subfolder a class, whose images a network tells apart by their colour."""
+    draw = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = draw.integers(0, 60, (8, 8, 3), dtype=np.uint8)
+            pixels[..., "abc".index(name)] += 150
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return f"folder:{folder}"
+
+
+def test_classes_for_testing_go_by_their_names(plan, tmp_path, capsys) -> None:
+    """Without class a among them, b would be taken for a by its place."""
+    train = coloured(tmp_path / "train", "abc")
+    test, strange = coloured(tmp_path / "test", "bc"), coloured(tmp_path / "strange", "b")
+    (tmp_path / "strange" / "b").rename(tmp_path / "strange" / "zebra")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "test" / "b" / "0.png").rename(tmp_path / "flat" / "0.png")
+    plan.write_text(
+        f'name = "c"\n[data]\nsource = "{train}"\ntest = "{test}"\n[model]\noptions = {{ width = 8 }}\n'
+        "[[method]]\nkind = 'plain'\n[training]\nepochs = 12\nbatch = 12\n"
+    )
+    code, _, err = call(capsys, "train", plan, "--out", tmp_path / "run")
+    assert code == 0, err
+    (result,) = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
+    assert result["plain"] > 0.9
+    for override, sentence in ((f"data.test={strange}", "'zebra' is none of"),
+                               (f"data.source=folder:{tmp_path / 'flat'}", "without classes")):  # fmt: skip
+        code, _, err = call(capsys, "train", plan, "--out", tmp_path / "other", "--set", override)
+        assert code == 2
+        assert sentence in err
+
+
+def test_a_resumed_run_with_reuse_says_what_it_makes_anew(plan, tmp_path, capsys, monkeypatch) -> None:
+    plan.write_text(
+        plan.read_text().split("[[method]]")[0]
+        + "[[method]]\nkind='instahide'\nrounds=1\nreuse=true\n[training]\nepochs=3\nbatch=50\n"
+    )
+    out = tmp_path / "cut"
+    kill_after(1, monkeypatch)
+    with pytest.raises(Killed):
+        main(["train", str(plan), "--out", str(out)])
+    monkeypatch.undo()
+    (held,) = (p for p in out.iterdir() if p.is_dir())
+    ledger = (held / training.LEDGER).read_bytes()
+    (held / training.LEDGER).unlink()
+    code, _, err = call(capsys, "train", plan, "--out", out, "--resume")
+    assert code == 2
+    assert "counts the exposure so far" in err
+    (held / training.LEDGER).write_bytes(ledger)
+    with pytest.warns(PrivacyCaution, match="resuming makes new ones"):
+        assert call(capsys, "train", plan, "--out", out, "--resume")[0] == 0
+    assert "rounds of fresh encodings: 1 asked for in a run; 2 were made" in (held / "privacy.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("result.json", '{"method"'), ("result.json", "[]"), ("log.csv", "a,b\n1,2\n")]
+)
+def test_damaged_files_of_a_run_are_named(plan, tmp_path, capsys, monkeypatch, name: str, text: str) -> None:
+    plan.write_text(plan.read_text().split('[[method]]\nkind = "mixup"')[0] + "[training]\nepochs=3\nbatch=50\n")
+    kill_after(1, monkeypatch)
+    with pytest.raises(Killed):
+        main(["train", str(plan), "--out", str(tmp_path / "cut")])
+    monkeypatch.undo()
+    (tmp_path / "cut" / "plain-0" / name).write_text(text)
+    code, _, err = call(capsys, "train", plan, "--out", tmp_path / "cut", "--resume")
+    assert code == 2
+    assert name in err
+    assert "delete" in err
+
+
 def test_cross_dataset_and_reuse(plan, tmp_path, capsys) -> None:
     pool = tmp_path / "pool"
     code, _, err = call(
@@ -208,7 +282,9 @@ def test_bad_plans_are_refused_in_words(plan, tmp_path, capsys, override, senten
     assert code == 2, err
     assert sentence in err
     assert "Traceback" not in err
-    if override != "training.lr=1e30":  # which shows in the first epoch: that run has begun
+    if override == "training.lr=1e30":  # which shows in the first epoch
+        assert not list((tmp_path / "run").rglob("*.*"))
+    else:
         assert not (tmp_path / "run").exists(), "a refused run keeps its folder from the corrected command"
 
 

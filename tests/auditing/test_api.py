@@ -22,6 +22,20 @@ def net() -> nn.Sequential:
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = [0, 1, 2, 0]
+
+
+class InPlace(nn.Module):
+    """Normalises as some do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rest = net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.rest(x.sub_(0.5))
+        return logits
+
+
 QUICK = {"name": "thaw", "steps": 4, "every": 2}
 
 
@@ -127,6 +141,7 @@ def test_a_run_with_other_objects_is_another_run(tmp_path: Path) -> None:
         ({"model": net(), "images": X, "grants": ["lable"]}, "did you mean 'labels'"),
         ({"model": net(), "images": X, "device": "tpu"}, "device: 'tpu'"),
         ({"model": net(), "images": X * 3}, r"in \[0, 1\]"),
+        ({"model": InPlace(), "images": X}, "changes its input in place"),
         ({"plan": "none.toml"}, "none.toml does not exist"),
     ],
 )
@@ -136,6 +151,7 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(
     with pytest.raises(frostglass.BadInput, match=sentence):
         frostglass.audit(**keywords)
     assert list(tmp_path.iterdir()) == []
+    assert float(X.min()) >= 0
 
 
 def test_a_network_in_train_mode_with_dropout_is_audited() -> None:

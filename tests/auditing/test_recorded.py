@@ -15,17 +15,19 @@ from safetensors.torch import load_file, save_file
 
 import frostglass
 from frostglass.auditing import recorded_view
-from frostglass.auditing.plan import DefensePlan
+from frostglass.auditing.plan import DefensePlan, parse_plan
 from frostglass.auditing.plan_checks import make_defense
 from frostglass.auditing.recorded_api import UpdatesRequest, audit_updates, parse_request
 from frostglass.auditing.recorded_choice import PLACEHOLDER, scenario_of, seen_of
 from frostglass.auditing.recorded_claim import Claimed
 from frostglass.auditing.recorded_head import noise_level
 from frostglass.auditing.recorded_plan import UpdatesPlan
+from frostglass.auditing.recorded_pool import _row, headline_of
 from frostglass.auditing.recorded_selection import chosen
-from frostglass.auditing.recorded_table import updates_text
+from frostglass.auditing.recorded_table import cell_words, updates_text
 from frostglass.auditing.recorded_truth import content
 from frostglass.auditing.recorded_view import Recording, load_recording
+from frostglass.auditing.wording import outcome
 from frostglass.core.batch import one_hot
 from frostglass.core.errors import BadInput
 from frostglass.core.threat import Observation
@@ -35,6 +37,7 @@ from frostglass.federated.recording import Received, Recorder
 from frostglass.numerics.local_update import local_update
 from frostglass.vision import networks
 from recorded_scenes import ONE_STEP, Federation, Tiny
+from scenes import small
 
 MLP = {"network": "mlp", "options": {"hidden": [200]}}
 CPU = torch.device("cpu")
@@ -116,6 +119,23 @@ def test_an_mlp_client_is_proved_whole(mlp: Federation) -> None:
     assert "The updates that were sent" in page
     assert "round 1, client c0" in page
     assert "<script" not in page
+
+
+def test_an_attack_that_returns_nothing_has_failed_and_truth_was_given_all_the_same(mlp: Federation) -> None:
+    report = audit_updates(mlp.record, truth=mlp.folder / "TRUTH", known={"rounds": [1]})
+    one, other = report.cells
+    empty = one.model_copy(update={"summary": None, "images": [], "pool": 9, "objective": 1.0})
+    unknown = empty.model_copy(update={"pool": None})
+    assert "returned no image to compare" in cell_words(empty)
+    assert "no truth to score it with" in cell_words(unknown)
+    assert "returned no image" in outcome(empty).sentence
+    plan = parse_plan(small())
+    held = _row(plan, (1, "spear", "none"), [empty, other], 1)
+    assert (held["trials"], held["successes"]) == (2, 1)
+    assert "No truth was given" not in held["text"]
+    card = report.scorecard.model_copy(update={"cells": [empty]})
+    assert "the attacks returned none to compare" in headline_of(card, rows(report))
+    assert "no truth was given" in headline_of(card.model_copy(update={"cells": [unknown]}), rows(report))
 
 
 def test_without_truth_proofs_and_labels_are_told_and_nothing_is_scored(mlp: Federation) -> None:

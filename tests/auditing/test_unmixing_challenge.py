@@ -173,6 +173,11 @@ def test_challenges_that_cannot_be_made_leave_nothing(tmp_path) -> None:
         make_challenge(Settings(images=4, rounds=1), images()[:4], torch.zeros(4).long(), 2, None, tmp_path / "x",
                        tmp_path / "x.opening")  # fmt: skip
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="cannot be written"):
+        make_challenge(Settings(images=4, rounds=1, law=MixLaw(2, 2)), images()[:4], torch.zeros(4).long(), 2, None,
+                       tmp_path / "file" / "c", tmp_path / "x.opening")  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["file"], "its opening holds the images and all keys"
     make(tmp_path)
     with pytest.raises(BadInput, match="is in the way"):
         make(tmp_path)

@@ -223,7 +223,7 @@ def test_a_full_disk_within_safetensors_says_so(tmp_path, monkeypatch) -> None:
         raise SafetensorError(f"Error while serializing: {kind}")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(BadInput, match=r"resume cannot be written \(No space left on device\).*--resume"):
+    with pytest.raises(BadInput, match=r"resume cannot be written \(No space left on device\); make room, or"):
         writer(tmp_path / "set").write()
 
 
@@ -333,6 +333,8 @@ def test_a_tampered_shard_is_named(tmp_path, how) -> None:
 @pytest.mark.parametrize("change", [
     {"format": "other"}, {"version": 2}, {"encodings": 7}, {"shards": "all"}, {"shape": [3]}, {"classes": None},
     {"shards": [{"file": "../../etc/passwd", "rows": N, "sha256": ""}]},
+    {"images": -5}, {"images": "many"}, {"rounds": 0}, {"k": True}, {"mask": "zap"}, {"dtype": "foo"},
+    {"labels": "foo"},
 ])  # fmt: skip
 def test_a_damaged_manifest_is_refused(tmp_path, change) -> None:
     writer(tmp_path / "set").write()

@@ -132,13 +132,14 @@ def test_networks_with_the_names_of_generators_are_not_flagged(tmp_path, old, be
     held = {
         "gan": gan.state_dict(),
         "generator": gan["generator"].state_dict(),
+        "generator_state_dict": gan["generator"].state_dict(),
         "generators": {"a": gan.state_dict(), "lr": 0.1},
         "steps": list(range(5056)),
         "counts": torch.arange(5056),
     } | beside
     torch.save(clean() | held, tmp_path / "x.pt", _use_new_zipfile_serialization=not old)
     assert generator_states(tmp_path / "x.pt") == []
-    weights = {f"gan.{k}": v.contiguous() for k, v in gan.state_dict().items()}
+    weights = {f"generator_state_dict.{k}": v.contiguous() for k, v in gan.state_dict().items()}
     save_file(weights, tmp_path / "y.safetensors")
     assert generator_states(tmp_path / "y.safetensors") == []
     save_file(weights | {"x": torch.stack([torch.get_rng_state()] * 2)}, tmp_path / "z.safetensors")

@@ -201,7 +201,7 @@ def _data(scenario: ScenarioPlan, inputs: Inputs, rng: Rng, *, whole: bool = Fal
 def _given(images: Any, labels: Any) -> datasets.ImageSet:
     """The user's own tensors. Missing labels are zeros here, see `_labelled`."""
     try:
-        x = torch.as_tensor(images).detach().cpu()
+        x = torch.as_tensor(images).detach().cpu().clone()  # the user's stay as they are, whatever a model does
         y = torch.zeros(len(x)) if labels is None else torch.as_tensor(labels).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as wrong:
         raise BadInput(f"images, labels: give tensors ({wrong}).") from None
@@ -271,9 +271,10 @@ def _copied(model: Any) -> nn.Module:
 def _outputs(scenario: ScenarioPlan, model: nn.Module, probe: Tensor) -> int:
     """Number of classes, from a pass in eval mode, which changes no buffer."""
     model.eval()
+    given = probe.clone()
     try:
         with torch.no_grad():
-            out = model(probe)
+            out = model(given)
     except Exception as wrong:
         text = f"{type(wrong).__name__}: {wrong}".splitlines()[0]
         raise BadInput(
@@ -282,6 +283,11 @@ def _outputs(scenario: ScenarioPlan, model: nn.Module, probe: Tensor) -> int:
         ) from wrong
     finally:
         model.train(scenario.model.mode == "train")
+    if not torch.equal(given, probe):  # truth would be scored against what the model made of it
+        raise BadInput(
+            f"{scenario.name}: the model changes its input in place; let its forward make a copy (x = x - mean, not "
+            "x.sub_(mean))."
+        )
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(probe) or out.shape[1] < 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise BadInput(

@@ -34,12 +34,13 @@ def _row(plan: Plan, key: tuple[int, str, str], cells: Sequence[Cell], tests: in
     if game and plan.verdict.event != "identified":  # such an attack draws no picture: what it can do is name one
         plan = plan.model_copy(update={"verdict": plan.verdict.model_copy(update={"event": "identified"})})
     found = [trials_of(plan, c) for c in cells]
-    outcomes = [o for t in found for o in t.outcomes]
+    empty = [c for c in cells if c.summary is None and c.pool is not None]  # nothing that could be right came back
+    outcomes = [o for t in found for o in t.outcomes] + [False] * len(empty)
     invalid = list(dict.fromkeys(x for t in found for x in t.invalid))
     hashes = [i.sha256 for c in cells for i in c.images]
     if len(set(hashes)) < len(hashes):
         invalid.append("The same image is in several messages: trials are not independent.")
-    if any(c.summary is None or any(i.target == "recovered" for i in c.images) for c in cells):
+    if any((c.summary is None and c.pool is None) or any(i.target == "recovered" for i in c.images) for c in cells):
         invalid.append("No truth was given, so that only proved images are known to be right.")
     kappa = max((t.kappa for t in found), default=plan.verdict.chance)
     made = decide(
@@ -76,7 +77,11 @@ def headline_of(card: Scorecard, rows: Sequence[Mapping[str, Any]]) -> str:
     if shown:
         return start + card.headline
     if attacked:
-        return start + "No image was proved, and no truth was given to score the rest: nothing is shown either way."
+        truth = any(c.pool is not None for c in card.cells)
+        rest = (
+            "the attacks returned none to compare with the truth" if truth else "no truth was given to score the rest"
+        )
+        return f"{start}No image was proved, and {rest}: nothing is shown either way."
     known = [r for r in looked if r["labels"] and r["labels"].get("confidence") in ("high", "low")]
     why = list(dict.fromkeys(r["reason"] for r in looked if r["reason"] and r["reason"] != "no attack fits"))
     more = f" (so the first; {len(why) - 1} more below)" if len(why) > 1 else ""

@@ -67,6 +67,8 @@ def cell_words(cell: Cell) -> str:
         return f"failed: {_plain(cell.error or '')}"
     if cell.summary is None:
         objective = "" if cell.objective is None else f", objective {cell.objective:.3g}"
-        return f"done{objective}; no truth to score it with"
+        return f"done{objective}; " + (
+            "no truth to score it with" if cell.pool is None else "it returned no image to compare with the truth"
+        )
     scored = "" if cell.summary.psnr_median is None else f" Median PSNR {number(cell.summary.psnr_median)} dB."
     return outcome(cell).sentence + scored

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from safetensors.torch import load_file
 from torch import Tensor
 
 from frostglass.auditing import wording
@@ -17,6 +16,7 @@ from frostglass.auditing.pictures import film, gallery
 from frostglass.auditing.plots import Rows, by_cell, convergence
 from frostglass.auditing.recorded_words import update_labels
 from frostglass.auditing.scorecard import Cell, ImageScore, Scorecard, load_scorecard
+from frostglass.auditing.store import load_tensors
 from frostglass.core.files import write_text
 from frostglass.core.journal import read_journal
 from frostglass.core.threat import ALWAYS, MEANING, Knows
@@ -32,7 +32,7 @@ def write_report(folder: Path) -> Path:
     """
     scorecard = load_scorecard(folder / "scorecard.json")
     kept = folder / "pictures.safetensors"
-    pictures = load_file(kept) if scorecard.show_images and kept.exists() else None
+    pictures = load_tensors(kept)[0] if scorecard.show_images and kept.exists() else None
     page = folder / "report.html"
     write_text(page, render(scorecard, read_journal(folder / "events.jsonl"), pictures))
     return page

@@ -52,6 +52,7 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad
 
 UNSCORED = "done, with no truth to score it against"
 """Of a recorded message whose private images were not given."""
+UNRETURNED = "done, and returned no image to compare with the truth"
 
 
 def run_plan(
@@ -234,7 +235,8 @@ def _run_cell(
         tell(Event("cell_failed", cell.id, values={"error": done.error}))
     row = cell_row(plan, cell, prepared, done)
     if done.error is None:
-        text = outcome(cell.attack.name, row.summary, row.encoding_summary) if row.summary else UNSCORED
+        unscored = UNSCORED if row.pool is None else UNRETURNED
+        text = outcome(cell.attack.name, row.summary, row.encoding_summary) if row.summary else unscored
         tell(Event("cell_finished", cell.id, values={"outcome": text, "seconds": round(done.seconds, 2)}))
     return row, done
 

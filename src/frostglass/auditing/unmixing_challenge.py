@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,8 +168,13 @@ def make_challenge(
         with written_beside(out / LABELS) as beside, beside.open("wb") as held:
             np.save(held, targets.numpy(), allow_pickle=False)
         write_json(out / ABOUT, about)
-    except OSError as wrong:
-        raise BadInput(f"challenge: {out} or {opening} cannot be written ({wrong.strerror or wrong}).") from None
+    except BaseException as wrong:  # neither was there before: half a challenge helps nobody, and its keys are secret
+        with suppress(OSError):
+            opening.unlink()
+        shutil.rmtree(out, ignore_errors=True)
+        if isinstance(wrong, OSError):
+            raise BadInput(f"challenge: {out} or {opening} cannot be written ({wrong.strerror or wrong}).") from None
+        raise
     return about
 
 

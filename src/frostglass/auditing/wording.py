@@ -154,6 +154,8 @@ def outcome(cell: Cell) -> Outcome:
         word = "skipped" if cell.status == "skipped" else "no score"
         unscored = cell.status == "done" and cell.objective is not None
         why = " No truth was given, and the attack proved nothing by itself." if unscored else ""
+        if unscored and cell.pool is not None:
+            why = " The attack returned no image that could be compared with the truth."
         return Outcome("skipped", word, f"This cell was not scored.{why} It shows nothing in either direction.")
     if cell.summary.asked:
         return _named(cell, cell.summary)

@@ -15,6 +15,10 @@ INFERENCE = (
     "many encodings of one image sent to a server are themselves an attack surface: their mean square already shows it"
 )
 
+RESUMED = (
+    "the encodings that were kept for reuse ended with the run that made them: resuming makes new ones of every image, "
+    "beyond `rounds`; the ledger counts them"
+)
 RANKS = (
     "max_exposure and rounds count the encodings of this process alone, so ranks that share images (a "
     "DistributedSampler over one set) go beyond them together; give each rank its own shard (own_part)"

@@ -92,8 +92,8 @@ class InstaHide(RowEncoder):
             BadInput: at the call: settings or images that cannot be encoded, `rounds` are used up without `reuse`, or
                 with `reuse` another set than the one whose encodings are kept.
         """
-        if batch_size < 1:
-            raise BadInput(f"batch_size: {batch_size} must be at least 1.")
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise BadInput(f"batch_size: {batch_size!r} must be a whole number from 1.")
         number = self.epochs
         again = self.rounds is not None and number >= self.rounds
         if again and not (self.reuse and self._kept):
@@ -162,8 +162,8 @@ class InstaHide(RowEncoder):
             BadInput: no partners, or `min_private` cannot be reached.
         """
         check_images(x, "x")
-        if n < 1:
-            raise BadInput(f"n: {n} must be at least 1.")
+        if not isinstance(n, int | np.integer) or n < 1:
+            raise BadInput(f"n: {n!r} must be a whole number from 1.")
         if partners is None and self.public is None:
             raise BadInput("partners: without a public pool, give the images to mix with (e.g. the training set).")
         law = MixLaw(self.law.k, 1, self.law.c1, 0.0, self.law.law, min_private)
@@ -258,6 +258,9 @@ class InstaHide(RowEncoder):
             cost = self.cost()
             lines += [] if cost is None else cost.lines()
         rounds = "a fresh one every epoch, which is what breaks InstaHide" if self.rounds is None else str(self.rounds)
+        made = 0 if self.ledger is None or not len(self.ledger) else int(self.ledger.first.max())
+        if self.rounds is not None and made > self.rounds:
+            rounds += f" asked for in a run; {made} were made, as each resumption makes its own"
         lines.append(f"rounds of fresh encodings: {rounds}")
         lines += [f"caution: {text}" for text in self.cautions]
         return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -78,7 +79,9 @@ def images_and_labels(train_set: Any) -> tuple[Images, Any]:
         return pair[0], pair[1]
     try:
         items = [train_set[i] for i in range(len(train_set))]
-        return torch.stack([torch.as_tensor(image) for image, _ in items]), [int(label) for _, label in items]
+        return torch.stack([torch.as_tensor(image) for image, _ in items]), [
+            operator.index(label) for _, label in items
+        ]
     except (TypeError, ValueError, RuntimeError) as problem:
         raise BadInput(f"train_set: give (images, labels) or a data set of (image tensor, label); {problem}.") from None
 
@@ -178,6 +181,8 @@ def _class_indices(
         plain = targets.detach().cpu()
         targets = (plain.double() if plain.is_floating_point() else plain).numpy()
     values = np.array(targets)  # a copy: what was checked here must stay so, the compiled code trusts it
+    if values.ndim == 2 and values.shape[1] == 1 and classes not in (None, 1):
+        raise BadInput(f"targets: shape {values.shape}; give class indices as [N] (targets.squeeze(1)).")
     if values.ndim == 2:
         hard = ((values == 0) | (values == 1)).all() and (values.sum(1) == 1).all()
         if not hard:
@@ -192,6 +197,8 @@ def _class_indices(
         raise BadInput(
             f"targets: shape {values.shape}, {values.dtype}; give class indices [N] or one-hot rows [N, classes]."
         )
+    if classes is not None and (not isinstance(classes, int | np.integer) or isinstance(classes, bool)):
+        raise BadInput(f"num_classes: {classes!r} is no whole number.")
     if classes is None:
         raise BadInput("num_classes: missing; class indices alone do not say how many classes there are.")
     if len(values) and not (int(values.min()) >= 0 and int(values.max()) < classes):

@@ -24,7 +24,9 @@ from frostglass.federated.twister import TORCH_BYTES, twister_in
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".npz", ".safetensors")
 
-_NAMES = re.compile(r"(^|[._/ ])(\w*(rng|random|generator)_?states?\w*|mt19937|philox\w*)($|[._/ ])", re.IGNORECASE)
+_NAMES = re.compile(
+    r"(^|[._/ ])(\w*(rng|random|generator)_?states?(?!_?dict)\w*|mt19937|philox\w*)($|[._/ ])", re.IGNORECASE
+)
 # Parts of networks have such names too (a GAN's generator): there numbers and bytes are suspect, weights are not.
 _DOUBTFUL = re.compile(r"(^|[._/ ])(\w*rng\w*|generators?)($|[._/ ])", re.IGNORECASE)
 _BARE = re.compile(r"\w*_?rng", re.IGNORECASE)
@@ -59,7 +61,7 @@ def check_checkpoint(path: Path) -> list[Finding]:
         BadInput: missing, or no checkpoint.
     """
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in ENDINGS)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in ENDINGS)
         if not files:
             raise BadInput(f"check-checkpoint: {path} holds no file ending in {', '.join(ENDINGS)}.")
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from frostglass.core.errors import BadInput
@@ -16,14 +17,21 @@ def images_of(data: DataPlan, seed: int) -> tuple[ByteImages, ByteImages]:
     """(train, test); a fifth of the source is held out, by the seed, where the plan names no other source.
 
     Raises:
-        BadInput: images that cannot be read, are too few, or differ in size.
+        BadInput: images that cannot be read, are too few, differ in size, or have no classes, or classes for testing
+            that are not trained on.
     """
     held = load_bytes(data.source, size=data.size, channels=data.channels, limit=data.limit)
+    if held.made_up and data.source.startswith("folder:"):
+        raise BadInput(
+            f"data.source: {data.source!r} is one folder without classes; sort its images into one subfolder for each."
+        )
     if data.test is not None:
         size, channels = held.images.shape[-1], held.images.shape[1]
         test = load_bytes(data.test, size=data.size and size, channels=channels, limit=data.test_limit)
         if test.images.shape[1:] != held.images.shape[1:]:
             raise BadInput("data.test: its images differ in size from those of data.source; set data.size.")
+        if held.words and test.words:
+            return held, _numbered_as(held, test)
         classes = max(held.classes, test.classes)
         return replace(held, classes=classes), replace(test, classes=classes)
     order = Rng.from_seed(seed, "split").permutation(len(held))
@@ -36,3 +44,15 @@ def images_of(data: DataPlan, seed: int) -> tuple[ByteImages, ByteImages]:
         return replace(held, images=held.images[rows], labels=held.labels[rows], names=names)
 
     return part(order[cut:]), part(order[:cut][: data.test_limit])
+
+
+def _numbered_as(held: ByteImages, test: ByteImages) -> ByteImages:
+    """`test` with the class numbers of `held`: a subfolder means the same class in both, whatever others there are."""
+    strange = [word for word in test.words if word not in held.words]
+    if strange:
+        raise BadInput(
+            f"data.test: class {strange[0]!r} is none of those of data.source ({', '.join(held.words[:5])}"
+            f"{', ...' if len(held.words) > 5 else ''}); name the subfolders alike."
+        )
+    numbers = torch.tensor([held.words.index(word) for word in test.words])
+    return replace(test, labels=numbers[test.labels], classes=held.classes, words=held.words)

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from frostglass.core.errors import BadInput
 from frostglass.core.files import write_json, write_text, written_beside
 from frostglass.core.randomness import Rng
+from frostglass.defenses.honesty import RESUMED, caution
 from frostglass.defenses.sets.owner import Progress, load_progress
 from frostglass.federated.feeds import EncodedFeed, Feed, feed_of, takes_encodings
 from frostglass.federated.train_plan import MethodPlan, TrainingPlan, TrainPlan
@@ -77,8 +79,7 @@ class Run:
             BadInput: settings that cannot be met, or a checkpoint of another run.
         """
         if resume and (self.folder / RESULT).exists():
-            held: dict[str, Any] = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
-            return held
+            return self._result_before()
         self.rng = Rng.from_seed(self.seed, "training")
         self.feed: Feed = feed_of(self.train, self.method, self.plan.training, self.rng, self.device)
         self.model = self._network()
@@ -86,16 +87,28 @@ class Run:
         self.optimizer = torch.optim.SGD(self.model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay)
         start = self._resume() if resume else 0
         rows = self._rows_before(start)
-        writer = _tensorboard(self.folder)
-        for epoch in range(start, t.epochs):
-            row = self._epoch(epoch)
-            rows.append(row)
-            self._log(rows)
-            self._save(epoch + 1)
-            for name, value in row.items():
-                if writer is not None and name != "epoch":
-                    writer.add_scalar(name, float(value), epoch + 1)
+        with ExitStack() as open_files:
+            writer = None
+            for epoch in range(start, t.epochs):
+                row = self._epoch(epoch)
+                rows.append(row)
+                self._log(rows)
+                self._save(epoch + 1)
+                writer = writer or _tensorboard(self.folder, open_files)  # a first epoch that fails leaves no file
+                for name, value in row.items():
+                    if writer is not None and name != "epoch":
+                        writer.add_scalar(name, float(value), epoch + 1)
         return self._end(rows)
+
+    def _result_before(self) -> dict[str, Any]:
+        path = self.folder / RESULT
+        try:
+            held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if not {"method", "seed", "plain", "encoded", "encodings_per_image"} <= set(held):
+                raise ValueError("what a result holds is missing")
+        except (OSError, ValueError, TypeError) as wrong:
+            raise BadInput(f"--resume: {path} cannot be used ({wrong}); delete its folder to start anew.") from None
+        return held
 
     def _network(self) -> nn.Module:
         _, channels, _, size = self.train.images.shape
@@ -174,9 +187,12 @@ class Run:
         path = self.folder / LOG
         if start == 0 or not path.exists():
             return []
-        with path.open(newline="", encoding="utf-8") as held:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(held)]
-        return [row | {"epoch": int(row["epoch"])} for row in rows if row["epoch"] <= start]
+        try:
+            with path.open(newline="", encoding="utf-8") as held:
+                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(held)]
+            return [row | {"epoch": int(row["epoch"])} for row in rows if row["epoch"] <= start]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as wrong:
+            raise BadInput(f"--resume: {path} cannot be used ({wrong!r}); delete it to go on without it.") from None
 
     def _save(self, epochs: int) -> None:
         """Weights, buffers, momentum and the number of epochs: no generator state and no key."""
@@ -211,8 +227,14 @@ class Run:
         encoder = self.feed.encoder
         if encoder is not None:
             encoder.epochs = 0 if encoder.reuse else done  # kept encodings are gone: new ones are made and counted
-            if (self.folder / LEDGER).exists():
-                self._recount(load_progress(self.folder / LEDGER))
+            if encoder.reuse:
+                caution([RESUMED])
+            if not (self.folder / LEDGER).exists():
+                raise BadInput(
+                    f"--resume: {self.folder / LEDGER} is missing, which counts the exposure so far; bring it back, or "
+                    "start anew in an empty folder."
+                )
+            self._recount(load_progress(self.folder / LEDGER))
         return done
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
@@ -253,10 +275,12 @@ class Run:
         return result
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, open_files: ExitStack) -> Any:
     """A writer if TensorBoard is installed, else None; the CSV log is written either way."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except (ImportError, RuntimeError):  # its own imports fail where torchvision does not fit torch
         return None
-    return SummaryWriter(str(folder))
+    writer = SummaryWriter(str(folder))
+    open_files.callback(writer.close)
+    return writer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal, NoReturn, TypeAlias
 
 import numpy as np
@@ -57,8 +58,13 @@ class MixLaw:
             raise BadInput(f"private: {p} private images among k = {k} is not possible; give 1 <= private <= k.")
         if k > MOST:
             raise BadInput(f"k: {k} images in one encoding are more than the {MOST} that can be mixed; lower k.")
-        found = []
-        if not 1 / k <= self.c1 <= 1:
+        names = {"c1": self.c1, "c2": self.c2, "min_private": self.first}
+        found = [f"{name}: {v!r} is no number." for name, v in names.items() if not isinstance(v, Real)]
+        if found:
+            raise BadInput(found)
+        if k == 1 and self.c1 < 1:
+            found.append(f"c1: {self.c1} cannot be kept by the only coefficient of k = 1; set c1 = 1, or raise k.")
+        elif not 1 / k <= self.c1 <= 1:
             found.append(f"c1: {self.c1} is outside [1/k, 1] = [{1 / k:.4g}, 1]; {k} coefficients sum to 1.")
         if not 0 <= self.c2 <= 1:
             found.append(f"c2: {self.c2} is not a share; give a number in [0, 1].")

@@ -31,6 +31,7 @@ class ByteImages:
         classes: how many outputs a model for these labels needs.
         notes: sentences on what was converted or made up.
         skipped: a sentence for each image that could not be used and was left out.
+        words: what the classes are called, in their order; empty where nobody says.
     """
 
     images: UInt8[Tensor, "n c h w"]
@@ -39,9 +40,15 @@ class ByteImages:
     classes: int
     notes: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def made_up(self) -> bool:
+        """Whether the labels stand for nothing."""
+        return any("labels are arbitrary" in note for note in self.notes)
 
 
 def load_bytes(
@@ -97,6 +104,7 @@ def load_bytes(
         found.classes,
         (*found.notes, *_sentences(seen, len(images))),
         tuple(skipped),
+        tuple(found.words),
     )
 
 

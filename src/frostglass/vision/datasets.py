@@ -61,6 +61,7 @@ class Catalogue:
         classes: outputs that a model for these labels needs.
         read: decodes the pictures of these rows, one after the other, in the order asked.
         notes: sentences for `ImageSet.notes`.
+        words: what the classes are called, in their order; empty where nobody says.
     """
 
     names: Sequence[str]
@@ -68,6 +69,7 @@ class Catalogue:
     classes: int
     read: Callable[[Sequence[int]], Iterable[Picture]]
     notes: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
 
 DATASETS: Registry[Catalogue] = Registry("dataset", "frostglass.vision")

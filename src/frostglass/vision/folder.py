@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from frostglass.core.errors import BadInput
@@ -42,7 +43,8 @@ def _classes(root: Path, below: Sequence[Path], ignored: int) -> Catalogue:
     images: list[Path] = []
     labels: list[int] = []
     notes: list[str] = []
-    passed = deeper = classes = 0
+    words: list[str] = []
+    passed = deeper = 0
     visited = {parent.resolve() for parent in (root, *root.resolve().parents)}
     for sub in below:
         real = sub.resolve()
@@ -54,8 +56,8 @@ def _classes(root: Path, below: Sequence[Path], ignored: int) -> Catalogue:
         ignored, deeper = ignored + others, deeper + len(folders)
         if files:
             images += files
-            labels += [classes] * len(files)
-            classes += 1
+            labels += [len(words)] * len(files)
+            words.append(sub.name)
         else:
             passed += 1
     if not images:
@@ -67,7 +69,8 @@ def _classes(root: Path, below: Sequence[Path], ignored: int) -> Catalogue:
         notes.append(f"{_number(passed, 'subfolder')} ignored: without images, or a link to one already read.")
     if deeper:
         notes.append(f"{_number(deeper, 'folder')} below the class folders ignored.")
-    return _catalogue(images, labels, classes, root, notes, ignored)
+    found = _catalogue(images, labels, len(words), root, notes, ignored)
+    return replace(found, words=tuple(shown(Path(word)) for word in words))
 
 
 def _catalogue(

@@ -46,7 +46,7 @@ LOCAL = ("mode", "lr", "local_steps", "epochs", "minibatch", "optimizer", "momen
 @click.option("--grant", "grants", multiple=True, help="Knowledge beyond such a server's: an upper bound.")
 @click.option("--defense", metavar="NAME[:KEY=VALUE,...]", help="That the clients are said to apply.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of a plan.")
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", type=int, help="Of everything random.  [default: 0]")
 @click.option("--show-images", is_flag=True, help="Put private images into the report.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
 @click.option("--gate", is_flag=True, help="Exit by verdict: 0 BOUNDED, 10 VIOLATED, 11 INCONCLUSIVE, 12 BROKEN CLAIM.")
@@ -88,9 +88,10 @@ def _request(sources: Sequence[Path], overrides: Sequence[str], options: dict[st
     from frostglass.auditing.recorded_api import load_request, parse_request
 
     if len(sources) == 1 and sources[0].suffix == ".toml":
-        beside = [k for k, v in options.items() if k not in ("seed", "show_images") and v not in (None, (), False)]
+        beside = [k for k, v in options.items() if v not in (None, (), False)]
         if beside:
-            name = beside[0].replace("_", "-").removesuffix("s")
+            name = beside[0].replace("_", "-")
+            name = name if name == "show-images" else name.removesuffix("s")
             raise BadInput(f"audit-updates: --{name} goes with updates, not with a plan; write it there, or use --set.")
         return load_request(sources[0], overrides)
     if overrides:
@@ -113,7 +114,7 @@ def _request(sources: Sequence[Path], overrides: Sequence[str], options: dict[st
     table |= {name: str(path) for name, path in zip(names, sources, strict=bool(sources))}
     values = {
         "name": sources[0].resolve().name if len(sources) == 1 else "recorded updates",
-        "seed": options["seed"],
+        "seed": options["seed"] or 0,
         "updates": table,
         "report": {"show_images": options["show_images"]},
     }

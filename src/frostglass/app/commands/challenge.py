@@ -20,7 +20,9 @@ def command() -> None:
 @click.argument("images")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--public", type=click.Path(path_type=Path), help="Folder of a pool (`frostglass public-pool`).")
-@click.option("--private-images", default=100, show_default=True, help="Images to encode, drawn from IMAGES.")
+@click.option(
+    "--private-images", default=100, show_default=True, help="Images to encode, drawn from the first 20,000 of IMAGES."
+)
 @click.option("--rounds", default=50, show_default=True, help="Encodings with each image first.")
 @click.option("--k", default=6, show_default=True, help="Images in one encoding.")
 @click.option("--private", default=2, show_default=True, help="Private ones among them.")
@@ -67,6 +69,8 @@ def make(images: str, out: Path, public: Path | None, opening: Path | None, as_j
         raise BadInput(f"--size: {options['size']} pixels a side are not possible; give 4 to 4096.")
     channels = int(options["channels"]) if options["channels"] else None
     held = load_bytes(source_of(images), size=options["size"], channels=channels, limit=20_000)
+    for sentence in held.notes:
+        click.echo(sentence, err=True)
     seed = settings.seed
     rows = (OsKey().rng() if seed is None else Rng.from_seed(seed, "challenge")).at("images").permutation(len(held))
     pool = open_pool(public, options["size"]) if public else None

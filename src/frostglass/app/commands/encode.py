@@ -121,7 +121,8 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
             source, size=settings["size"], channels=channels, on_error=settings["on_error"],
             tick=lambda n: bar.update(n - bar.n),
         )  # fmt: skip
-    for sentence in (*held.notes, *(f"skipped: {s}" for s in held.skipped)):
+    notes = [n for n in held.notes if settings["labels"] is None or "labels are arbitrary" not in n]
+    for sentence in (*notes, *(f"skipped: {s}" for s in held.skipped)):
         click.echo(sentence, err=True)
     labels, classes, class_names = _labels(settings["labels"], images, held)
     with warnings.catch_warnings():
@@ -163,12 +164,12 @@ def _labels(given: str | None, images: str, held: Any) -> tuple[Any, int, list[s
         return [0] * len(held), 1, None
     if given is not None:
         return read_labels(Path(given), held.names)
-    if any("labels are arbitrary" in note for note in held.notes):
+    if held.made_up:
         raise BadInput(
             f"labels: {images} is one folder without classes; give --labels FILE.csv (file name, label), --labels "
             "none, or sort the images into one subfolder for each class."
         )
-    return held.labels, held.classes, None
+    return held.labels, held.classes, list(held.words) or None
 
 
 def read_labels(path: Path, names: Sequence[str]) -> tuple[list[int], int, list[str] | None]:

@@ -14,6 +14,11 @@ FORMAT, VERSION, MANIFEST = "frostglass encoded set", 1, "manifest.json"
 _NEEDED: dict[str, type] = {
     "encodings": int, "shape": list, "dtype": str, "classes": int, "labels": str, "shards": list, "warning": str,
 }  # fmt: skip
+_COUNTS = {"classes": 1, "encodings": 1, "images": 1, "public_images": 0, "k": 1, "private": 1, "rounds": 1}
+_CHOICES = {
+    "mask": ("sign", "abs", "none"), "labels": ("exact", "quantised", "renormalised", "none"),
+    "dtype": ("float32", "bfloat16"),
+}  # fmt: skip
 
 
 def shard_name(number: int) -> str:
@@ -47,10 +52,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if held.get("version") != VERSION:
         raise BadInput(f"encoded set: {path} is of version {held.get('version')!r}; this library reads {VERSION}.")
     wrong_keys = [key for key, kind in _NEEDED.items() if not isinstance(held.get(key), kind)]
+    wrong_keys += [key for key, least in _COUNTS.items() if key in held and not _counts(held[key], least)]
+    wrong_keys += [key for key, known in _CHOICES.items() if key in held and held[key] not in known]
     if wrong_keys or not _whole(held):
         named = ", ".join(wrong_keys) or "shards"
         raise BadInput(f"encoded set: {path} is damaged (at {named}); copy the set anew.")
     return held
+
+
+def _counts(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _whole(held: dict[str, Any]) -> bool:

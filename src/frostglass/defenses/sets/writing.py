@@ -136,7 +136,12 @@ class SetWriter:
                 self._shards(prior, progress, tick)
                 return self._end(prior, progress)
         except _NotWritten as wrong:
-            raise BadInput(str(wrong)) from None
+            path, reason, fix = wrong.args
+            if self.state.exists():
+                fix = f"what is finished is kept: {fix} and go on with --resume"
+            elif "another" not in fix:
+                fix += ", or name another place"
+            raise BadInput(f"encode: {path} cannot be written ({reason}); {fix}.") from None
 
     def _finished(self, resume: bool) -> dict[str, Any] | None:
         """The manifest, if a kill came between the renaming of the whole set and the clearing up."""
@@ -293,7 +298,7 @@ class SetWriter:
 
 
 class _NotWritten(Exception):
-    """A sentence on the file that could not be written; work that is finished stays."""
+    """(file that could not be written, why, what to do); work that is finished stays."""
 
 
 @contextmanager
@@ -305,9 +310,7 @@ def _written(path: Path, fix: str = "make room") -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as wrong:
         reason = getattr(wrong, "strerror", None) or _reason(str(wrong))
-        raise _NotWritten(
-            f"encode: {path} cannot be written ({reason}); what is finished is kept: {fix} and go on with --resume."
-        ) from None
+        raise _NotWritten(path, reason, fix) from None
 
 
 def _reason(text: str) -> str:
