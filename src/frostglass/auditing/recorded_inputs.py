@@ -178,7 +178,7 @@ def _of_states(plan: UpdatesPlan) -> Source:
     """One client whose states before and after are known."""
     assert plan.before is not None
     assert plan.after is not None
-    before, after = read_weights(plan.before), read_weights(plan.after)
+    before, after = read_weights(plan.before, "before"), read_weights(plan.after, "after")
     strange = [n for n in after if n not in before]
     if strange:
         raise BadInput(f"after: {strange[0]!r} is not in {plan.before}; give two states of one network.")
@@ -204,7 +204,7 @@ def _of_states(plan: UpdatesPlan) -> Source:
 def _of_gradients(plan: UpdatesPlan) -> Source:
     assert plan.gradients is not None
     assert plan.weights is not None
-    gradients, weights = read_weights(plan.gradients), read_weights(plan.weights)
+    gradients, weights = read_weights(plan.gradients, "gradients"), read_weights(plan.weights)
     header = Header(
         number=1, round=0, client=Path(plan.gradients).stem, kind="gradient", examples=plan.examples,
         defence=_declared(plan),

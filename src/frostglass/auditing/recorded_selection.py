@@ -36,7 +36,7 @@ def chosen(recording: Recording) -> tuple[list[Sent], dict[int, str]]:
     wanted = plan.rounds or sorted({rounds[0], rounds[len(rounds) // 2], rounds[-1]}) if rounds else []
     absent = [r for r in plan.rounds if r not in rounds]
     if absent:
-        raise BadInput(f"updates.rounds: {absent[0]} is not kept in the record; there are {_listed(rounds)}.")
+        raise BadInput(f"updates.rounds: {absent[0]} is not kept in the record, which holds rounds {_listed(rounds)}.")
     in_rounds = {r: [u for u in kept if u.header.round == r] for r in wanted}
     for one in kept:
         if one.header.round not in in_rounds:
@@ -64,7 +64,9 @@ def unreadable(recording: Recording, sent: Sent) -> str:
         return str(wrong).removeprefix(f"{sent.title}: ").rstrip(".")
     fitting = {n: p for n, p in model.named_parameters() if n in held.update}
     if not fitting:
-        first = next(iter(held.update), "nothing")
+        if not held.update:
+            return "no tensor is in it"
+        first = next(iter(held.update))
         return f"no parameter of {recording.network.name} is in it, but {first!r}; is it of another network?"
     wrong_shape = [n for n, p in fitting.items() if held.update[n].shape != p.shape]
     if wrong_shape:

@@ -81,22 +81,26 @@ def save_weights(model: nn.Module, path: str | Path) -> Path:
     return path
 
 
-def read_weights(path: str | Path) -> Mapping[str, Tensor]:
+def read_weights(path: str | Path, field: str = "weights") -> Mapping[str, Tensor]:
     """Tensors by name in a .safetensors, .pt or .pth file, without prefixes of wrappers; nothing in it is run.
+
+    Args:
+        path: of the file.
+        field: what the file was given as, for messages.
 
     Raises:
         BadInput: a file that is missing, unreadable or of another kind.
     """
-    return unwrapped(_read(Path(path)))[0]
+    return unwrapped(_read(Path(path), field))[0]
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read(path: Path, field: str = "weights") -> Mapping[str, Tensor]:
     if not path.exists():
-        raise BadInput(f"weights: file {path} does not exist; correct the path.")
+        raise BadInput(f"{field}: file {path} does not exist; correct the path.")
     if not path.is_file():
-        raise BadInput(f"weights: {path} is not a file; give a .safetensors, .pt or .pth file.")
+        raise BadInput(f"{field}: {path} is not a file; give a .safetensors, .pt or .pth file.")
     if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise BadInput(f"weights: {path} must be a .safetensors, .pt or .pth file; convert or rename it.")
+        raise BadInput(f"{field}: {path} must be a .safetensors, .pt or .pth file; convert or rename it.")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -105,24 +109,24 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BadInput(
-            f"weights: {path} is damaged or holds Python objects beside tensors, which are never run; "
+            f"{field}: {path} is damaged or holds Python objects beside tensors, which are never run; "
             "save a state dict, best as .safetensors."
         ) from None
     except OSError as problem:
-        raise BadInput(f"weights: {path} cannot be read ({problem.strerror or problem}); check the file.") from None
+        raise BadInput(f"{field}: {path} cannot be read ({problem.strerror or problem}); check the file.") from None
     except Exception as problem:  # SafetensorError, and whatever damaged bytes drive torch.load into
         line = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise BadInput(f"weights: {path} is damaged or of another format ({line}); replace it.") from None
-    return _state_dict(content, path)
+        raise BadInput(f"{field}: {path} is damaged or of another format ({line}); replace it.") from None
+    return _state_dict(content, path, field)
 
 
-def _state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
+def _state_dict(content: Any, path: Path, field: str) -> Mapping[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
-        raise BadInput(f"weights: {path} holds no state dict (tensors by name); save model.state_dict().")
+        raise BadInput(f"{field}: {path} holds no state dict (tensors by name); save model.state_dict().")
     return content
 
 
