@@ -103,7 +103,7 @@ def test_a_plan(made: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["nowhere"], "no record of updates"),
         (["a.pt", "b.pt", "c.pt"], "3 sources"),
         (["RECORD", "--lr", "0.1"], "a record says what the clients did"),
-        (["RECORD", "--attack", "pel"], "not a known attack"),
+        (["RECORD", "--attack", "pel"], "not a known attack; did you mean 'peel'"),
         (["RECORD", "--round", "7"], "7 is not kept"),
         (["RECORD", "--client", "9"], "'9' is not in the record; there are c0, c1."),
         (["RECORD", "--set", "a=1"], "--set overrides a plan"),

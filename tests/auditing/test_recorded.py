@@ -27,6 +27,7 @@ from frostglass.auditing.recorded_selection import chosen
 from frostglass.auditing.recorded_table import cell_words, updates_text
 from frostglass.auditing.recorded_truth import content
 from frostglass.auditing.recorded_view import Recording, load_recording
+from frostglass.auditing.report import write_report
 from frostglass.auditing.wording import outcome
 from frostglass.core.batch import one_hot
 from frostglass.core.errors import BadInput
@@ -154,6 +155,9 @@ def test_without_truth_proofs_and_labels_are_told_and_nothing_is_scored(mlp: Fed
     page = report.html.read_text(encoding="utf-8")
     assert "there is no truth to put beside it" in page
     assert "0 of 4 private images" not in page
+    (report.folder / "pictures.safetensors").write_bytes(b"junk")
+    with pytest.raises(BadInput, match="pictures.safetensors: cannot be read"):
+        write_report(report.folder)
 
 
 def test_an_attack_sees_the_same_whether_truth_is_given_or_not(mlp: Federation, tmp_path: Path) -> None:

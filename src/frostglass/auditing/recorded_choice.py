@@ -28,7 +28,7 @@ from frostglass.auditing.recorded_inputs import Sent
 from frostglass.auditing.recorded_plan import RecordedPlan, UpdatesPlan
 from frostglass.auditing.recorded_selection import chosen, unreadable
 from frostglass.auditing.recorded_view import Recording, known, mode_of, one_step, prepare_scenario
-from frostglass.core.errors import BadInput
+from frostglass.core.errors import BadInput, close_match
 from frostglass.core.threat import Knows, Observation
 
 LEAST_CANDIDATES = 5
@@ -229,7 +229,7 @@ def seen_of(recording: Recording, scenario: RecordedScenario, seed: int, device:
 
 def _refusals(entry: Named, seen: Observation, grants: set[str]) -> list[str]:
     if entry.name not in ATTACKS:
-        return [f"{entry.name!r} is not a known attack; `frostglass list attacks` names all."]
+        return [f"{entry.name!r} is not a known attack; {close_match(entry.name, ATTACKS.names())}."]
     wrong = ATTACKS[entry.name].problems(entry.settings, "attack")
     if wrong:
         return wrong
