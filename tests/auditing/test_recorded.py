@@ -156,7 +156,7 @@ def test_without_truth_proofs_and_labels_are_told_and_nothing_is_scored(mlp: Fed
     assert "there is no truth to put beside it" in page
     assert "0 of 4 private images" not in page
     (report.folder / "pictures.safetensors").write_bytes(b"junk")
-    with pytest.raises(BadInput, match="pictures.safetensors: cannot be read"):
+    with pytest.raises(BadInput, match=r"pictures\.safetensors: cannot be read"):
         write_report(report.folder)
 
 
