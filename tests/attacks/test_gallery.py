@@ -197,9 +197,8 @@ def test_sums_of_clients_are_attacked_where_they_add_up_and_refused_elsewhere() 
     for name, sent in told.seen.gradients.items():
         assert torch.equal(sent, equal.seen.gradients[name])
     ratios = [evidence_of(played.seen, RUN).scores(slice(0, 20), 20) for played in (told, equal)]
-    torch.testing.assert_close(
-        ratios[0], ratios[1], rtol=1e-5, atol=1e-6
-    )  # the sum is the same, however it was divided
+    # The sum is the same, however it was divided.
+    torch.testing.assert_close(ratios[0], ratios[1], rtol=1e-5, atol=1e-6)
     plan = plan_of({"name": "sign"}, **sums)
     threat = plan.threat.model_copy(update={"grants": [*plan.threat.grants, "cohort"]})
     (played, _) = rounds(plan.model_copy(update={"threat": threat}))

@@ -46,8 +46,8 @@ def test_one_step_is_that_of_the_closed_form(sigma: float, q: float) -> None:
 @pytest.mark.parametrize(("sigma", "q"), PAIRS)
 def test_the_privacy_loss_has_the_distribution_of_drawn_ones(sigma: float, q: float) -> None:
     made = np.random.default_rng(0)
-    x = sigma * made.normal(size=200_000) + (made.random(200_000) < q)
-    losses = np.array([loss(v, sigma, q) for v in x[:20_000]])
+    x = sigma * made.normal(size=20_000) + (made.random(20_000) < q)
+    losses = np.array([loss(v, sigma, q) for v in x])
     levels = np.quantile(losses, [0.01, 0.2, 0.5, 0.8, 0.99])
     assert _Exchange(sigma, q).cdf(levels) == pytest.approx([0.01, 0.2, 0.5, 0.8, 0.99], abs=0.012)
     # E_P[(P/Q)^2] is the divergence of order 3, E_P of e^(2 loss)

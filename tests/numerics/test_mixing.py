@@ -326,7 +326,7 @@ def test_rounding_of_whole_rows_is_that_of_torch(source) -> None:
 def test_ties_of_whole_rows_go_to_even() -> None:
     """1 + n 2^-8 lies between two bfloat16: up to the even one, whichever that is, on both sides of zero."""
     d = 8 * LINE
-    pixels = torch.arange(d).remainder(257).float() / 256  # scale 2, shift -1, weight .5: pixel - 1 ... 0
+    pixels = torch.arange(d).remainder(257).float() / 256
     ties = (1 + torch.arange(d).remainder(255) / 256).view(1, d)
     keys = KeyRows(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), stream().bytes(d // 8).reshape(1, -1))
     images = torch.where(torch.arange(d) % 2 == 0, (ties + 1) / 2, pixels)  # 2 x - 1 gives the ties exactly

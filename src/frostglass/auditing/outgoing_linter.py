@@ -34,7 +34,6 @@ def _facts(part: Defense, outgoing: Outgoing) -> Facts:
 
     per_example = part.gradient is not None
     update, private = outgoing.update, outgoing.private
-    rate = update.plan.sampling_rate(update.examples) if per_example else 1.0
     c, h, w = private.image_shape
     return Facts(
         framework="Frostglass",
@@ -51,8 +50,7 @@ def _facts(part: Defense, outgoing: Outgoing) -> Facts:
         noise_std=number("std"),
         uncovered=("labels",) if part.encodes else (),
         steps=update.plan.steps_for(update.examples) if per_example and update.plan.kind == "delta" else 1,
-        sampling="poisson" if rate < 1 else None,
-        rate=rate if rate < 1 else None,
+        rate=update.plan.sampling_rate(update.examples) if per_example else 1.0,
         accounted=True,
         batchnorm=bool(bn_layers(outgoing.model)) if per_example else None,
         dimensions=c * h * w,

@@ -4,8 +4,8 @@ A step holds the unit with probability q. With x along the direction in which th
 
     P = (1 - q) N(0, sigma^2) + q N(1, sigma^2)  against  Q = (1 - q) N(0, sigma^2) + q N(-1, sigma^2)
 
-(Schuchardt et al. 2024), a pair that is its own mirror image. The pair of half the noise, which is right without
-sampling, dominates this one nowhere near tightly, and not at all levels.
+(Schuchardt et al. 2024), a pair that is its own mirror image. Half the noise, which is exact without sampling, gives an
+epsilon far above this one, and in the one direction that `rero` takes it is no bound.
 """
 
 from __future__ import annotations

@@ -134,9 +134,7 @@ def epsilons(setting: Setting) -> dict[str, float]:
 def _accounted(s: Setting, accountant: Accountant) -> float:
     """epsilon; infinite where the arithmetic overflows."""
     if s.exchanged:
-        return exchanged_epsilon(
-            s.noise_multiplier, steps=s.steps, rate=s.rate, delta=s.delta, accountant=accountant
-        )  # fmt: skip
+        return exchanged_epsilon(s.noise_multiplier, steps=s.steps, rate=s.rate, delta=s.delta, accountant=accountant)
     try:
         return accounted_epsilon(s.effective_noise, steps=s.steps, rate=s.rate, delta=s.delta, accountant=accountant)
     except OverflowError:

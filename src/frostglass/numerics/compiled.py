@@ -143,6 +143,17 @@ def fastest(function: Callable[..., Any]) -> Callable[..., Any]:
     return kernel(function) or function
 
 
+def bfloat() -> Any:
+    """LLVM's type of bfloat16, which llvmlite has no name for."""
+    from llvmlite import ir
+
+    class BFloat(ir.Type):  # type: ignore[misc, unused-ignore]
+        def _to_string(self) -> str:
+            return "bfloat"
+
+    return BFloat()
+
+
 def rounds_in_hardware() -> bool:
     """Whether this processor rounds to bfloat16 by itself and numba's compiler knows how to say so."""
     from llvmlite import binding
@@ -184,14 +195,10 @@ def _teach() -> None:
 
     moved, moved_on = moving(False), moving(True)
 
-    class BFloat(ir.Type):  # type: ignore[misc, unused-ignore]
-        def _to_string(self) -> str:
-            return "bfloat"
-
     @intrinsic  # type: ignore[misc, unused-ignore]
     def by_instruction(typing: Any, number: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            return builder.bitcast(builder.fptrunc(given[0], BFloat()), ir.IntType(16))
+            return builder.bitcast(builder.fptrunc(given[0], bfloat()), ir.IntType(16))
 
         return types.uint16(types.float32), generate
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from frostglass.numerics.compiled import as_it_is, rounds_in_hardware, stored, taught
+from frostglass.numerics.compiled import as_it_is, bfloat, rounds_in_hardware, stored, taught
 
 # ruff: noqa: ARG001 - numba goes by the names of arguments, whether they are used or not
 
@@ -133,11 +133,7 @@ class _Vectors:
         self.byte, self.word, self.number, self.real = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
         self.vector, self.constant, self.undefined = ir.VectorType, ir.Constant, ir.Undefined
 
-        class BFloat(ir.Type):  # type: ignore[misc, unused-ignore]
-            def _to_string(self) -> str:
-                return "bfloat"
-
-        self.bfloat = BFloat()
+        self.bfloat = bfloat()
 
     def mixed(self, kinds: Any, row: Any, plane: Any, i: Any, at: Any, out: Any) -> Any:
         """The pixels from `at` on, in order, as `out` holds them."""
@@ -224,7 +220,6 @@ class _Vectors:
         upper = self.picked(b.bitcast(b.lshr(x, by), words), b.bitcast(y, words), pairs)
         lower = self.picked(b.bitcast(x, words), b.bitcast(b.shl(y, by), words), pairs)
         less = b.and_(b.not_(upper), self.all_of(self.word, LANES, 1))  # a half is not enough for an even number
-        left = b.select(
-            b.icmp_unsigned("<", lower, less), self.all_of(self.word, LANES, 0), b.sub(lower, less)
-        )  # one instruction
+        none = self.all_of(self.word, LANES, 0)
+        left = b.select(b.icmp_unsigned("<", lower, less), none, b.sub(lower, less))  # one instruction
         return b.add(upper, b.lshr(left, self.all_of(self.word, LANES, 15)))

@@ -20,6 +20,10 @@ OnError = Literal["stop", "skip"]
 _CHUNK = 256  # rows asked for at a time: a Parquet source reads its row groups once
 
 
+ARBITRARY = "labels are arbitrary"
+"""What the note of a source says whose labels stand for nothing."""
+
+
 @dataclass(frozen=True)
 class ByteImages:
     """Labelled images in memory, 8 bits a channel.
@@ -48,7 +52,7 @@ class ByteImages:
     @property
     def made_up(self) -> bool:
         """Whether the labels stand for nothing."""
-        return any("labels are arbitrary" in note for note in self.notes)
+        return any(ARBITRARY in note for note in self.notes)
 
 
 def load_bytes(

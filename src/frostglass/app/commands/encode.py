@@ -105,7 +105,7 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
     from frostglass.defenses.honesty import PrivacyCaution
     from frostglass.defenses.public_pool import open_pool
     from frostglass.defenses.sets.writing import SetWriter
-    from frostglass.vision.byte_images import load_bytes
+    from frostglass.vision.byte_images import ARBITRARY, load_bytes
     from frostglass.vision.datasets import count
 
     if out.exists() and not resume:
@@ -121,7 +121,7 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
             source, size=settings["size"], channels=channels, on_error=settings["on_error"],
             tick=lambda n: bar.update(n - bar.n),
         )  # fmt: skip
-    notes = [n for n in held.notes if settings["labels"] is None or "labels are arbitrary" not in n]
+    notes = [n for n in held.notes if settings["labels"] is None or ARBITRARY not in n]
     for sentence in (*notes, *(f"skipped: {s}" for s in held.skipped)):
         click.echo(sentence, err=True)
     labels, classes, class_names = _labels(settings["labels"], images, held)

@@ -154,9 +154,8 @@ class Images:
         s, mechanism = self.setting, self.setting.mechanism
         assert mechanism is not None
         assert mechanism.clip is not None
-        total = (
-            s.count if mechanism.divisor is None else mechanism.divisor * s.gallery.clients
-        )  # a secure sum is a mean
+        # A secure sum arrives as the mean of its clients' messages.
+        total = s.count if mechanism.divisor is None else mechanism.divisor * s.gallery.clients
         rest = {n: total * v for n, v in s.observed.items()}
         for x, y in zip(s.gallery.other_images, s.gallery.other_targets, strict=True):
             own = clipped(local_update(s.model, x[None], y[None], s.plan).gradients, mechanism.clip)

@@ -80,6 +80,7 @@ def _facts(scenario: ScenarioPlan, part: Defense, claim: ClaimPlan | None) -> Fa
     plan = local_plan(client, scenario.model.mode)
     steps = plan.steps_for(client.batch) if client.update == "delta" and per_example else 1
     rate = plan.sampling_rate(client.batch) if per_example else 1.0
+    releases = (claim.releases if claim else None) or 1
     size, channels = scenario.data.size, scenario.data.channels or 3
     return Facts(
         framework="Frostglass",
@@ -97,9 +98,8 @@ def _facts(scenario: ScenarioPlan, part: Defense, claim: ClaimPlan | None) -> Fa
         uncovered=("labels",) if part.encodes else (),
         claim_unit=claim.unit if claim else None,
         claimed_multiplier=claim.noise_multiplier if claim else None,
-        steps=steps * (claim.releases or 1 if claim else 1),
-        sampling="poisson" if rate < 1 else None,
-        rate=rate if rate < 1 else None,
+        steps=steps * releases,
+        rate=rate,
         accounted=True,
         batchnorm=_has_batchnorm(scenario) if per_example else None,
         dimensions=None if size is None else channels * size * size,
