@@ -154,6 +154,23 @@ def test_reading_and_choosing_happen_before_the_seal_is_opened(tmp_path: Path, m
     assert order == ["save", "open"] * 2
 
 
+def test_a_second_process_does_not_touch_a_run_that_is_going_on(tmp_path: Path, attack: Any) -> None:
+    met: list[bool] = []
+
+    def second(seen: Any, run: Any) -> None:
+        mine = tmp_path / "a" / ".scorecard.json.x.part"
+        mine.touch()
+        with pytest.raises(BadInput, match="another process is at work"):
+            go(plan, tmp_path / "a", resume=True)
+        met.append(mine.exists())
+
+    attack("meanwhile", second)
+    plan = small({"name": "meanwhile"})
+    assert go(plan, tmp_path / "a").cells[0].error is None
+    assert met == [True, True]
+    go(plan, tmp_path / "a", resume=True)
+
+
 BROKEN: list[tuple[Any, str]] = [
     (AttackFailed("custom: broke"), "custom: broke"),
     (RuntimeError("shapes\nmore"), "RuntimeError: shapes"),

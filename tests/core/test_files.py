@@ -14,7 +14,7 @@ import torch
 
 from frostglass.core.errors import BadInput
 from frostglass.core.events import Event, broadcast, silent
-from frostglass.core.files import placed, source_placed, write_json, write_text, written_beside
+from frostglass.core.files import alone_in, claimed, placed, source_placed, write_json, write_text, written_beside
 from frostglass.core.journal import Journal, json_ready, read_journal
 
 KILLED = """
@@ -52,6 +52,56 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old"
     left = [p.name for p in tmp_path.iterdir() if p != path]
     assert all(name.startswith(".a.txt.") and name.endswith(".part") for name in left)
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from frostglass.core.files import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_that_ends_however_it_does(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                             env=os.environ | {"PYTHONPATH": source()})  # fmt: skip
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BadInput, match="--out: another process is at work in"), alone_in(tmp_path):
+            pass
+        with pytest.raises(BadInput, match="another process"), claimed(tmp_path, "plan.toml", "mine"):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    assert list(tmp_path.iterdir()) == []
+    with alone_in(tmp_path):
+        pass
+
+
+def refused(out: Path, leaves: str) -> None:
+    with claimed(out, "plan.toml", "mine"):
+        (out / "empty").mkdir()
+        if leaves:
+            (out / leaves).touch()
+        raise BadInput("wrong.")
+
+
+def test_what_a_refused_run_wrote_is_taken_back_and_what_was_there_stays(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="wrong"):
+        refused(tmp_path / "new" / "run", "")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run" / "pool").mkdir(parents=True)
+    (tmp_path / "run" / "pool" / "pixels").touch()
+    with pytest.raises(BadInput, match="wrong"):
+        refused(tmp_path / "run", "")
+    assert [p.name for p in (tmp_path / "run").rglob("*")] == ["pool", "pixels"]
+    with pytest.raises(BadInput, match="wrong"):
+        refused(tmp_path / "run", "result")
+    assert (tmp_path / "run" / "plan.toml").read_text() == "mine", "what was begun can be resumed"
 
 
 def source() -> str:

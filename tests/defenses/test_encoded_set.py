@@ -150,6 +150,41 @@ def test_a_killed_encoding_goes_on_with_new_keys(tmp_path, monkeypatch, half) ->
     assert first == [2] * N
 
 
+def test_two_processes_do_not_write_one_set(tmp_path) -> None:
+    refused = []
+
+    def second(_: int) -> None:
+        for resume in (False, True):
+            with pytest.raises(BadInput, match="another process is at work"):
+                writer(tmp_path / "set").write(resume=resume)
+            refused.append(resume)
+
+    writer(tmp_path / "set").write(tick=second)
+    assert refused[:2] == [False, True]
+    assert problems_of(tmp_path / "set", read_manifest(tmp_path / "set")) == []
+
+
+@pytest.mark.parametrize("limit", [None, 6])
+def test_sets_that_are_written_at_the_same_time_are_counted_in_one_ledger(tmp_path, limit) -> None:
+    ledger, four = tmp_path / "ledger.json", 4  # images, each of them in each of four encodings
+
+    def second(rows: int) -> None:
+        if not ledger.exists():
+            writer(tmp_path / "other", four, ledger=ledger, max_exposure=limit).write()
+
+    first = writer(tmp_path / "set", four, ledger=ledger, max_exposure=limit)
+    if limit is None:
+        first.write(tick=second)
+    else:  # either alone keeps to it, both together do not
+        with pytest.raises(BadInput, match="max_exposure"):
+            first.write(tick=second)
+    held = json.loads(ledger.read_text())
+    sets = 1 if limit else 2
+    assert (tmp_path / "set").exists() == (limit is None)
+    assert len(held["sets"]) == sets
+    assert {row["first"] + row["partner"] for row in held["images"]} == {four * sets}
+
+
 def test_an_insecure_set_is_marked_and_resuming_does_not_repeat_its_keys(tmp_path, monkeypatch) -> None:
     killed_after(1, monkeypatch)
     with pytest.raises(Killed):

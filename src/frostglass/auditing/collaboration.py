@@ -18,7 +18,7 @@ from frostglass.auditing.collaboration_report import RESULTS, write_collaboratio
 from frostglass.auditing.recorded_api import audit_updates
 from frostglass.auditing.rows import environment_of
 from frostglass.core.errors import BadInput
-from frostglass.core.files import write_json, write_text
+from frostglass.core.files import claimed, write_json, write_text
 from frostglass.core.randomness import Rng
 from frostglass.defenses.public_pool import POOL as POOL_FILE
 from frostglass.defenses.public_pool import PoolSettings, make_pool
@@ -51,7 +51,11 @@ def run_collaboration(plan: CollaborationPlan, out: Path, *, tell: Tell, resume:
     import frostglass.federated.flower  # noqa: F401 - says in one sentence what is missing
 
     _claim(plan, out, resume)
-    texts = _texts(plan, out)
+    with claimed(out, PLAN, plan.to_toml()):  # at once, so that `resume` can go on from there
+        return _compared(plan, out, _texts(plan, out), tell)
+
+
+def _compared(plan: CollaborationPlan, out: Path, texts: dict[tuple[str, int], str], tell: Tell) -> dict[str, Any]:
     methods = []
     for method in plan.method:
         runs = [_trained(texts[method.name, s], _folder(out, method, s), tell) for s in plan.seeds]
@@ -79,10 +83,9 @@ def _claim(plan: CollaborationPlan, out: Path, resume: bool) -> None:
 def _texts(plan: CollaborationPlan, out: Path) -> dict[tuple[str, int], str]:
     """The plan of each method and seed; all of them are built once before anything is trained.
 
-    The whole plan is written first, so that `--resume` goes on from there; what a refused one left is taken away again.
+    Of a refused one the pool that was cut for it goes again.
     """
-    new, cut, anew = not out.exists(), not (out / POOL).exists(), not (out / PLAN).exists()
-    write_text(out / PLAN, plan.to_toml())
+    cut = not (out / POOL).exists()
     try:
         texts = {(m.name, s): _text(plan, m, s, out) for m in plan.method for s in plan.seeds}
         for text in texts.values():
@@ -90,10 +93,6 @@ def _texts(plan: CollaborationPlan, out: Path) -> dict[tuple[str, int], str]:
     except BadInput:
         if cut:
             shutil.rmtree(out / POOL, ignore_errors=True)
-        if anew:
-            (out / PLAN).unlink(missing_ok=True)
-        if new and out.exists() and not any(out.iterdir()):
-            out.rmdir()
         raise
     return texts
 

@@ -84,9 +84,8 @@ def run_plan(
         BadInput: the plan cannot be run; nothing has been written then.
         RankLost: another rank is gone; the folder holds what is needed to go on with `resume`.
     """
-    folder = RunFolder(out)
-    ranks.from_first(lambda: folder.check(plan.digest(), resume=resume), world, "the start")
-    with _deterministic():
+    with RunFolder(out) as folder, _deterministic():
+        ranks.from_first(lambda: folder.check(plan.digest(), resume=resume), world, "the start")
         given = ranks.on_all(lambda: with_recording(plan, inputs), world, "the start")
         prepared = ranks.on_all(lambda: _prepare_all(plan, device, given, debug), world, "the start")
         data = ranks.same_on_all(_data_digest(prepared), world, "images, labels and weights")

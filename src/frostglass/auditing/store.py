@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frostglass.core.errors import BadInput
-from frostglass.core.files import write_json, write_text, written_beside
+from frostglass.core.files import alone_in, write_json, write_text, written_beside
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.state import pack, unpack
 
@@ -73,7 +74,7 @@ def _left_over(path: Path) -> bool:
 
 
 class RunFolder:
-    """Where a run lives.
+    """Where a run lives; as a context, what `open` has taken is free again behind it.
 
     Args:
         path: the folder.
@@ -81,6 +82,13 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
     def check(self, plan_sha256: str, *, resume: bool) -> None:
         """Before any compute, and without touching anything: may this plan be run here?
@@ -101,7 +109,7 @@ class RunFolder:
             raise BadInput(f"--out: {self.path} already holds this run; add --resume or choose another folder.")
 
     def open(self, plan_toml: str, plan_sha256: str, data_sha256: str, *, resume: bool) -> None:
-        """Creates the folder, or goes on in it.
+        """Creates the folder, or goes on in it; no other process may until this context ends.
 
         Args:
             plan_toml: the resolved plan.
@@ -110,7 +118,8 @@ class RunFolder:
             resume: the folder may hold this run.
 
         Raises:
-            BadInput: as `check`; its run began with other images, labels or weights; it cannot be written.
+            BadInput: as `check`; its run began with other images, labels or weights; it cannot be written; another
+                process is at work in it.
         """
         self.check(plan_sha256, resume=resume)
         held = self._mark()
@@ -121,6 +130,7 @@ class RunFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(alone_in(self.path))
             for stray in filter(_left_over, list(self.path.rglob(".*.part"))):
                 stray.unlink(missing_ok=True)
             write_json(self.path / MARK, {"plan_sha256": plan_sha256, "data_sha256": data_sha256})

@@ -96,34 +96,34 @@ def run_unmix(
         BadInput: the plan cannot be run; nothing has been written then.
     """
     given = given or Given()
-    folder = RunFolder(out)
-    folder.check(plan.digest(), resume=resume)
-    encoded, view = _seen(plan, given)
-    truth = _truth(plan, encoded, view, given)
-    if truth is not None:
-        asked = ReportPlan(metrics=plan.report.metrics, threshold=plan.report.threshold)
-        wrong = unfit(asked, torch.zeros(1, *encoded.shape), view.seen.model)
-        if wrong:
-            raise BadInput(wrong)
-    ready, skipped = _applicable(plan, view)
-    folder.open(plan.to_toml(), plan.digest(), encoded.digest + view.digest, resume=resume)
-    tell = broadcast(Journal(out / "events.jsonl"), emit)
-    tell(Event("run_started", plan.name, values={"cells": len(ready)}))
-    cells = list(skipped)
-    found: dict[str, Tensor] = {}
-    shown: dict[str, Tensor] = {}
-    for key, entry, attack in ready:
-        cell, result, pictures = _run_one(plan, view, encoded, truth, (key, entry, attack), folder, device, tell)
-        cells.append(cell)
-        if result is not None:
-            found[key] = result
-            shown |= pictures
-    cells.sort(key=lambda c: c.id)
-    guess = None if truth is None else score_of_guess(truth, plan.report.metrics, plan.report.threshold)
-    card = make_card(plan, encoded, view, cells, device, scored=truth is not None, guess=guess)
-    write_all(plan, out, encoded, card, found, shown)
-    tell(Event("run_finished", plan.name, values={"headline": card.headline, "failed": len(card.failed)}))
-    return UnmixReport(card, out, found)
+    with RunFolder(out) as folder:
+        folder.check(plan.digest(), resume=resume)
+        encoded, view = _seen(plan, given)
+        truth = _truth(plan, encoded, view, given)
+        if truth is not None:
+            asked = ReportPlan(metrics=plan.report.metrics, threshold=plan.report.threshold)
+            wrong = unfit(asked, torch.zeros(1, *encoded.shape), view.seen.model)
+            if wrong:
+                raise BadInput(wrong)
+        ready, skipped = _applicable(plan, view)
+        folder.open(plan.to_toml(), plan.digest(), encoded.digest + view.digest, resume=resume)
+        tell = broadcast(Journal(out / "events.jsonl"), emit)
+        tell(Event("run_started", plan.name, values={"cells": len(ready)}))
+        cells = list(skipped)
+        found: dict[str, Tensor] = {}
+        shown: dict[str, Tensor] = {}
+        for key, entry, attack in ready:
+            cell, result, pictures = _run_one(plan, view, encoded, truth, (key, entry, attack), folder, device, tell)
+            cells.append(cell)
+            if result is not None:
+                found[key] = result
+                shown |= pictures
+        cells.sort(key=lambda c: c.id)
+        guess = None if truth is None else score_of_guess(truth, plan.report.metrics, plan.report.threshold)
+        card = make_card(plan, encoded, view, cells, device, scored=truth is not None, guess=guess)
+        write_all(plan, out, encoded, card, found, shown)
+        tell(Event("run_finished", plan.name, values={"headline": card.headline, "failed": len(card.failed)}))
+        return UnmixReport(card, out, found)
 
 
 def _seen(plan: UnmixPlan, given: Given) -> tuple[EncodedSet, View]:

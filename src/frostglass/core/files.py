@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,6 +13,46 @@ from pathlib import Path
 from typing import Any
 
 from frostglass.core.errors import BadInput
+
+try:
+    import fcntl
+except ImportError:  # Windows has none; there two processes in one folder go unnoticed
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def alone_in(folder: Path, option: str = "--out") -> Iterator[None]:
+    """Holds a folder that exists, so that no second process resumes or clears up what the first still writes.
+
+    The system frees it with the process, however that ends, and nothing is left in a folder that will be shared: a
+    lock on the folder itself is no file.
+
+    Args:
+        folder: to hold.
+        option: by which the user named it.
+
+    Raises:
+        BadInput: it is held.
+    """
+    handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if handle is not None:
+            _lock(handle, folder, option)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(handle: int, folder: Path, option: str) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as wrong:
+        if wrong.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise BadInput(
+                f"{option}: another process is at work in {folder}; wait until it has ended, or choose another folder."
+            ) from None
+        # some network file systems lock no folders; a run there is not to fail for it
 
 
 @contextmanager
@@ -63,19 +104,30 @@ def claimed(folder: Path, name: str, text: str) -> Iterator[None]:
     """Writes the file `name` into `folder`, and takes it back if the block is refused before anything else lies there.
 
     So a run that ends in `BadInput` before it began leaves its folder as it was, and the corrected command may use it.
-    A file that was there already (a run that is resumed) stays.
+    A file that was there already (a run that is resumed) stays. The folder is held meanwhile.
+
+    Raises:
+        BadInput: another process holds it (`alone_in`).
     """
     own = folder / name
-    anew = not own.exists()
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    write_text(own, text)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder), _taken_back(own, made):
+        write_text(own, text)
+        yield
+
+
+@contextmanager
+def _taken_back(own: Path, made: list[Path]) -> Iterator[None]:
+    folder = own.parent
+    before = set(folder.rglob("*"))
     try:
         yield
     except BadInput:
-        inside = sorted(folder.rglob("*"), reverse=True)  # what is deeper comes first
-        if anew and all(place == own or place.is_dir() for place in inside):
+        new = sorted(set(folder.rglob("*")) - before, reverse=True)  # what is deeper comes first
+        if own in new and all(place == own or place.is_dir() for place in new):
             own.unlink()
-            for place in (*(p for p in inside if p != own), *made):
+            for place in (*(p for p in new if p != own), *made):
                 place.rmdir()
         raise
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from frostglass.core.errors import BadInput
-from frostglass.core.files import write_json, written_beside
+from frostglass.core.files import alone_in, write_json, written_beside
 from frostglass.core.randomness import Insecure
 from frostglass.defenses.cost import cost_of
 from frostglass.defenses.instahide import InstaHide
@@ -122,19 +122,20 @@ class SetWriter:
 
         Raises:
             BadInput: `out` exists, an interrupted encoding is there and `resume` is off, other images or settings,
-                `max_exposure` reached (then nothing is kept), or the disk cannot be written.
+                `max_exposure` reached (then nothing is kept), another process is writing this set, or the disk cannot
+                be written.
         """
         prior = load_counts(self.ledger, self.digest, len(self.data))
         finished = self._finished(resume)
         if finished is not None:
             return finished
         try:
-            with _written(self.out):  # unless a step within names another file
-                progress = self._begin(resume)
+            with _written(self.out), ExitStack() as held:  # unless a step within names another file
+                progress = self._begin(resume, held)
                 prior = prior.without(progress)
                 tick(sum(s["rows"] for s in progress.shards))
                 self._shards(prior, progress, tick)
-                return self._end(prior, progress)
+                return self._end(self._others(prior, progress), progress)
         except _NotWritten as wrong:
             path, reason, fix = wrong.args
             if self.state.exists():
@@ -156,14 +157,18 @@ class SetWriter:
         self._discard()
         return manifest
 
-    def _begin(self, resume: bool) -> Progress:
+    def _begin(self, resume: bool, held: ExitStack) -> Progress:
+        """How far the set has come; its folder is ours until `held` ends."""
         settings = self._settings()
+        if self.staging.is_dir():
+            held.enter_context(alone_in(self.staging, "encode"))
         if not self.state.exists():
             shutil.rmtree(self.staging, ignore_errors=True)
             zeros = torch.zeros(len(self.data), dtype=torch.int64)
             progress = Progress(settings, zeros, zeros.clone(), name=os.urandom(16).hex())
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.staging.mkdir(mode=0o700)
+            held.enter_context(alone_in(self.staging, "encode"))
             with _written(self.state):
                 progress.save(self.state)
             return progress
@@ -243,6 +248,18 @@ class SetWriter:
             tensors["targets"] = made.targets.cpu().contiguous()
         with _written(path), written_beside(path) as beside:
             save_file(tensors, beside, metadata={"format": "pt"})
+
+    def _others(self, prior: Counts, progress: Progress) -> Counts:
+        """`prior` with the sets of these images that were finished meanwhile, which count against the limit too."""
+        ledger = self.encoder.ledger
+        assert ledger is not None
+        now = load_counts(self.ledger, self.digest, len(self.data)).without(progress)
+        try:
+            ledger.count_earlier(now.first - prior.first, now.partner - prior.partner)
+        except BadInput:
+            self._discard()
+            raise
+        return now
 
     def _end(self, prior: Counts, progress: Progress) -> dict[str, Any]:
         self.encoder.forget()
