@@ -30,7 +30,7 @@ from frostglass.numerics.key_rows import (
     draw_partner_permutations,
 )
 from frostglass.numerics.keystream import Keystream, Secret
-from frostglass.numerics.mixing_lanes import LANES, LINE
+from frostglass.numerics.mixing_lanes import GRID, LANES, LINE
 
 PATHS = ("torch", "fused")
 SIZES = [1, 7, 8 * LANES - 9, 8 * LANES, 8 * LANES + 8, 8 * LINE, 8 * LINE + 8, 8 * (LINE + 2 * LANES) + 3, 16 * LINE]
@@ -85,8 +85,9 @@ def test_bounds_hold_exactly(k: int, private: int, c1: float, c2: float, law: st
     assert rows.shape == (50, k)
     assert rows.dtype == np.float32
     assert rows.max() <= c1
-    assert (rows > 0).all()
-    assert rows.sum(1) == pytest.approx(np.ones(50), abs=1e-5)
+    assert (rows >= 0).all()
+    assert np.array_equal(rows * GRID, np.rint(rows * GRID))
+    assert (rows.sum(1) == 1).all()
     if private < k:
         assert (rows[:, :private].sum(1, dtype=np.float64) >= c2).all()
 
@@ -109,6 +110,22 @@ def test_bounds_hold_exactly(k: int, private: int, c1: float, c2: float, law: st
 def test_impossible_laws_are_refused_beforehand(law: MixLaw, reason: str) -> None:
     with pytest.raises(BadInput, match=reason):
         law.check()
+
+
+@given(st.integers(1, 9), st.integers(0, 99), st.sampled_from([1e-9, 1.0, 1e9]))
+def test_shares_on_the_grid_sum_to_one_and_are_off_by_less_than_a_step(k: int, seed: int, size: float) -> None:
+    weights = size * np.random.default_rng(seed).random((40, k)) ** 8
+    rows, exact = key_rows.on_grid(weights), weights / weights.sum(1, keepdims=True)
+    assert (rows.sum(1) == 1).all()
+    assert (rows >= 0).all()
+    assert np.array_equal(rows * GRID, np.rint(rows * GRID))
+    assert np.abs(rows - exact).max() < 1.001 / GRID
+
+
+def test_rounding_to_the_grid_favours_no_slot() -> None:
+    weights = np.random.default_rng(0).random((200_000, 5))
+    off = (key_rows.on_grid(weights) - weights / weights.sum(1, keepdims=True)) * GRID
+    assert np.abs(off.mean(0) / (off.std(0) / len(off) ** 0.5)).max() < 4
 
 
 @pytest.mark.parametrize("law", ["folded_normal", "dirichlet"])
@@ -314,13 +331,44 @@ def test_rounding_of_whole_rows_is_that_of_torch(source) -> None:
     """One image at weight 1: what is mixed is every float32 that a pixel can be, at many scales, both signs."""
     d = 8 * LINE
     images = table(64, d, source)
-    scales = torch.rand(64, generator=torch.Generator().manual_seed(0)).numpy()
-    keys = KeyRows(np.arange(64)[:, None], scales[:, None].astype(np.float32), draw_mask(stream(), 64, d))
+    scales = torch.rand(64, generator=torch.Generator().manual_seed(0)).numpy().astype(np.float32)
+    scales = np.rint(scales * GRID) / GRID if source == torch.uint8 else scales
+    keys = KeyRows(np.arange(64)[:, None], scales[:, None], draw_mask(stream(), 64, d))
     exact, half = (
         mixing.mix(images, None, 1, keys, "sign", torch.empty(64, d, dtype=t), "fused")
         for t in (torch.float32, torch.bfloat16)
     )
     assert torch.equal(half, exact.bfloat16())
+
+
+@pytest.mark.parametrize("k", [2, 4, 5, 8])
+def test_bytes_by_other_coefficients_are_left_to_torch(k: int) -> None:
+    """The compiled loops weigh bytes by whole numbers; nothing that they would round is given to them."""
+    private, keys = table(12, 70, torch.uint8), keys_for(5, k, k, 12, 0, 70, 1)
+    moved = keys.coefficients.copy()
+    moved[-1, :2] += np.array([1, -1], np.float32) / (4 * GRID)
+    for wrong in (moved, -keys.coefficients, 2 * keys.coefficients + 1):
+        other = KeyRows(keys.indices, wrong, keys.bits)
+        with pytest.raises(BadInput, match="steps of 2\\^-14"):
+            mixing.mix(private, None, k, other, "sign", torch.empty(5, 70), "fused")
+        floats = private.float() / 255
+        mixing.mix(floats, None, k, other, "sign", torch.empty(5, 70), "fused")
+    other = KeyRows(keys.indices, moved, keys.bits)
+    want = mixing.mix_reference(private, None, k, other, "sign")
+    assert torch.allclose(mixing.mix(private, None, k, other, "sign", torch.empty(5, 70)).double(), want, atol=1e-6)
+
+
+def test_bytes_are_summed_exactly_on_every_path() -> None:
+    """Fused and plain loops round once, torch twice: apart by no more than the last place."""
+    private, keys = table(50, 8 * LINE + 24, torch.uint8), keys_for(64, 6, 6, 50, 0, 8 * LINE + 24, 1)
+    sums = np.einsum(
+        "bk,bkd->bd", keys.coefficients.astype(np.float64), private.numpy()[keys.indices].astype(np.float64)
+    )
+    want = (sums * np.float64(np.float32(1 / 127.5)) - 1).astype(np.float32)
+    got = mixing.mix(private, None, 6, keys, "none", torch.empty(want.shape), "fused").numpy()
+    assert np.array_equal(got, want)
+    by_torch = mixing.mix(private, None, 6, keys, "none", torch.empty(want.shape), "torch").numpy()
+    assert np.abs(by_torch - want).max() <= 2**-23
 
 
 def test_ties_of_whole_rows_go_to_even() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from frostglass.numerics.compiled import as_it_is
-from frostglass.numerics.mixing_lanes import LANES, LINE, mix_lanes, mix_line, mix_pixels
+from frostglass.numerics.mixing_lanes import LANES, LINE, fit, mix_lanes, mix_line, mix_pixels
 
 
 def mix_rows(private, public, inside, indices, coefficients, scale, shift, bits, out, past):  # type: ignore[no-untyped-def]
@@ -21,13 +21,18 @@ def mix_rows(private, public, inside, indices, coefficients, scale, shift, bits,
     Args:
         private, public: [N, d] and [M, d], uint8 or float32, of one type.
         inside: slots 0 .. inside - 1 read `private`, the others `public`.
-        indices, coefficients: [b, k] int64 and float32.
+        indices, coefficients: [b, k] int64 and float32; for bytes multiples of 1 / GRID.
         scale, shift: float32; a pixel p as stored stands for scale p + shift.
         bits: [b, m] keystream for the sign mask; one row of zeros for none (one loop for all masks).
         out: [b, d], uint32 for float32, or uint16 for bfloat16 (rounded to nearest even).
         past: not None to write past the caches (see `mixing_lanes`); then m is a multiple of LANES.
+
+    Returns:
+        False, with nothing written, if the coefficients do not fit.
     """
     b, k = indices.shape
+    if not fit(private, coefficients):
+        return False
     # Fewer than four slots are padded by slot 0 at weight 0.
     j1, j2, j3 = (1 if k > 1 else 0), (2 if k > 2 else 0), (3 if k > 3 else 0)
     t1 = private if j1 < inside else public
@@ -35,20 +40,23 @@ def mix_rows(private, public, inside, indices, coefficients, scale, shift, bits,
     t3 = private if j3 < inside else public
     zero = np.float32(0)
     for r in range(b):
-        w0 = coefficients[r, 0] * scale
-        w1 = coefficients[r, 1] * scale if k > 1 else zero
-        w2 = coefficients[r, 2] * scale if k > 2 else zero
-        w3 = coefficients[r, 3] * scale if k > 3 else zero
+        w0 = coefficients[r, 0]
+        w1 = coefficients[r, 1] if k > 1 else zero
+        w2 = coefficients[r, 2] if k > 2 else zero
+        w3 = coefficients[r, 3] if k > 3 else zero
         now, then = indices[r], indices[min(r + 1, b - 1)]
         sources = (private[now[0]], t1[now[j1]], t2[now[j2]], t3[now[j3]])
         following = (private[then[0]], t1[then[j1]], t2[then[j2]], t3[then[j3]])
         flips = bits[r if len(bits) == b else 0]
-        mix_row((sources, (w0, w1, w2, w3), shift, flips), following, out[r], past)
+        mix_row((sources, (w0, w1, w2, w3), scale, shift, flips), following, out[r], past)
+    return True
 
 
 def mix_more_rows(private, public, inside, indices, coefficients, scale, shift, bits, out, past):  # type: ignore[no-untyped-def]
     """As `mix_rows`, for k = 5 and 6."""
     b, k = indices.shape
+    if not fit(private, coefficients):
+        return False
     j5 = 5 if k > 5 else 0
     t1 = private if inside > 1 else public
     t2 = private if inside > 2 else public
@@ -56,19 +64,22 @@ def mix_more_rows(private, public, inside, indices, coefficients, scale, shift, 
     t4 = private if inside > 4 else public
     t5 = private if j5 < inside else public
     for r in range(b):
-        w0, w1, w2 = coefficients[r, 0] * scale, coefficients[r, 1] * scale, coefficients[r, 2] * scale
-        w3, w4 = coefficients[r, 3] * scale, coefficients[r, 4] * scale
-        w5 = coefficients[r, 5] * scale if k > 5 else np.float32(0)
+        w0, w1, w2 = coefficients[r, 0], coefficients[r, 1], coefficients[r, 2]
+        w3, w4 = coefficients[r, 3], coefficients[r, 4]
+        w5 = coefficients[r, 5] if k > 5 else np.float32(0)
         now, then = indices[r], indices[min(r + 1, b - 1)]
         sources = (private[now[0]], t1[now[1]], t2[now[2]], t3[now[3]], t4[now[4]], t5[now[j5]])
         following = (private[then[0]], t1[then[1]], t2[then[2]], t3[then[3]], t4[then[4]], t5[then[j5]])
         flips = bits[r if len(bits) == b else 0]
-        mix_row((sources, (w0, w1, w2, w3, w4, w5), shift, flips), following, out[r], past)
+        mix_row((sources, (w0, w1, w2, w3, w4, w5), scale, shift, flips), following, out[r], past)
+    return True
 
 
 def mix_most_rows(private, public, inside, indices, coefficients, scale, shift, bits, out, past):  # type: ignore[no-untyped-def]
     """As `mix_rows`, for k >= 7: the slots from the seventh on first, in pairs."""
     b, k = indices.shape
+    if not fit(private, coefficients):
+        return False
     d = private.shape[1]
     t1 = private if inside > 1 else public
     t2 = private if inside > 2 else public
@@ -77,8 +88,8 @@ def mix_most_rows(private, public, inside, indices, coefficients, scale, shift, 
     t5 = private if inside > 5 else public
     start = np.empty(d, np.float32)  # shift, plus all slots but the first six
     for r in range(b):
-        w0, w1, w2 = coefficients[r, 0] * scale, coefficients[r, 1] * scale, coefficients[r, 2] * scale
-        w3, w4, w5 = coefficients[r, 3] * scale, coefficients[r, 4] * scale, coefficients[r, 5] * scale
+        w0, w1, w2 = coefficients[r, 0], coefficients[r, 1], coefficients[r, 2]
+        w3, w4, w5 = coefficients[r, 3], coefficients[r, 4], coefficients[r, 5]
         now, then = indices[r], indices[min(r + 1, b - 1)]
         sources = (private[now[0]], t1[now[1]], t2[now[2]], t3[now[3]], t4[now[4]], t5[now[5]])
         following = (private[then[0]], t1[then[1]], t2[then[2]], t3[then[3]], t4[then[4]], t5[then[5]])
@@ -92,13 +103,14 @@ def mix_most_rows(private, public, inside, indices, coefficients, scale, shift, 
             for i in range(d):
                 before = shift if j == 6 else start[i]
                 start[i] = before + v0 * np.float32(e0[i]) + v1 * np.float32(e1[i])
-        mix_row((sources, (w0, w1, w2, w3, w4, w5), start, flips), following, out[r], past)
+        mix_row((sources, (w0, w1, w2, w3, w4, w5), scale, start, flips), following, out[r], past)
+    return True
 
 
 @as_it_is
 def mix_row(row, following, out, past):  # type: ignore[no-untyped-def]
     """One encoding, [d]; for the arguments see `mixing_lanes`."""
-    d, m = len(out), len(row[3])
+    d, m = len(out), len(row[4])
     if m % LINE == 0 and d == 8 * m:
         plane, i = 0, 0
         for at in range(0, d, LINE):

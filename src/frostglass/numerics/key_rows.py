@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from frostglass.core.errors import BadInput
 from frostglass.numerics.keystream import Keystream
+from frostglass.numerics.mixing_lanes import GRID
 
 Law: TypeAlias = Literal["folded_normal", "dirichlet"]
 
@@ -30,6 +31,8 @@ MOST = 1024
 @dataclass(frozen=True)
 class MixLaw:
     """How coefficients of one encoding are drawn: normalised, then whole rows rejected until both bounds hold.
+
+    They are multiples of 2^-14 (see `on_grid`).
 
     Args:
         k: images in one encoding.
@@ -92,11 +95,23 @@ class MixLaw:
         return ok
 
 
-def _normalised(weights: NDArray[np.float64]) -> NDArray[np.float32]:
-    rows, total = np.empty(weights.shape, np.float32), functools.reduce(np.add, weights.T)
-    for column, weight in zip(rows.T, weights.T, strict=True):
-        np.divide(weight, total, out=column, casting="same_kind")
-    return rows
+def on_grid(weights: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Rows [..., k] of non-negative weights as multiples of 1 / GRID that sum to 1.
+
+    What the shares before a slot and with it come to is rounded, and their difference taken, so that errors do not
+    add up: each is below 1 / GRID, and 0 on average. A share below half of it may become 0.
+    """
+    columns = np.ascontiguousarray(np.moveaxis(weights, -1, 0))  # numpy takes three times as long along short rows
+    scale = GRID / functools.reduce(np.add, columns)
+    reached, before = np.zeros_like(scale), np.zeros_like(scale)
+    shares = np.empty(columns.shape, np.float32)
+    for share, weight in zip(shares, columns, strict=True):
+        reached += weight * scale
+        edge = np.rint(reached)
+        np.subtract(edge, before, out=share, casting="same_kind")
+        before = edge
+    shares /= GRID
+    return np.ascontiguousarray(np.moveaxis(shares, 0, -1))
 
 
 @functools.lru_cache(maxsize=256)
@@ -107,7 +122,7 @@ def acceptance(law: MixLaw) -> float:
         weights = g.standard_gamma([3.0] + [1.0] * (law.k - 1), (n, law.k))
     else:
         weights = np.abs(g.standard_normal((n, law.k)))
-    return float(law.accepts(_normalised(weights)).mean())
+    return float(law.accepts(on_grid(weights)).mean())
 
 
 def _above(law: MixLaw, uniforms: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -130,7 +145,7 @@ def _above(law: MixLaw, uniforms: NDArray[np.float64]) -> NDArray[np.float32]:
     else:
         shortest = f * f + (1 - f) ** 2 / (k - 1)  # squared length, at row_0 = first and the others alike
         keep = uniforms[:, k] <= (shortest / np.square(rows).sum(1)) ** (k / 2)
-    kept = rows[keep].astype(np.float32)
+    kept = on_grid(rows[keep])
     return kept[law.accepts(kept)]
 
 
@@ -162,7 +177,7 @@ def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.
                 weights = np.concatenate([e[:, :3].sum(1, keepdims=True), e[:, 3:]], 1)
             else:
                 weights = np.abs(stream.normals(n * law.k)).reshape(n, law.k)
-            rows = _normalised(weights)
+            rows = on_grid(weights)
             rows = np.compress(law.accepts(rows), rows, 0)  # rows[...] takes seven times as long
         rows = rows[:missing]
         kept.append(rows)

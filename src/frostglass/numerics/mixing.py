@@ -2,7 +2,8 @@
 
     x~ = mask( sum_j lambda_j x_j ),   lambda on the simplex, lambda_j <= c1      (InstaHide: Huang et al. 2020, ICML)
 
-All paths give the same mask bits and values within 1e-5: numba for CPUs (`fused_mixing`), Triton for CUDA
+Coefficients are drawn as multiples of 2^-14 (`key_rows.on_grid`), so that sums over bytes are exact on every path. All
+paths give the same mask bits and values within 1e-5: numba for CPUs (`fused_mixing`), Triton for CUDA
 (`device_mixing`), torch for every device, and a reference in plain loops for tests. The affine map of pixels to [-1, 1]
 is applied after the sum, which is exact because coefficients sum to 1 and all sources share one normalisation.
 """
@@ -10,7 +11,7 @@ is applied after the sum, which is exact because coefficients sum to 1 and all s
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -76,7 +77,8 @@ def mix(
         backend: "auto" is "fused" where that can be had (numba on CPUs, Triton on CUDA), else "torch".
 
     Raises:
-        BadInput: the tables differ in width or dtype, or "fused" was asked for and cannot be had.
+        BadInput: the tables differ in width or dtype, or "fused" was asked for and cannot be had (bytes need
+            coefficients that are multiples of 2^-14).
     """
     if public is not None and (public.shape[1] != private.shape[1] or pixel_type(public) != pixel_type(private)):
         raise BadInput(
@@ -89,14 +91,14 @@ def mix(
         return out.copy_(mix_reference(private, public, inside, keys, mask).view_as(out))
     near = out.device.type == "cpu" and all(_near(table) for table in (private, public))
     exact = out.dtype in (torch.float32, torch.bfloat16)
-    if backend in ("auto", "fused") and exact and near and kernel(mix_rows) is not None:
-        _mix_fused(private, public, inside, keys, mask, out)
-    elif backend in ("auto", "fused") and exact and _plain(private) and device_kernel(out.device):
+    if backend in ("auto", "fused") and exact and near and _mix_fused(private, public, inside, keys, mask, out):
+        return out
+    if backend in ("auto", "fused") and exact and _plain(private) and device_kernel(out.device):
         mix_on_device(private, public, inside, keys, mask, out)
     elif backend == "fused":
         raise BadInput(
-            "backend: 'fused' needs float32 or bfloat16 output, and numba on a CPU or Triton on CUDA; use 'auto' or "
-            "'torch'."
+            "backend: 'fused' needs float32 or bfloat16 output, coefficients in steps of 2^-14 for bytes, and numba on "
+            "a CPU or Triton on CUDA; use 'auto' or 'torch'."
         )
     else:
         out.copy_(mix_torch(private, public, inside, keys, mask, out.device).view_as(out))
@@ -130,13 +132,15 @@ def _mix_fused(
     keys: KeyRows,
     mask: Mask,
     out: Tensor,
-) -> None:
+) -> bool:
+    """False, with nothing written, where numba is not installed or the coefficients do not fit."""
     scale, shift = affine(private.dtype)
     first = _readonly(private)
     d, k = first.shape[1], keys.indices.shape[1]
     whole = out.numpy().view(np.uint32) if out.dtype == torch.float32 else out.view(torch.uint16).numpy()
     past = out.untyped_storage().nbytes() > _CACHE and mask_width(d) % LANES == d % 8 == out.data_ptr() % 64 == 0
-    cast(Any, kernel(mix_rows if k <= 4 else mix_more_rows if k <= 6 else mix_most_rows))(
+    run = kernel(mix_rows if k <= 4 else mix_more_rows if k <= 6 else mix_most_rows)
+    mixed = run is not None and run(
         first,
         first if public is None else _readonly(public),
         inside,
@@ -148,8 +152,9 @@ def _mix_fused(
         whole.reshape(len(whole), d),
         True if past else None,
     )
-    if mask == "abs":
+    if mixed and mask == "abs":
         out.abs_()
+    return bool(mixed)
 
 
 def mix_torch(

@@ -23,6 +23,7 @@ from frostglass.numerics.key_rows import (
     draw_distinct,
     draw_mask,
     mask_width,
+    on_grid,
 )
 from frostglass.numerics.keystream import Secret
 from frostglass.numerics.prng_search import MASS, PARTS, SKIP, Clues, fits
@@ -92,8 +93,7 @@ def _raw_rows(seeds: NDArray[np.int64], law: MixLaw, count: int, rows: int) -> N
         turn = (2.0 * math.pi * _uniform(angle)).astype(np.float32)
         normal = np.sqrt(-2.0 * np.log(_uniform(radius))) * np.cos(turn)
         weights = np.abs(normal).reshape(len(seeds), rows, law.k)
-    made: NDArray[np.float32] = (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
-    return made
+    return on_grid(weights)
 
 
 def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
