@@ -29,6 +29,7 @@ _MASK_BYTES = 1 << 16  # keystream made at a time: it is used up before it leave
 
 
 @functools.lru_cache(maxsize=16)
+@functools.cache
 def encoded_domain(channels: int) -> Domain:
     """[-1, 1] and no further normalisation: the network sees encodings as they are."""
     return Domain(-1.0, 1.0, (0.0,) * channels, (1.0,) * channels)
