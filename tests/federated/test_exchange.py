@@ -65,6 +65,38 @@ def test_no_defence_changes_nothing_and_pruning_leaves_buffers_alone(model: nn.M
     assert all(torch.equal(sparse[n], after[n]) for n in names_of(model).carried)
 
 
+class Shared(nn.Module):
+    """A layer and a normalisation that stand twice, and a weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.again = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64))
+        self.second, self.head = nn.Linear(64, 64), nn.Linear(64, 10)
+        self.second.weight = self.first[0].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.again(self.first(x.flatten(1)).relu()).relu()).relu())
+
+
+def test_what_has_two_names_leaves_under_both_with_one_value() -> None:
+    net = Shared()
+    names = names_of(net)
+    assert names.tied["second.weight"] == names.tied["again.0.weight"] == "first.0.weight"
+    assert {*names.trained, *names.carried, *names.tied} == set(net.state_dict())
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    client, after = trained(net)
+    for two, one in names.tied.items():
+        assert torch.equal(after[two], after[one])
+        assert not torch.equal(after[one], before[one]), one
+    net.load_state_dict(after)
+    assert all(torch.equal(t, after[n]) for n, t in net.state_dict().items()), "the second name undid the training"
+    delta = client.train(before, 1).update.gradients
+    sparse, update = protected(net, before, after, pruning(fraction=0.9), Insecure(0), examples=20, plan=PLAN)
+    assert update.gradients.keys() == delta.keys()
+    assert torch.equal(sparse["second.weight"], sparse["first.0.weight"]), "a second name left undefended"
+    assert torch.equal(sparse["again.1.running_mean"], after["first.1.running_mean"])
+
+
 def test_statistics_are_computed_from_buffers(model: nn.Module) -> None:
     client, after = trained(model)
     held = client.train(model.state_dict(), 1).update.bn

@@ -26,16 +26,23 @@ class Names:
     Args:
         trained: parameters that take part in training.
         carried: everything else: buffers (running statistics, counters) and frozen parameters.
+        tied: further names of the same tensors (shared layers and weights), each with the name that stands above.
     """
 
     trained: tuple[str, ...]
     carried: tuple[str, ...]
+    tied: Mapping[str, str]
 
 
 def names_of(model: nn.Module) -> Names:
     """Of this network."""
     trained = tuple(trainable(model))
-    return Names(trained, tuple(name for name in model.state_dict() if name not in set(trained)))
+    first = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    tied = {n: first[id(t)] for n, t in every if first[id(t)] != n}
+    in_state = tuple(model.state_dict())
+    carried = tuple(n for n in in_state if n not in tied and n not in set(trained))
+    return Names(trained, carried, {n: tied[n] for n in in_state if n in tied})
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -73,9 +80,20 @@ def difference(sent: State, returned: State, trained: tuple[str, ...]) -> dict[s
     return {name: sent[name].detach() - returned[name].detach() for name in trained}
 
 
-def applied(sent: State, delta: Gradients, carried: State) -> dict[str, Tensor]:
-    """The state that a client with this delta returns: W_before - delta, and what it carries along."""
-    return {n: (w - delta[n] if n in delta else carried.get(n, w)).detach().clone() for n, w in sent.items()}
+def applied(sent: State, delta: Gradients, carried: State, tied: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """The state that a client with this delta returns: W_before - delta, and what it carries along.
+
+    Args:
+        sent: what the server sent.
+        delta: W_before - W_after of every trained parameter.
+        carried: entries that were not trained, as they leave; those that are missing leave as they were sent.
+        tied: see `Names`: what has two names leaves under both with one value.
+    """
+    known = {n: n for n in sent} | {n: one for n, one in (tied or {}).items() if n in sent and one in sent}
+    return {
+        n: (sent[one] - delta[one] if one in delta else carried.get(one, sent[one])).detach().clone()
+        for n, one in known.items()
+    }
 
 
 def protected(
@@ -104,7 +122,8 @@ def protected(
     names = names_of(model)
     update = Update(difference(sent, returned, names.trained), {}, examples, replace(plan, kind="delta"))
     update = defense.protect(update, randomness)
-    return applied(sent, update.gradients, {n: returned[n] for n in names.carried if n in returned}), update
+    carried = {n: returned[n] for n in names.carried if n in returned}
+    return applied(sent, update.gradients, carried, names.tied), update
 
 
 def statistics_sent(

@@ -137,7 +137,7 @@ class LocalClient:
         carried = {n: done.buffers.get(n, state[n]) for n in names.carried}
         insecure = self.seed is not None or (self.encoder is not None and self.encoder.insecure)
         return Trained(
-            applied(state, done.update.gradients, carried), done.update, len(self.images), done.loss,
+            applied(state, done.update.gradients, carried, names.tied), done.update, len(self.images), done.loss,
             self._account(done.update), insecure,
         )  # fmt: skip
 

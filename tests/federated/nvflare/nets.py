@@ -25,6 +25,18 @@ class Small(nn.Module):
         return self.body(x)
 
 
+class Tied(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x.flatten(1)).relu()).relu())
+
+
 WHAT: dict[str, Any] = {"network": "nets:Small", "classes": 10, "channels": 1, "size": 8}
 
 

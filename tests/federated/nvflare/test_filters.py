@@ -116,6 +116,25 @@ def test_full_weights_are_defended_as_their_difference(nets: Any) -> None:
         unseen.process(shareable(DataKind.WEIGHTS, after, 1), ctx)
 
 
+@pytest.mark.parametrize("kind", [DataKind.WEIGHT_DIFF, DataKind.WEIGHTS])
+def test_a_weight_under_two_names_is_defended_under_both(nets: Any, kind: str) -> None:
+    filter, ctx = (
+        DefenceFilter("pruning", **{**nets.WHAT, "network": "nets:Tied"}, settings={"fraction": 0.9}),
+        context("s"),
+    )
+    before = {n: t.numpy().copy() for n, t in nets.Tied().state_dict().items()}
+    after = {n: t.numpy().copy() for n, t in nets.Tied().state_dict().items()}
+    tell_sent(filter, ctx, before, 1)
+    given = after if kind == DataKind.WEIGHTS else {n: after[n] - before[n] for n in after}
+    out = passed(filter, shareable(kind, given, 1), ctx)
+    left = out["b.weight"] - (before["b.weight"] if kind == DataKind.WEIGHTS else 0)
+    assert np.array_equal(out["a.weight"], out["b.weight"])
+    assert (left == 0).mean() > 0.8, "the second name left undefended"
+    alone = {n: v for n, v in given.items() if n != "a.weight"}
+    with pytest.raises(BadInput, match=r"'b\.weight'"):
+        filter.process_dxo(DXO(kind, alone), shareable(kind, alone, 1), ctx)
+
+
 @pytest.mark.parametrize("unread", [DataKind.WEIGHT_DIFF, "packed"])
 def test_weights_of_an_earlier_round_are_not_those_of_this_one(nets: Any, unread: str) -> None:
     """A server may send differences, or what another filter has packed: what was sent is then not known."""

@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from frostglass.core.errors import BadInput
+from frostglass.federated.exchange import names_of
 from frostglass.federated.federation import Federation, federation_of
 from frostglass.federated.flower.gate_mod import plan_gate_mod
 from frostglass.federated.flower.memory import keep, restore
@@ -123,7 +124,8 @@ def _trained(message: Message, context: Context, client: LocalClient, buffers: B
         keep(client, context)
     state = dict(done.state)
     if buffers == "keep":
-        state |= {n: t for n, t in sent.items() if n not in done.update.gradients}
+        tied = names_of(client.model).tied
+        state |= {n: t for n, t in sent.items() if tied.get(n, n) not in done.update.gradients}
     return reply_with(message, state, done.examples, _facts(client, done, context))
 
 

@@ -82,11 +82,11 @@ class DefenceFilter(_Base):  # type: ignore[misc]
         Raises:
             BadInput: an entry that is not of the network, or full weights where what was sent is not known.
         """
-        values = tensors_of(dxo)
-        strange = [n for n in values if n not in {*self._names.trained, *self._names.carried}]
+        values, tied = tensors_of(dxo), self._names.tied
+        trained = [n for n in self._names.trained if n in values]
+        strange = [n for n in values if tied.get(n, n) not in {*trained, *self._names.carried}]
         if strange:
             raise BadInput(f"defence {self.defence}: {strange[0]!r} is not of the network, so it would leave as it is.")
-        trained = [n for n in self._names.trained if n in values]
         number = round_of(shareable, self._sent[0] if self._sent else 0)
         if dxo.data_kind == DataKind.WEIGHT_DIFF:
             own = {n: -_at_least_single(values[n]) for n in trained}
@@ -96,7 +96,7 @@ class DefenceFilter(_Base):  # type: ignore[misc]
         update = Update(own, {}, int(dxo.get_meta_prop("examples") or 1), self._local_plan)
         done = self._made.protect(update, self._randomness(fl_ctx, number)).gradients
         after = {n: -done[n] if dxo.data_kind == DataKind.WEIGHT_DIFF else start[n] - done[n] for n in trained}
-        dxo.data = {n: like(v, after[n]) if n in after else v for n, v in dxo.data.items()}
+        dxo.data = {n: like(v, after[tied.get(n, n)]) if tied.get(n, n) in after else v for n, v in dxo.data.items()}
         before = dxo.get_meta_prop(DEFENCE)
         dxo.set_meta_prop(DEFENCE, f"{before}+{self.defence}" if before else self.defence)
         return dxo
