@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from frostglass.core.defense import Defense
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import OsKey, Rng
 from frostglass.core.update import LocalPlan
@@ -20,6 +21,7 @@ from frostglass.defenses.accounting import epsilon_of
 from frostglass.defenses.dp_sgd import dp_sgd
 from frostglass.defenses.honesty import PrivacyCaution
 from frostglass.defenses.instahide import InstaHide, instahide
+from frostglass.defenses.soteria import soteria
 from frostglass.federated.feeds import takes_encodings
 from frostglass.federated.local_client import LocalClient, dirichlet_split, mean_state
 from frostglass.vision import datasets, networks
@@ -72,6 +74,30 @@ def test_seeded_rounds_repeat_and_differ() -> None:
     same = again.train(state, 1).state
     assert all(torch.equal(one[n], same[n]) for n in one)
     assert made.train(state, 1).insecure
+
+
+def test_soteria_leaves_the_running_statistics_of_an_ordinary_step() -> None:
+    state = network("small_bn_cnn").state_dict()
+    plan = LocalPlan("delta", lr=0.1)
+    ways: tuple[dict[str, object], ...] = ({}, {"defense": soteria()})
+    after = [client(20, "small_bn_cnn", plan, seed=0, **more).train(state, 1).state for more in ways]
+    moved = [n for n in state if "running" in n or "tracked" in n]
+    assert moved
+    for name in moved:
+        assert torch.equal(after[0][name], after[1][name]), name
+        assert not torch.equal(after[0][name], state[name]), name
+
+
+@pytest.mark.parametrize("defense", [soteria(fraction=0.5), dp_sgd()], ids=lambda d: d.name)
+def test_dropout_under_a_defence_of_the_step_follows_from_the_key(defense: Defense) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 10))
+    after = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        held = torch.get_rng_state()
+        after.append(client(model=net, seed=0, defense=defense).train(net.state_dict(), 1).state)
+        assert torch.equal(torch.get_rng_state(), held), "torch's own generator was drawn from"
+    assert all(torch.equal(after[0][n], after[1][n]) for n in net.state_dict())
 
 
 def test_keys_come_from_the_operating_system() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from jaxtyping import Float
@@ -100,6 +100,8 @@ class Update:
         plan: how it was made.
         spent: privacy spent by a defence with a proof, else None.
         clients: how many clients are summed in it.
+        buffers: the model's buffers after the step, from a defence that replaces it (`Defense.gradient`) to its client;
+            no part of what is sent as this update.
     """
 
     gradients: Gradients
@@ -108,3 +110,4 @@ class Update:
     plan: LocalPlan
     spent: PrivacySpent | None = None
     clients: int = 1
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)

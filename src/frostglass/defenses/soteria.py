@@ -43,7 +43,7 @@ def soteria(*, fraction: float = 0.8) -> Defense:
                 raise BadInput("defense soteria: the model has no linear classifier; Soteria needs one.")
             keep = representation_mask(model, name, batch.images, fraction, plan.mode)
             sent[f"{name}.weight"] = sent[f"{name}.weight"] * keep.to(sent[f"{name}.weight"])
-        return Update(sent, trace.bn, len(batch), plan)
+        return Update(sent, trace.bn, len(batch), plan, buffers=trace.buffers)
 
     return Defense(
         "soteria",

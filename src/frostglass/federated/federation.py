@@ -25,6 +25,7 @@ from frostglass.federated.named import named
 from frostglass.federated.outgoing import Decide
 from frostglass.federated.train_plan import TrainingPlan
 from frostglass.numerics.bn import bn_layers
+from frostglass.numerics.client_step import computed_step
 from frostglass.vision.byte_images import ByteImages
 from frostglass.vision.networks import build, fix_for_opacus
 from frostglass.vision.normalise import domain_of
@@ -268,4 +269,4 @@ def _first_step(made: Federation) -> None:
     if made.inside.gradient is not None:
         few = Batch(client.images[:2], one_hot(client.labels[:2], client.classes), domain_of(made.model), ("a", "b"))
         plan = replace(client.plan, epochs=1, minibatch=None, local_steps=1)
-        made.inside.gradient(made.model, few, plan, Insecure(0))
+        computed_step(made.model, few, plan, made.inside, Rng.from_seed(0, "first step"))

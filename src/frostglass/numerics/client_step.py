@@ -21,7 +21,7 @@ class Computed:
 
     Args:
         update: what was computed.
-        buffers: the model's buffers after the step; empty where a defence replaced the step (it has no BatchNorm).
+        buffers: the model's buffers after the step; empty where a defence replaced it that bears no BatchNorm.
         loss: of the first forward pass; None where a defence replaced the step.
     """
 
@@ -44,7 +44,9 @@ def computed_step(
         order: rows that each step sees; None to draw them as the plan says.
     """
     if defense.gradient is not None:
-        return Computed(defense.gradient(model, batch, plan, Insecure(key.at("gradient"))))
+        with global_draws(key.at("model"), batch.images.device):
+            update = defense.gradient(model, batch, plan, Insecure(key.at("gradient")))
+        return Computed(replace(update, buffers={}), update.buffers)
     if order is None:
         order = drawn_order(plan, len(batch), key.at("order"))
     with global_draws(key.at("model"), batch.images.device):

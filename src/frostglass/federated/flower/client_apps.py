@@ -130,7 +130,7 @@ def _trained(message: Message, context: Context, client: LocalClient, buffers: B
 
 
 def _facts(client: LocalClient, done: Trained, context: Context) -> dict[str, Any]:
-    """Numbers for the server's history. A defence with a proof reports no loss: nobody noised it."""
+    """Numbers for the server's history; no loss where a defence replaced the step: nobody noised it."""
     facts: dict[str, Any] = {
         "client": client.name, "loss": done.loss, "epsilon": done.epsilon,
         "insecure": True if done.insecure and (client.encoder is not None or client.defense is not NOTHING) else None,
