@@ -213,6 +213,16 @@ def test_training_through_a_defence_learns(name: str, settings: dict[str, Any], 
     assert correct(made, test, held, defense, 0) / len(test.images) > max(least, before)
 
 
+@pytest.mark.parametrize(("name", "low"), [("none", 0.0), ("mixup", -1.0)])
+def test_running_statistics_are_those_of_what_clients_train_on(name: str, low: float) -> None:
+    held, _ = digits()
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(1, momentum=1.0), torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    budget = Budget(2, 3, 8, 0.1, 0.9, poisson=False)
+    made = train(model, held, DEFENSES[name].make(), LocalPlan(), budget, Rng.from_seed(1))
+    seen = low + (1 - low) * float(held.images.mean())  # mixing leaves the mean where it was
+    assert float(made[0].running_mean) == pytest.approx(seen, abs=0.05)  # type: ignore[index]
+
+
 def test_federated_averaging_moves_by_the_mean_difference() -> None:
     held, _ = digits()
     model = networks.build("mlp", classes=10, channels=1, size=8, options={"hidden": []}, rng=Rng.from_seed(0))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from frostglass.core.batch import Batch, one_hot
 from frostglass.core.defense import Defense
 from frostglass.core.errors import BadInput
-from frostglass.core.randomness import Rng
+from frostglass.core.randomness import Insecure, Rng, global_draws
 from frostglass.core.update import LocalPlan
 from frostglass.defenses.honesty import PrivacyCaution
 from frostglass.defenses.inference import average_predictions
@@ -96,7 +96,7 @@ def train(model: nn.Module, held: Images, defense: Defense, plan: LocalPlan, bud
                     speed[n] = budget.momentum * speed[n] + step
                     step = speed[n]
                 p.sub_(rate * step)
-        _run_buffers(made, held, key)
+        _run_buffers(made, held, defense, key)
     if not all(bool(p.isfinite().all()) for p in weights.values()):
         raise BadInput(f"training.lr: {budget.lr} made the weights infinite; lower it.")
     return made
@@ -119,13 +119,17 @@ def _rate(r: int, budget: Budget) -> float:
     return budget.lr * 0.5 * (1 + math.cos(math.pi * (r - warm) / max(1, budget.rounds - warm)))
 
 
-def _run_buffers(model: nn.Module, held: Images, key: Rng) -> None:
-    """Running statistics of BatchNorm, which gradients do not carry, from a batch that the server is sent."""
+def _run_buffers(model: nn.Module, held: Images, defense: Defense, key: Rng) -> None:
+    """Running statistics of BatchNorm, which gradients do not carry, from a batch that the server is sent as it is
+    trained on."""
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         return
     rows = key.at("buffers").permutation(len(held.images))[:64]
-    with torch.no_grad(), in_mode(model, "train"):
-        model(held.images[rows])
+    targets = one_hot(held.labels[rows], held.classes)
+    batch = Batch(held.images[rows], targets, domain_of(model), tuple(map(str, rows.tolist())))
+    encoded = defense.encode(batch, Insecure(key.at("buffers", "encode")))
+    with torch.no_grad(), in_mode(model, "train"), global_draws(key.at("buffers", "model"), encoded.images.device):
+        model(encoded.images)
 
 
 @torch.no_grad()
