@@ -118,6 +118,43 @@ def test_lightning_on_one_device_sees_its_own_gradient(tmp_path: Path, worker: A
 
 
 @pytest.mark.slow
+def test_lightning_with_an_optimiser_that_unscales_in_its_own_step(tmp_path: Path) -> None:
+    """A fused Adam under mixed precision: what it is handed is still multiplied by the scale of the loss."""
+    needs("lightning", "lightning")
+    from lightning import LightningModule, Trainer
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from frostglass.federated.lightning_tap import RecordGradients
+
+    class Module(LightningModule):
+        def __init__(self, fused: bool) -> None:
+            super().__init__()
+            self.net, self.fused = nn.Linear(16, 3), fused
+            nn.init.zeros_(self.net.weight)
+            nn.init.zeros_(self.net.bias)
+
+        def training_step(self, batch: Any, number: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0].flatten(1)), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), fused=self.fused)
+
+    data = [(torch.full((1, 4, 4), i / 8), i % 3) for i in range(8)]
+    norms = []
+    for fused in (False, True):
+        folder = tmp_path / str(fused)
+        trainer = Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            plugins=[MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))],
+            callbacks=[RecordGradients(folder)],
+        )  # fmt: skip
+        trainer.fit(Module(fused), torch.utils.data.DataLoader(data, batch_size=4))
+        updates = read_record(folder / "rank-0").updates
+        norms.append([float(torch.cat([g.flatten() for g in u.payload()[0].values()]).norm()) for u in updates])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)  # the networks part after the first step, by half precision
+
+
+@pytest.mark.slow
 def test_accelerate_on_one_device_sees_its_own_gradient(tmp_path: Path, worker: Any) -> None:
     needs("accelerate", "hf")
     _, watch = worker.accelerated(tmp_path, accumulate=2)

@@ -76,9 +76,11 @@ class RecordGradients(_Base):  # type: ignore[misc]
             self.tap.saw(batch)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Gradients are whole and unscaled here, and not clipped yet."""
+        """Gradients are whole here and not clipped yet; unscaled, unless the optimiser does that in its own step."""
         if self.tap is None or self._by_hook:
             return
+        unscales = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused ones; Lightning asks for the same
+        self.tap.loss_scale = _scale_of(trainer) if unscales else None
         among = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.tap.take(pl_module, gradients_of(pl_module, among) if self.tap.due else {})
 
