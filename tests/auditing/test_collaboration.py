@@ -110,12 +110,20 @@ def test_every_problem_comes_out_before_anything_runs(tmp_path: Path, capsys: py
             {"name": "a", "defense": [{"name": "instahid"}]},
             {"name": "A", "change": {"client.lr": -1.0}},
             {"name": "b", "change": {"client.learning": 1.0}},
+            {"name": "c", "change": {"client.lr.x": 1, "server.rounds": 3}},
+            {"name": "d", "change": {"seed": 3, "server.rounds": 3}},
         ],
+        leakage={"rounds": [4]},
     )
+    bad["job"] |= {"defense": [{"name": "pruning"}]}
     with pytest.raises(BadInput) as caught:
         parse_collaboration(bad)
     told = "\n".join(caught.value.problems)
-    for part in ("two of them have one name", "stands there twice", "instahid", "client.lr", "client.learning"):
+    for part in (
+        "two of them have one name", "stands there twice", "instahid", "client.lr", "client.learning",
+        "c: change: 'client.lr.x' goes into a value that is no table", "d: change: 'seed' comes from seeds",
+        "leakage.rounds: 4 is beyond the 3 rounds", "job.defense: a method's defense sets it",
+    ):  # fmt: skip
         assert part in told, told
 
 
@@ -124,6 +132,10 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("seeds=[-1]", "seeds.0: -1 is not valid"),
         ("job.foo=1", "job.foo: unknown key"),
         ("job.client.lr=-1.0", "job.client.lr: -1.0 is not valid"),
+        ("job.seed=3", "job.seed: seeds sets it"),
+        ('leakage.budget="huge"', "leakage.budget: 'huge' is not valid"),
+        ("leakage.rounds=[0]", "leakage.rounds.0: 0 is not valid"),
+        ("leakage.rounds=[11]", "leakage.rounds: 11 is beyond the 10 rounds"),
     ):
         code, _, err = call(capsys, "collaborate", "--out", tmp_path / "x", "--set", override)
         assert (code, err.count("error:")) == (2, 1), err

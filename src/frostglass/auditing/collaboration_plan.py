@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -21,6 +21,9 @@ from frostglass.federated.train_plan import Seed
 BUNDLED_POOL = "photos"
 """As `public` of an encoder: patches of the bundled photographs, cut for the size and channels of the images."""
 
+PLACED = {"name": "the comparison's own name", "seed": "seeds", "defense": "a method's defense"}
+"""Keys of a federation that a comparison sets for each run, and where they come from."""
+
 
 class MethodPlan(Strict):
     """One way to train together."""
@@ -33,10 +36,12 @@ class MethodPlan(Strict):
 class LeakagePlan(Strict):
     """What is looked at in the recorded updates of the first seed."""
 
-    rounds: list[int] = Field(default_factory=list, description="whose updates are audited; none: the first and last")
+    rounds: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list, description="whose updates are audited; none: the first and last"
+    )
     candidates: int = Field(10, ge=2, description="of an identification game, all of one class")
     targets: int = Field(6, ge=1, description="images of each client that are asked for in each update")
-    budget: str = Field("small", description='"small" or "full", as in `frostglass audit-updates`')
+    budget: Literal["small", "full"] = Field("small", description="as in `frostglass audit-updates`")
 
 
 class CollaborationPlan(Resolved):
@@ -59,7 +64,9 @@ class CollaborationPlan(Resolved):
             node = values
             *parents, last = path.split(".")
             for part in parents:
-                node = node.setdefault(part, {})
+                node = node.setdefault(part, {}) if isinstance(node, dict) else node
+            if not isinstance(node, dict):
+                raise BadInput(f"{method.name}: change: {path!r} goes into a value that is no table; name a key.")
             node[last] = value
         values |= {
             "name": f"{self.name}: {method.name}", "seed": seed,
@@ -165,11 +172,20 @@ def parse_collaboration(values: Mapping[str, Any]) -> CollaborationPlan:
         found.append("method: two of them have one name; give each its own.")
     if len(set(plan.seeds)) < len(plan.seeds):
         found.append("seeds: one stands there twice; a repeated run is no second one.")
+    rounds: list[int] = []
+    found += [f"job.{k}: {PLACED[k]} sets it; leave it out of the job." for k in plan.job if k in PLACED]
     for method in plan.method:
+        found += [
+            f"{method.name}: change: {k!r} comes from {PLACED[first]}; leave it out of the changes."
+            for k in method.change if (first := k.partition(".")[0]) in PLACED
+        ]  # fmt: skip
         try:
-            plan.federation(method, plan.seeds[0])
+            rounds.append(plan.federation(method, plan.seeds[0]).server.rounds)
         except BadInput as wrong:
             found += wrong.problems
+    last = max(plan.leakage.rounds, default=0)
+    if rounds and last > min(rounds):
+        found.append(f"leakage.rounds: {last} is beyond the {min(rounds)} rounds that every method has; lower it.")
     if found:
         raise BadInput(list(dict.fromkeys(found)))
     return plan
