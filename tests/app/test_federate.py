@@ -104,6 +104,8 @@ def test_a_federation_in_which_nothing_worked_fails_and_says_why(plan, tmp_path,
         ("data.source=parquet:$NOWHERE_AT_ALL/x", "NOWHERE_AT_ALL"),
         ("buffers=lose", "buffers"),
         ("record.folder=../elsewhere", "record.folder"),
+        ("record.folder=..", "record.folder"),
+        ("record.folder=history.json", "is a file of the run folder itself"),
         ('defense=[{name="secure_sum"}]', "SecAgg+"),
         ('defense=[{name="prunning"}]', "did you mean 'pruning'"),
         ('defense=[{name="pruning",fraction=2.0}]', "fraction"),
@@ -176,6 +178,13 @@ def test_a_plan_reaches_other_processes_as_it_is() -> None:
     with pytest.raises(BadInput, match=r"server\.rounds: 0 is not valid"):
         plan_of("[server]\nrounds = 0\n")
     assert FederatePlan().called == "none"
+
+
+def test_steps_over_all_images_take_one_encoding_a_round() -> None:
+    rounds, epochs = "[server]\nrounds = 2\n[client]\nepochs = 5\n", '[[defense]]\nname = "instahide"\nrounds = 2\n'
+    assert plan_of(f"{rounds}whole_batch = true\n{epochs}").encoding.rounds == 2
+    with pytest.raises(BadInput, match="do not last 2 rounds of 5 epochs"):
+        plan_of(rounds + epochs)
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "plans").glob("federate-*.toml")))

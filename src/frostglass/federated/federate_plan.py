@@ -21,6 +21,9 @@ ENCODERS = ("instahide", "mixup")
 CHANNELS = ("secure_sum",)
 """What stands between clients and server, and is no client's to apply."""
 
+OWN_FILES = ("plan.toml", "history.json", "model.safetensors", "gate.jsonl")
+"""Of the run folder, which a record lies beside."""
+
 
 class SplitPlan(_Strict):
     """Who holds what."""
@@ -92,7 +95,7 @@ class RecordPlan(_Strict):
     """What the server keeps of the updates that it receives."""
 
     on: bool = Field(True, description="whether updates are recorded")
-    folder: str = Field("recorded", min_length=1, pattern=r"^[\w.-]+$", description="in the run folder")
+    folder: str = Field("recorded", min_length=1, pattern=r"^[\w-][\w.-]*$", description="in the run folder")
     max_bytes: int = Field(DEFAULT_BYTES, ge=1, description="of all tensors; later ones are dropped and named")
 
 
@@ -163,12 +166,15 @@ class FederatePlan(_Strict):
                 f"client.local_steps: {c.local_steps} full-batch steps and minibatches; set client.whole_batch = true, "
                 "or client.epochs instead."
             )
+        if self.record.folder in OWN_FILES:
+            found.append(f"record.folder: {self.record.folder!r} is a file of the run folder itself; name another.")
         everybody = s.clients is None or s.clients == self.split.clients
         encoding = None if any(_part_problems(0, p) for p in self.defense) else self.encoding
         fresh = None if encoding is None or encoding.reuse else encoding.rounds
-        if everybody and fresh is not None and fresh < s.rounds * c.epochs:
+        epochs = 1 if c.whole_batch else c.epochs  # steps over all images are steps on one encoding of them
+        if everybody and fresh is not None and fresh < s.rounds * epochs:
             found.append(
-                f"defense.rounds: {fresh} fresh encodings do not last {s.rounds} rounds of {c.epochs} epochs; set "
+                f"defense.rounds: {fresh} fresh encodings do not last {s.rounds} rounds of {epochs} epochs; set "
                 "reuse = true."
             )
         if c.optimizer == "adam" and c.momentum:
