@@ -13,7 +13,9 @@ from federations import SMALL
 from frostglass.app.cli import main
 from frostglass.app.commands.federate import load_federate_plan
 from frostglass.core.errors import BadInput
+from frostglass.federated import global_accuracy
 from frostglass.federated.federate_plan import FederatePlan, plan_of
+from frostglass.federated.federation import federation_of
 from frostglass.federated.recorded import read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution")
@@ -128,6 +130,41 @@ def test_bad_plans_are_refused_in_words(plan, tmp_path, capsys, override, senten
     assert sentence in err
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
+
+
+DEEP = """
+[data]
+source = "digits"
+limit = 42
+[split]
+clients = 1
+[model]
+name = "resnet18"
+options = { width = 4 }
+[client]
+minibatch = 33
+[server]
+rounds = 1
+"""
+
+
+def test_a_step_of_one_image_that_batchnorm_cannot_bear_is_refused_before_the_training() -> None:
+    with pytest.raises(BadInput, match=r"client\.minibatch: 34 images of client 0 leave one"):
+        federation_of(DEEP)
+    with pytest.raises(BadInput, match=r"client\.minibatch"):
+        federation_of(DEEP.replace("33", "1"))
+    for bearable in ("minibatch = 32", 'minibatch = 33\nmode = "eval"', "whole_batch = true"):
+        federation_of(DEEP.replace("minibatch = 33", bearable))
+    federation_of(DEEP.replace("[model]", '[model]\nfix = "opacus"'))
+
+
+def test_kept_statistics_are_never_those_of_one_test_image(monkeypatch) -> None:
+    kept = 'buffers = "keep"\n' + DEEP.replace("33", "32")
+    with pytest.raises(BadInput, match=r"data\.test_limit"):
+        federation_of(kept.replace("limit = 42", "limit = 42\ntest_limit = 1"))
+    made = federation_of(kept)  # 8 test images
+    monkeypatch.setattr(global_accuracy, "_TEST_BATCH", 7)
+    assert 0 <= global_accuracy.accuracy_of(made, made.model.state_dict()).plain <= 1
 
 
 def test_all_problems_are_told_together(plan, tmp_path, capsys) -> None:

@@ -62,8 +62,10 @@ def _seen(made: Federation, images: Tensor) -> Tensor:
 
 def _share(made: Federation, predict: Callable[[Tensor], Tensor]) -> float:
     right = 0
-    for start in range(0, len(made.test), _TEST_BATCH):
-        part = slice(start, start + _TEST_BATCH)
+    parts = list(torch.arange(len(made.test)).split(_TEST_BATCH))
+    if len(parts) > 1 and len(parts[-1]) == 1:  # which has no statistics, where those of the batch are used
+        parts[-2:] = [torch.cat(parts[-2:])]
+    for part in parts:
         found = predict(made.test.images[part].float() / 255).argmax(1)
         right += int((found == made.test.labels[part]).sum())
     return right / len(made.test)
