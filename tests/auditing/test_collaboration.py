@@ -79,10 +79,12 @@ def test_accuracy_and_leakage_in_one_report(tmp_path: Path, capsys: pytest.Captu
     assert "dp" in text
     before = (out / "collaboration.json").read_text()
     (out / "runs" / "inside-1" / "history.json").unlink()
+    (out / "runs" / "cross-1" / ".whole").unlink()  # killed between its history and the rest of its record
     (out / "report.html").unlink()
     code, _, err = call(capsys, "collaborate", plan, "--out", out, "--resume")
     assert code == 0, err
     assert "small: inside, seed 1" in err
+    assert "small: cross, seed 1" in err
     assert "small: plain, seed 0" not in err
     again = json.loads((out / "collaboration.json").read_text())
     assert again["methods"][0] == json.loads(before)["methods"][0]

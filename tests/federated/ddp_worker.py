@@ -113,6 +113,9 @@ def refused(folder: Path) -> list[str]:
         lambda: record_ddp(ddp, folder / "refused"),
         lambda: record_ddp(network(), folder / "refused"),  # type: ignore[arg-type]
         lambda: record_shards(network(), torch.optim.SGD(ddp.parameters(), 0.1), folder / "refused"),
+        lambda: record_shards(
+            network(), torch.optim.SGD(ddp.parameters(), 0.1), folder / "refused", loss_scale=lambda: 2.0
+        ),
     ):
         try:
             call()

@@ -28,6 +28,8 @@ from frostglass.federated.history import HISTORY
 from frostglass.federated.recorded import read_record
 
 PLAN, RUNS, POOL, GAMES = "plan.toml", "runs", "public-pool", "games.json"
+WHOLE = ".whole"
+"""Stands in a federation's folder once its record and model are written too, which the history comes before."""
 PATCHES = 1000
 
 Tell = Callable[[str], object]
@@ -128,7 +130,7 @@ def _trained(text: str, folder: Path, tell: Tell) -> dict[str, Any]:
 
     made = federation_of(text)
     held = _history(folder)
-    if held is None or len(held["rounds"]) != made.plan.server.rounds + 1:
+    if held is None or not (folder / WHOLE).exists():
         if folder.exists():
             shutil.rmtree(folder)  # a part of a run, which cannot be gone on with: keys are not kept
         folder.mkdir(parents=True)
@@ -136,6 +138,8 @@ def _trained(text: str, folder: Path, tell: Tell) -> dict[str, Any]:
         tell(f"{made.plan.name}, seed {made.plan.seed}")
         on_local(text, folder, lambda words: tell(f"  {words}"))
         held = _history(folder)
+        if held is not None and len(held["rounds"]) == made.plan.server.rounds + 1:
+            write_text(folder / WHOLE, "")
     if held is None:
         raise BadInput(f"{folder}: the federation left no {HISTORY}.")
     return held

@@ -153,19 +153,21 @@ def record_shards(
         module: after `fully_shard`.
         optimizer: of its parameters.
         folder: each process writes to `folder/rank-N`.
-        settings: of `GradientTap`.
+        settings: of `GradientTap`; no `loss_scale`, as a GradScaler has divided by it before a step begins.
 
     Raises:
-        BadInput: no parameter is sharded, or a folder that holds something.
+        BadInput: no parameter is sharded, a folder that holds something, or `loss_scale`.
     """
+    if settings.get("loss_scale") is not None:
+        raise BadInput("loss_scale: gradients are unscaled before the step that record_shards looks at; leave it out.")
     names = sharded(module)
     if not names:
         raise BadInput("record_shards: no parameter is a DTensor; call fully_shard first, or use record_ddp.")
     rank, world = rank_and_world()
+    note = f"{shard_note(world)}; after clipping, if there is any"
     tap = GradientTap(
-        Path(folder) / f"rank-{rank}", engine="fsdp2", note=shard_note(world), client=f"rank {rank}", clients=world,
-        **settings,
-    )  # fmt: skip
+        Path(folder) / f"rank-{rank}", engine="fsdp2", note=note, client=f"rank {rank}", clients=world, **settings
+    )
     problems = (f"shard {rank} of {world} of {len(names)} parameters, averaged over all processes",)
     optimizer.register_step_pre_hook(lambda *_: tap.take(module, gradients_of(module) if tap.due else {}, problems))
     tap.watch(module)

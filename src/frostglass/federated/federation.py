@@ -153,6 +153,10 @@ class Federation:
         except TypeError as problem:
             given = ", ".join(f"{k} = {v!r}" for k, v in gate.settings.items())
             raise BadInput(f"gate.settings: {given} is not what {gate.checks} takes ({problem}); correct it.") from None
+        if not callable(made):
+            raise BadInput(
+                f"gate.checks: {gate.checks} returned {type(made).__name__}; name a function that returns the checks."
+            )
         return made
 
     def insecure(self) -> bool:
