@@ -55,6 +55,17 @@ def test_detailed_patches_are_kept_and_flat_ones_dropped(pictures, tmp_path) -> 
     assert (tmp_path / "again" / "pool.uint8").read_bytes() == (tmp_path / "pool" / "pool.uint8").read_bytes()
 
 
+def test_no_patch_is_in_a_pool_twice(tmp_path) -> None:
+    folder, draw = tmp_path / "small", np.random.default_rng(0)
+    folder.mkdir()
+    for side in (64, 65):  # one place for a cut, and four
+        pixels = draw.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{side}.png")
+    found = make_pool(f"folder:{folder}", tmp_path / "pool", PoolSettings(crops=50, key_points=-1), RNG)
+    patches = np.asarray(open_pool(tmp_path / "pool").images).reshape(found.kept, -1)
+    assert found.kept == len(np.unique(patches, axis=0)) == found.tried == 5
+
+
 def test_larger_cuts_are_shrunk_and_grey_pools_are_grey(pictures, tmp_path) -> None:
     settings = PoolSettings(size=16, crops=6, cut=64, channels=1)
     assert make_pool(f"folder:{pictures}", tmp_path / "pool", settings, RNG).kept == 6

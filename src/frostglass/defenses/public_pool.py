@@ -107,7 +107,7 @@ def make_pool(
     """Writes a pool: `pool.uint8` ([M, c, size, size], memory-mapped later) and `pool.json`; whole or not at all.
 
     Each image is visited once, in random order, and gives as many patches as an even share asks for; a second visit
-    fills up what flat images left open.
+    fills up what flat images left open. No place of an image is cut twice, so small images give fewer patches.
 
     Args:
         source: as in `datasets.load`.
@@ -163,6 +163,7 @@ def _kept(
     order = rng.at("order").permutation(len(holds.names)).tolist()
     share = -(-settings.crops // len(order))
     judge = _judge()
+    judged = np.zeros(len(order), np.int64)  # cuts of each image, so that the second visit brings none of them again
     for visit, quota in enumerate((share, settings.crops)):  # first an even share of each, then whatever is missing
         for row, picture in pictures(holds, order, settings.on_error, broken if visit == 0 else []):
             found.images += visit == 0
@@ -171,11 +172,15 @@ def _kept(
             if (span < 1).any():
                 found.too_small += visit == 0
                 continue
-            places = rng.at("cuts", visit, row).numpy().integers(0, span, (settings.tries, 2))
+            places = _places(rng, visit, row, span, settings.tries)
+            if visit:
+                before = set(_places(rng, 0, row, span, settings.tries)[: judged[row]])
+                places = [place for place in places if place not in before]
             mine = 0
             for top, left in places:
                 if mine == quota:
                     break
+                judged[row] += 1
                 cut = slice(top, top + settings.side), slice(left, left + settings.side)
                 points = judge(grey[cut])
                 found.tried += 1
@@ -185,6 +190,12 @@ def _kept(
                 mine, found.kept = mine + 1, found.kept + 1
                 held.write(_shrunk(pixels[cut], settings.size).tobytes())
                 yield
+
+
+def _places(rng: Rng, visit: int, row: int, span: NDArray[np.int64], tries: int) -> list[tuple[int, int]]:
+    """(top, left) of the cuts of one visit, each once: a small image has few, and a patch twice hides no more."""
+    drawn: list[list[int]] = rng.at("cuts", visit, row).numpy().integers(0, span, (tries, 2)).tolist()
+    return list(dict.fromkeys((top, left) for top, left in drawn))
 
 
 def _judge() -> Callable[[NDArray[np.uint8]], int]:
