@@ -121,6 +121,8 @@ def test_only_the_owner_can_read_ledger_and_resume_state(tmp_path, monkeypatch) 
     assert not (tmp_path / "set").exists()
     monkeypatch.undo()
     again = writer(tmp_path / "set", names=[f"n{i}" for i in range(N)])
+    for name in (".set.resume", "set.ledger.json"):  # as a kill leaves them that comes while they are written
+        (tmp_path / f".{name}.xyz.part").touch()
     made = again.write(resume=True)
     assert stat.S_IMODE(again.ledger.stat().st_mode) == 0o600
     assert {p.name for p in tmp_path.iterdir()} == {"set", "set.ledger.json"}, "something of the resume state is left"
@@ -281,6 +283,13 @@ def test_resume_refuses_another_pool_of_the_same_shape(tmp_path, monkeypatch) ->
     with pytest.raises(BadInput, match="other images or settings"):
         writer(tmp_path / "set", private=2, public=white).write(resume=True)
     writer(tmp_path / "set", private=2, public=black).write(resume=True)
+
+
+def test_a_link_that_leads_nowhere_is_in_the_way(tmp_path) -> None:
+    (tmp_path / "set").symlink_to(tmp_path / "gone")
+    with pytest.raises(BadInput, match="set exists; name a new folder"):
+        writer(tmp_path / "set").write()
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
 def test_rounds_of_the_encoder_do_not_count_earlier_sets(tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +109,7 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
     from frostglass.vision.byte_images import ARBITRARY, load_bytes
     from frostglass.vision.datasets import count
 
-    if out.exists() and not resume:
+    if os.path.lexists(out) and not resume:
         raise BadInput(f"encode: {out} exists; name a new folder.")
     size = settings["size"]
     if size is not None and not 4 <= size <= 4096:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -146,7 +147,7 @@ class SetWriter:
 
     def _finished(self, resume: bool) -> dict[str, Any] | None:
         """The manifest, if a kill came between the renaming of the whole set and the clearing up."""
-        if not self.out.exists():
+        if not os.path.lexists(self.out):  # a link that leads nowhere is in the way of the renaming too
             return None
         if not (resume and self.state.exists() and self.out.is_dir()):
             raise BadInput(f"encode: {self.out} exists; name a new folder.")
@@ -155,6 +156,7 @@ class SetWriter:
         if wrong:
             raise BadInput(wrong)
         self._discard()
+        self._drop_parts()
         return manifest
 
     def _begin(self, resume: bool, held: ExitStack) -> Progress:
@@ -162,6 +164,7 @@ class SetWriter:
         settings = self._settings()
         if self.staging.is_dir():
             held.enter_context(alone_in(self.staging, "encode"))
+        self._drop_parts()
         if not self.state.exists():
             shutil.rmtree(self.staging, ignore_errors=True)
             zeros = torch.zeros(len(self.data), dtype=torch.int64)
@@ -183,6 +186,15 @@ class SetWriter:
                            f"{self.state} to start anew.")  # fmt: skip
         self._drop_unfinished(progress)
         return progress
+
+    def _drop_parts(self) -> None:
+        """Removes half-written states and ledgers that a kill left beside the set: they tell exposure by image.
+
+        Not those of a ledger that was named, which another encoding may be writing.
+        """
+        for name in (self.state.name, f"{self.out.name}.ledger.json"):
+            for part in self.out.parent.glob(f".{glob.escape(name)}.*.part"):
+                part.unlink(missing_ok=True)
 
     def _drop_unfinished(self, progress: Progress) -> None:
         """Removes what a kill left half done; a shard that was not booked is not part of the set."""
