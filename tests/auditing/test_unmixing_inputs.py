@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from encoded_scenes import crops
 from frostglass.attacks.encodings.given import encodings_of, targets_of
@@ -17,6 +18,7 @@ from frostglass.auditing.unmixing_plan import parse_unmix_plan
 from frostglass.auditing.unmixing_view import view_of
 from frostglass.core.errors import BadInput
 from frostglass.defenses.instahide import InstaHide
+from frostglass.defenses.sets.manifest import sha256_of
 from frostglass.defenses.sets.writing import SetWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution")
@@ -74,6 +76,7 @@ def test_encodings_beyond_one_are_scaled_and_said_so(tmp_path) -> None:
         (np.full((12, 8, 8, 3), np.nan, np.float32), None, "not finite"),
         (np.array(["a"] * 4).reshape(1, 2, 2, 1), None, "give numbers"),
         (None, np.zeros((11, 4), np.float32), "has shape (11, 4) for 12 encodings"),
+        (None, np.zeros((12, 0), np.float32), "has shape (12, 0) for 12 encodings"),
         (None, -np.ones((12, 4), np.float32), "not negative"),
         (None, np.full((12, 4), 0.5, np.float32), "sum to at most 1"),
         (None, np.array([{"a": 1}] * 12, dtype=object), "label.npy holds Python objects"),
@@ -130,6 +133,28 @@ def test_a_manifest_that_does_not_verify_is_refused(tmp_path) -> None:
         read_encoded(path)
 
 
+def test_targets_that_no_label_can_be_are_refused_wherever_they_come_from(tmp_path) -> None:
+    for broken in (torch.full((2, 4), torch.nan), torch.full((2, 4), -0.1), torch.full((2, 4), 7.0)):
+        with pytest.raises(BadInput, match="rows of targets must be finite, not negative"):
+            from_tensors(torch.zeros(2, 3, 8, 8), broken)
+    path = encoded_set(tmp_path / "set")
+    manifest = json.loads((path / "manifest.json").read_text())
+    shard, booked = path / "encodings-00001.safetensors", manifest["shards"][1]
+    images = load_file(shard)["images"]
+    for targets, sentence in ((torch.full((10, 3), torch.nan), "must be finite"), (torch.zeros(10, 2), "of 3 targets")):
+        save_file({"images": images, "targets": targets}, shard)
+        booked["sha256"] = sha256_of(shard)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(BadInput, match=sentence):
+            read_encoded(path)
+
+
+def test_other_images_do_not_go_with_encodings_that_are_not_square() -> None:
+    plan = parse_unmix_plan({"encoded": "x", "auxiliary": "digits"})
+    with pytest.raises(BadInput, match=r"--auxiliary: encodings of \(8, 6\) pixels are not square"):
+        view_of(plan, from_tensors(torch.zeros(6, 3, 8, 6), None))
+
+
 def test_tensors_are_checked() -> None:
     with pytest.raises(BadInput, match="in \\[-1, 1\\]"):
         from_tensors(torch.full((2, 3, 4, 4), 3.0), None)
@@ -137,6 +162,10 @@ def test_tensors_are_checked() -> None:
         from_tensors(torch.zeros(2, 3, 4, 4), torch.zeros(3, 2))
     with pytest.raises(BadInput, match="give a folder, or tensors"):
         from_tensors("nothing of the kind", None)
+    with pytest.raises(BadInput, match="1 or 3 channels"):
+        from_tensors(torch.zeros(2, 2, 4, 4), None)
+    with pytest.raises(BadInput, match=r"targets: shape \(2, 0\)"):
+        from_tensors(torch.zeros(2, 3, 4, 4), torch.zeros(2, 0))
 
 
 def see(held, **known):

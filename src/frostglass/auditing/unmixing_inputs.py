@@ -93,7 +93,12 @@ def _from_shards(folder: Path) -> EncodedSet:
             raise BadInput(f"unmix: shard {shard['file']} is not of the shape {shape} in the manifest; copy it anew.")
         images.append(held["images"].float())
         if "targets" in held:
-            targets.append(held["targets"].float())
+            if tuple(held["targets"].shape) != (shard["rows"], manifest["classes"]):
+                raise BadInput(
+                    f"unmix: shard {shard['file']} has no row of {manifest['classes']} targets for each encoding; copy "
+                    "it anew."
+                )
+            targets.append(_masses(held["targets"].float(), f"targets in {shard['file']}"))
     if targets and len(targets) != len(images):
         raise BadInput("unmix: some shards have labels and others do not; copy the set anew.")
     return _made(torch.cat(images), torch.cat(targets) if targets else None, manifest, folder.name, ())
@@ -158,7 +163,7 @@ def _labels(path: Path, encodings: int) -> Tensor | None:
     if not path.is_file():
         return None
     held = _load(path)
-    if held.ndim not in (1, 2) or len(held) != encodings:
+    if held.ndim not in (1, 2) or len(held) != encodings or not held.size:
         raise BadInput(f"unmix: {path.name} has shape {held.shape} for {encodings} encodings; give one row for each.")
     if held.ndim == 1:
         if held.dtype.kind not in "iu" or int(held.min()) < 0:
@@ -170,10 +175,14 @@ def _labels(path: Path, encodings: int) -> Tensor | None:
                 f"unmix: {path.name} names class {int(held.max())}, more than {MOST_CLASSES}; number them from 0."
             )
         return torch.nn.functional.one_hot(torch.from_numpy(held.astype(np.int64))).float()
-    made = torch.from_numpy(np.ascontiguousarray(held, dtype=np.float32))
-    if not bool(made.isfinite().all()) or float(made.min()) < 0 or float(made.sum(1).max()) > 1.01:
-        raise BadInput(f"unmix: rows of {path.name} must be finite, not negative and sum to at most 1.")
-    return made
+    return _masses(torch.from_numpy(np.ascontiguousarray(held, dtype=np.float32)), path.name)
+
+
+def _masses(targets: Float[Tensor, "e k"], what: str) -> Float[Tensor, "e k"]:
+    """The labels, if each row can be one."""
+    if not bool((targets >= 0).all()) or bool((targets.sum(1) > 1.01).any()):  # NaN is not at least 0
+        raise BadInput(f"unmix: rows of {what} must be finite, not negative and sum to at most 1.")
+    return targets
 
 
 def _load(path: Path) -> NDArray[Any]:
@@ -220,8 +229,10 @@ def from_tensors(images: Any, targets: Any) -> EncodedSet:
         y = None if targets is None else torch.as_tensor(targets).detach().cpu().float()
     except (TypeError, ValueError, RuntimeError) as wrong:
         raise BadInput(f"encoded: give a folder, or tensors ({wrong}).") from None
-    if x.ndim != 4 or not x.numel() or float(x.abs().max()) > 1 + 1e-4:
-        raise BadInput(f"encoded: shape {tuple(x.shape)} must be [encodings, channels, height, width] in [-1, 1].")
-    if y is not None and (y.ndim != 2 or len(y) != len(x)):
+    if x.ndim != 4 or not x.numel() or x.shape[1] not in (1, 3) or float(x.abs().max()) > 1 + 1e-4:
+        raise BadInput(
+            f"encoded: shape {tuple(x.shape)} must be [encodings, 1 or 3 channels, height, width] in [-1, 1]."
+        )
+    if y is not None and (y.ndim != 2 or len(y) != len(x) or not y.numel()):
         raise BadInput(f"targets: shape {tuple(y.shape)} must be [{len(x)}, classes].")
-    return _made(x, y, {}, "python", ())
+    return _made(x, None if y is None else _masses(y, "targets"), {}, "python", ())
