@@ -333,6 +333,19 @@ def test_permutations_use_each_image_once_per_slot_and_independent_draws_do_not(
     assert "exact counts" in InstaHide.__doc__
 
 
+def test_permutations_give_no_row_the_same_partners_twice_where_no_epoch_is_named() -> None:
+    """Nor in one batch: each encoding of an image would hold the same sources, and a few of them their images."""
+    x, y = photos(64), own_class(64)
+    enc = InstaHide(partners="permutation", insecure_seed=1)
+    batches = [*(range(i, i + 16) for i in range(0, 64, 16)), range(64), [5] * 64, range(64)]
+    held = [enc.encode_rows(x, y, rows, num_classes=64).targets > 0 for rows in batches]
+    assert enc.ledger.partner.sum() == 3 * sum(map(len, batches))
+    sources = torch.cat(held).unique(dim=0)
+    assert len(sources) > 0.98 * sum(map(len, batches)), "hardly two agree by chance"
+    exact = torch.cat(held[:4]).sum(0)
+    assert exact.tolist() == [4] * 64, "the first time round the counts are exact"
+
+
 # ---- rows 10 and 12: headless, one batch, partners from the whole set
 
 

@@ -36,7 +36,7 @@ class KeyRing:
         law: of the coefficients.
         partners: "iid" draws k - 1 distinct partners anew for each row; "permutation" draws, once, one permutation of
             the set per slot, so that each image is a partner exactly k - 1 times an epoch, which hands exact counts
-            to an attacker.
+            to an attacker; a row that comes again (no new epoch was named) gets partners as under "iid".
         images: size of the private set.
         public: size of the public pool, 0 without one.
         ahead: rows drawn at a time.
@@ -51,6 +51,7 @@ class KeyRing:
         secret.wipe()
         self._blocks: dict[str, Any] = {}
         self._permutations: NDArray[np.int64] | None = None
+        self._came = np.zeros(images if partners == "permutation" else 0, np.bool_)
 
     def draw(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """(indices [b, k], coefficients [b, k]) of fresh keys whose slot 0 is `rows`; k distinct sources in each.
@@ -62,10 +63,7 @@ class KeyRing:
         k, p, others, pool = law.k, law.private, self.images - 1, self.public
         partners = public = np.empty((count, 0), np.int64)
         if p > 1 and self.partners == "permutation":
-            if self._permutations is None:
-                self._permutations = draw_partner_permutations(streams["indices"], self.images, p - 1)
-            partners = np.ascontiguousarray(self._permutations.T[rows])
-            partners -= partners > rows[:, None]  # as ranks among the others, like those drawn below
+            partners = self._permuted(rows, p - 1)
         elif p > 1:
             partners = self._next("partners", count, lambda m: draw_distinct(streams["indices"], others, p - 1, m))
         if p < k:
@@ -74,6 +72,20 @@ class KeyRing:
         indices, coefficients = np.empty((count, k), np.int64), np.empty((count, k), np.float32)
         fastest(next_keys)(rows, partners, public, weights, indices, coefficients)
         return indices, coefficients
+
+    def _permuted(self, rows: NDArray[np.int64], slots: int) -> NDArray[np.int64]:
+        """[b, slots] partners of `rows` under the permutations, as ranks among the others."""
+        if self._permutations is None:
+            self._permutations = draw_partner_permutations(self.streams["indices"], self.images, slots)
+        partners = np.ascontiguousarray(self._permutations.T[rows])
+        partners -= partners > rows[:, None]
+        again = np.ones(len(rows), np.bool_)  # the same partners once more would be half of the same key
+        again[np.unique(rows, return_index=True)[1]] = False
+        again |= self._came[rows]
+        if again.any():
+            partners[again] = draw_distinct(self.streams["indices"], self.images - 1, slots, int(again.sum()))
+        self._came[rows] = True
+        return partners
 
     def mask(self, count: int, d: int) -> NDArray[np.uint8]:
         """[count, ceil(d / 8)] fresh bits of the sign mask."""
