@@ -19,6 +19,7 @@ from frostglass.auditing.plan import DefensePlan
 from frostglass.auditing.plan_checks import make_defense
 from frostglass.auditing.sweep import Sweep, _epsilon, bound_of
 from frostglass.auditing.sweep_plan import SweepPlan, parse_sweep, points
+from frostglass.auditing.sweep_report import COLUMNS, write_sweep
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.core.runtime import World
@@ -126,6 +127,16 @@ def test_the_command_writes_json_csv_and_a_picture(tmp_path: Path) -> None:
     other = ["--set", "trials=4", "--resume"]
     with pytest.raises(BadInput, match="another plan"):
         CliRunner().invoke(command, [str(toml), "--out", str(out), *other], catch_exceptions=False)
+
+
+def test_a_dollar_in_a_name_is_no_formula(tmp_path: Path) -> None:
+    row = dict.fromkeys(COLUMNS) | {
+        "title": "a $x_$ b", "family": "a $x_$ b", "attack": "gallery", "rate": 0.5, "lower": 0.1, "upper": 0.9,
+        "accuracy": 0.5, "accuracy_lower": 0.4, "accuracy_upper": 0.6,
+    }  # fmt: skip
+    del row["error"]
+    paths = write_sweep(small(name="costs $x_$ now"), [row], tmp_path)
+    assert paths[-1].read_bytes()[:4] == b"\x89PNG"
 
 
 def test_an_attack_that_draws_images_is_measured_by_its_event(tmp_path: Path) -> None:

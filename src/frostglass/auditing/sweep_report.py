@@ -55,6 +55,11 @@ def draw(plan: SweepPlan, rows: Sequence[dict[str, Any]], path: Path, note: str)
     import matplotlib
 
     matplotlib.use("Agg")
+    with matplotlib.rc_context({"text.parse_math": False}):  # names are the user's: a $ in them is no formula
+        _drawn(plan, rows, path, note)
+
+
+def _drawn(plan: SweepPlan, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
     from matplotlib import pyplot as plt
 
     done = [r for r in rows if "error" not in r]
