@@ -327,6 +327,12 @@ def test_max_exposure_ends_it_with_nothing_kept_and_counts_earlier_sets(tmp_path
     assert {p.name for p in tmp_path.iterdir()} == {"one", "two", "exposure.json"}
     with pytest.raises(BadInput, match="other images"):
         writer(tmp_path / "four", n=N + 1, ledger=ledger).write()
+    counted = json.loads(ledger.read_text())
+    for count in (-1, float("inf"), 10**30):
+        counted["images"][0]["first"] = count
+        ledger.write_text(json.dumps(counted))
+        with pytest.raises(BadInput, match="no exposure ledger"):
+            writer(tmp_path / "five", ledger=ledger).write()
     ledger.write_text("{}")
     with pytest.raises(BadInput, match="no exposure ledger"):
         writer(tmp_path / "five", ledger=ledger).write()
@@ -468,3 +474,11 @@ def test_files_are_readable_by_others_when_the_set_is_whole(tmp_path) -> None:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "set").stat().st_mode) == 0o755
     assert all(stat.S_IMODE(p.stat().st_mode) == 0o644 for p in (tmp_path / "set").iterdir())
+
+
+@pytest.mark.parametrize("change", [{"classes": 7}, {"shape": [3, 4, 5]}])
+def test_shards_that_are_not_as_the_manifest_says_are_refused_when_they_are_read(tmp_path, change) -> None:
+    made = writer(tmp_path / "set").write()
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(made | change))
+    with pytest.raises(BadInput, match=r"encodings-00000\.safetensors is not of the shape in the manifest"):
+        EncodedFolder(tmp_path / "set")[0]

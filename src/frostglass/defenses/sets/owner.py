@@ -152,7 +152,9 @@ def load_counts(path: Path, digest: str, images: int) -> Counts:
         held = json.loads(path.read_text(encoding="utf-8"))
         known, rows, sets = str(held["digest"]), held["images"], tuple(map(str, held.get("sets", ())))
         first, partner = (torch.tensor([int(r[key]) for r in rows], dtype=torch.int64) for key in ("first", "partner"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as wrong:
+        if bool(((first < 0) | (partner < 0)).any()):
+            raise ValueError("a count below 0")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as wrong:
         raise BadInput(f"--ledger: {path} is no exposure ledger ({wrong}); name another file.") from None
     if known != digest or len(first) != images:
         raise BadInput(f"--ledger: {path} counts other images than these; name another file.")

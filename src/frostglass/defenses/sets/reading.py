@@ -90,7 +90,8 @@ class EncodedFolder(Dataset[tuple[Tensor, Tensor]]):
                 targets = None if self.manifest["labels"] == "none" else held.get_slice("targets")
             except (SafetensorError, OSError) as wrong:
                 raise BadInput(f"encoded set: shard {about['file']} cannot be read ({wrong}); copy it anew.") from None
-            if tuple(images.get_shape()) != (about["rows"], *self.shape):
+            shapes = [tuple(part.get_shape()) for part in (images, targets) if part is not None]
+            if shapes != [(about["rows"], *self.shape), (about["rows"], self.classes)][: len(shapes)]:
                 raise BadInput(f"encoded set: shard {about['file']} is not of the shape in the manifest.")
             self._open[number] = images, targets, held
         images, targets, _ = self._open[number]
