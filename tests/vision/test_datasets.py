@@ -468,6 +468,7 @@ class TestParquet:
             ({"img": ["text"] * 10}, "encoded images"),
             ({"label": ["cat"] * 10}, "integers"),
             ({"label": [0] * 9 + [-1]}, "-1"),
+            ({"label": [0] * 9 + [10**9]}, "100000 are the most"),
             ({"label": [0] * 9 + [None]}, "1 labels"),
             ({"img": [{"bytes": b"x", "path": "a"}] * 10}, "not an image"),
             ({"img": [{"bytes": None, "path": "a"}] * 9 + [{"bytes": b"", "path": ""}]}, "no image bytes"),

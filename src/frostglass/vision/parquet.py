@@ -15,6 +15,9 @@ from frostglass.core.errors import BadInput
 from frostglass.vision.datasets import DATASETS, Catalogue, shown
 from frostglass.vision.decoding import Picture, decode
 
+MOST_CLASSES = 100_000
+"""Outputs that a model for the labels needs, at the most."""
+
 
 @DATASETS.register()
 def parquet(path: str) -> Catalogue:
@@ -22,7 +25,7 @@ def parquet(path: str) -> Catalogue:
 
     Raises:
         BadInput: pyarrow not installed, a file that is missing, unreadable or no Parquet, columns missing or of
-            another type, no rows, labels missing or negative.
+            another type, no rows, labels missing, negative or of too many classes.
     """
     try:
         import pyarrow
@@ -112,6 +115,11 @@ class _Table:
         values: np.ndarray = column.to_numpy()
         if values.min() < 0:
             raise BadInput(f"dataset: {where} has the label {values.min()}; labels must count from 0.")
+        if values.max() >= MOST_CLASSES:  # numbers of objects, say: labels are kept as rows with a column a class
+            raise BadInput(
+                f"dataset: the label {values.max()} of {where} would take as many classes, and {MOST_CLASSES} are the "
+                "most; number them without gaps from 0."
+            )
         return values
 
     def names(self, file: Any) -> list[str]:
