@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import frostglass
 from frostglass.app import cli
@@ -143,6 +145,22 @@ def test_an_internal_error_is_exit_1_in_one_line_and_a_traceback_on_request(
         assert code == 1
         assert "Traceback" in err
         assert 'raise RuntimeError("first' in err
+
+
+@pytest.mark.parametrize("wrong", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError("614400 requested and 89056 written"),  # numpy
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+])  # fmt: skip
+def test_a_full_disk_is_no_fault_of_the_program(run: Run, monkeypatch: pytest.MonkeyPatch, wrong: Exception) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise wrong
+
+    monkeypatch.setattr(cli.cli, "main", full)
+    code, out, err = run("audit", "plan.toml")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: the disk is full, so a file cannot be written ({wrong}); make room.")
+    assert err.endswith(" `frostglass audit` with the same arguments and --resume goes on.\n")
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
