@@ -201,14 +201,15 @@ def _run_one(
         text = str(wrong) if isinstance(wrong, FrostglassError) else f"{type(wrong).__name__}: {wrong}"
         tell(Event("cell_failed", key, values={"error": text}))
         return _cell(plan, view, key, entry, status="failed", error=text), None, {}
-    images, scored = _compared(plan, view, attack, result, truth)
+    images = _in_unit(result.images)  # under the attack's own sign: the truth has no part in what is written
+    turned, scored = _compared(plan, view, attack, result, truth)
     count = int(encoded.manifest.get("images") or view.images or 0)
     if scored is not None and count and encoded.behind is None:  # of gradients nobody counts the images behind them
         scored = closest(scored, count)
     cell = _cell(plan, view, key, entry, status="done", result=result, scored=scored, note=note, attack=attack)
     done = f"{len(images)} images" if scored is None else _outcome(cell)
     tell(Event("cell_finished", key, values={"outcome": done, "seconds": round(cell.seconds, 2)}))
-    return cell, images, pictures_of(key, images, scored) if plan.report.show_images else {}
+    return cell, images, pictures_of(key, turned, scored) if plan.report.show_images else {}
 
 
 def _outcome(cell: Cell) -> str:
@@ -247,11 +248,12 @@ def _driven(
 def _compared(
     plan: UnmixPlan, view: View, attack: Attack[Any], result: Reconstruction, truth: Sealed[Truth] | None
 ) -> tuple[Tensor, Scored | None]:
-    """(images in [0, 1], scores); one sign for the whole set where the attack leaves it open."""
+    """(images in [0, 1], scores) under the sign, one for the whole set, that fits better where the attack leaves it
+    open."""
     signs = (1.0, -1.0) if getattr(attack, "sign_free", False) and truth is not None else (1.0,)
     best: tuple[float, Tensor, Scored | None] | None = None
     for sign in signs:
-        images = ((sign * result.images + 1) / 2).clamp(0, 1)
+        images = _in_unit(sign * result.images)
         if truth is None:
             return images, None
         played = Round(view.seen, truth, None, LocalPlan())
@@ -261,6 +263,10 @@ def _compared(
             best = value, images, scored
     assert best is not None
     return best[1], best[2]
+
+
+def _in_unit(images: Tensor) -> Tensor:
+    return ((images + 1) / 2).clamp(0, 1)
 
 
 def _picked(entry: Named, result: Reconstruction | None, scored: Scored | None) -> list[str]:
