@@ -71,7 +71,7 @@ class Classifier:
 
     def __init__(self, net: nn.Module, labels_: Tensor, centre: Tensor | None = None) -> None:
         self.net, self.hot = net, nn.functional.one_hot(labels_, labels.CLASSES).double()
-        self.layer = net.get_submodule(classifier_layer(net, labels.CLASSES) or "")
+        self.layer = net.get_submodule(classifier_layer(net, labels.CLASSES, (3, labels.SIZE, labels.SIZE)) or "")
         self.centre = centre
 
     def features(self, images: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def draw(held: Data, examples: int, distinct: bool, rng: Rng) -> Tensor:
 
 def head_of(net: nn.Module, inputs: Tensor, labels: Tensor) -> Head:
     """The layer and its gradient on a batch with these features, rounded to the float32 that is sent."""
-    layer = net.get_submodule(classifier_layer(net, CLASSES) or "")
+    layer = net.get_submodule(classifier_layer(net, CLASSES, (3, SIZE, SIZE)) or "")
     assert isinstance(layer, nn.Linear)
     weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
     error = torch.softmax(inputs @ weight.T + bias, 1) - nn.functional.one_hot(labels, CLASSES)

@@ -10,12 +10,15 @@ from torch import nn
 
 from frostglass.attacks.analytic.first_layer import find_first_linear
 from frostglass.attacks.analytic.proof import prove, solve_targets
+from frostglass.attacks.inversion.restore import by_counts, targets_of
 from frostglass.attacks.registry import ATTACKS
 from frostglass.core.drive import drive
 from frostglass.core.randomness import Rng
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import GradientMessage, Knows
+from frostglass.core.update import LocalPlan
 from frostglass.numerics.assign import assign
+from frostglass.numerics.local_update import local_update
 from victims import observe
 
 RUN = Runtime(Rng.from_seed(0, "exact"))
@@ -123,3 +126,25 @@ def test_labels_of_known_images_are_solved_exactly_and_a_wrong_image_is_noticed(
     proof = prove(seen, wrong)
     assert proof is not None
     assert not proof.holds
+
+
+class Auxiliary(nn.Module):
+    """A second head that nothing uses, registered last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.auxiliary = nn.Linear(3 * 16 * 16, 64), nn.Linear(64, 10), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.first(x.flatten(1)).relu())  # type: ignore[no-any-return]
+
+
+def test_a_batch_is_proved_where_an_unused_head_is_registered_last() -> None:
+    seen, private = observe("mlp", batch=2, knows=ONLY_COUNT)
+    torch.manual_seed(0)
+    model = Auxiliary()
+    sent = local_update(model, private.images, private.targets, LocalPlan()).gradients
+    seen = replace(seen, model=model, messages=(GradientMessage(sent, "gradient"),))
+    found = drive(ATTACKS["spear"].make(), seen, RUN)
+    assert found.proved.tolist() == [True, True]
+    assert torch.equal(targets_of(seen, by_counts())[0].sum(0), private.targets.sum(0))

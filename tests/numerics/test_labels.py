@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from frostglass.numerics import labels
 
@@ -57,3 +58,32 @@ def test_sum_rule_and_single_label_take_the_least_even_when_none_is_negative() -
     assert labels.single_label(g, torch.tensor([0.0, 0.1, 0.1])) == 0
     with pytest.raises(ValueError, match="distinct"):
         labels.sum_rule(g, 4)
+
+
+class Heads(nn.Module):
+    """One hidden layer, and an auxiliary head that is registered last; `how` says what the logits are."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.norm = how, nn.Linear(12, 6), nn.BatchNorm1d(6)
+        self.head, self.auxiliary, self.drop = nn.Linear(6, 4), nn.Linear(6, 4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.norm(self.first(x.flatten(1))).relu())
+        if self.how == "tokens":
+            return self.head(h[:, None].expand(-1, 3, -1)).mean(1)
+        logits = self.head(h)
+        return logits + self.head(-h) if self.how == "twice" else logits.log_softmax(1)
+
+
+@pytest.mark.parametrize(("how", "layer"), [("once", "head"), ("tokens", None), ("twice", None)])
+def test_the_classifier_is_the_layer_that_makes_the_logits_not_the_last_registered(how: str, layer: str | None) -> None:
+    model = Heads(how).train()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    drawn = torch.get_rng_state()
+    assert labels.classifier_layer(model, 4, (3, 2, 2)) == layer
+    assert labels.classifier_layer(model, 5, (3, 2, 2)) is None
+    assert model.training
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not any(m._forward_pre_hooks for m in model.modules())

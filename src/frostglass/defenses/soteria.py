@@ -38,7 +38,7 @@ def soteria(*, fraction: float = 0.8) -> Defense:
         trace = local_update(model, batch.images, batch.targets, plan, order=order)
         sent = dict(trace.gradients)
         if fraction:
-            name = classifier_layer(model, batch.targets.shape[1])
+            name = classifier_layer(model, batch.targets.shape[1], batch.images.shape[1:])
             if name is None or f"{name}.weight" not in sent:
                 raise BadInput("defense soteria: the model has no linear classifier; Soteria needs one.")
             keep = representation_mask(model, name, batch.images, fraction, plan.mode)

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
+
+from frostglass.core.draws import kept_draws
+from frostglass.numerics.local_update import in_mode
 
 
-def classifier_layer(model: nn.Module, classes: int) -> str | None:
-    """Name of the last Linear layer with `classes` outputs, None if there is none."""
-    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes]
-    return found[-1] if found else None
+def classifier_layer(model: nn.Module, classes: int, shape: Sequence[int]) -> str | None:
+    """Name of the Linear layer with `classes` outputs that the network ends in, None if there is none.
+
+    Told from a pass of grey images, not from the order of registration: an auxiliary head may be registered last. A
+    layer that is called more than once, or given more than one vector an image, is none: its gradient is no sum of one
+    product an image.
+
+    Args:
+        model: left unchanged.
+        classes: outputs.
+        shape: (c, h, w) of an image.
+    """
+    heads = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    if not heads:
+        return None
+    calls: list[tuple[str, int]] = []
+
+    def watch(name: str, layer: nn.Module) -> RemovableHandle:
+        return layer.register_forward_pre_hook(lambda _, given: calls.append((name, given[0].ndim)))
+
+    hooks = [watch(*head) for head in heads]
+    try:
+        with in_mode(model, "eval"), torch.no_grad(), kept_draws():
+            own = {n: b.clone() for n, b in model.named_buffers()}
+            functional_call(model, own, (heads[0][1].weight.new_full((2, *shape), 0.5),))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    name, dims = calls[-1] if calls else ("", 0)
+    return name if dims == 2 and [n for n, _ in calls].count(name) == 1 else None
 
 
 def row_minimum(grad_weight: Float[Tensor, "k d"], examples: int) -> Int[Tensor, " examples"]:

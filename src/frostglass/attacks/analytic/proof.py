@@ -51,7 +51,7 @@ def solve_targets(seen: Observation, images: Tensor) -> Tensor | None:
         [b, classes], rounded to one-hot rows where they are within 0.05 of it; None if there is no classifier layer
         with a gradient, or its features are not linearly independent.
     """
-    name = classifier_layer(seen.model, seen.classes)
+    name = classifier_layer(seen.model, seen.classes, seen.image_shape)
     if name is None or f"{name}.weight" not in seen.gradients:
         return None
     layer = seen.model.get_submodule(name)

@@ -45,11 +45,11 @@ def classifier_of(seen: Observation) -> tuple[str, Tensor, Tensor | None]:
     Raises:
         BadInput: no final Linear layer, or its gradient was not sent.
     """
-    layer = classifier_layer(seen.model, seen.classes)
+    layer = classifier_layer(seen.model, seen.classes, seen.image_shape)
     if layer is None or _parameter(layer, "weight") not in seen.gradients:
         raise BadInput(
-            "attack: labels can be restored only from the gradient of a final Linear layer, which this update does not "
-            "hold; grant 'labels'."
+            "attack: labels can be restored only from the gradient of a final Linear layer that reads one vector an "
+            "image, which this update does not hold; grant 'labels'."
         )
     bias = seen.gradients.get(_parameter(layer, "bias"))
     weight = seen.gradients[_parameter(layer, "weight")]
@@ -104,7 +104,7 @@ def fresh(seen: Observation) -> bool:
     Every normalisation layer's weight is 1 and bias 0, and no weight of the classifier is beyond what is drawn at the
     start (five standard deviations of He's normal, the widest usual one). False where no layer normalises.
     """
-    layer = classifier_layer(seen.model, seen.classes)
+    layer = classifier_layer(seen.model, seen.classes, seen.image_shape)
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
     norms = [m for m in seen.model.modules() if isinstance(m, kinds) and m.weight is not None and m.bias is not None]
     if layer is None or not norms:
@@ -122,7 +122,7 @@ def features_of(seen: Observation, images: Float[Tensor, "n c h w"]) -> Float[Te
     The model and its buffers are left unchanged. None if the network refuses such a batch (batch statistics of one
     image).
     """
-    layer = classifier_layer(seen.model, seen.classes)
+    layer = classifier_layer(seen.model, seen.classes, seen.image_shape)
     assert layer is not None
     kept: list[Tensor] = []
     per = min(examples_of(seen), len(images)) if seen.mode == "train" else min(64, len(images))

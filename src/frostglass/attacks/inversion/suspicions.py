@@ -50,7 +50,7 @@ def _as_gradients(seen: Observation) -> dict[str, Tensor] | None:
 def _loss(seen: Observation, gradients: Mapping[str, Tensor]) -> Iterator[str]:
     """With cross-entropy, the classifier's bias gradient is the batch's mean of m p - y: it sums to 0, and its
     positive entries to 1 at the most."""
-    layer = classifier_layer(seen.model, seen.classes)
+    layer = classifier_layer(seen.model, seen.classes, seen.image_shape)
     bias = gradients.get(f"{layer}.bias" if layer else "bias") if layer is not None else None
     if bias is None or not bool(bias.any()):
         return
