@@ -63,6 +63,20 @@ def test_cosine_in_single_precision_agrees_with_the_plain_formula_and_repeats() 
         torch.testing.assert_close(x, z, rtol=1e-4, atol=1e-6 * float(z.abs().max()))
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_cosine_of_gradients_of_any_size(size: float) -> None:
+    """A confident network's gradients are that small: the square of the product of their norms is no float32."""
+    made = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 7, generator=made), torch.randn(5, 7, generator=made)
+    assert float(distance.cosine([size * a], [size * b])) == pytest.approx(float(distance.cosine([a], [b])), abs=1e-6)
+    assert float(distance.cosine([size * a], [size * a])) == pytest.approx(0, abs=1e-6)
+    x = (size * a).requires_grad_(True)
+    (slope,) = torch.autograd.grad(distance.cosine([x], [size * b]), x)
+    y = a.clone().requires_grad_(True)
+    (wanted,) = torch.autograd.grad(distance.cosine([y], [b]), y)
+    torch.testing.assert_close(slope * size, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_cosine_to_nothing_is_one_and_flat() -> None:
     a = torch.zeros(3, requires_grad=True)
     value = distance.cosine([a], [torch.ones(3)])

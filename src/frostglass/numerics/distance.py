@@ -32,7 +32,9 @@ def cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, ""]:
     """
     products = [torch.stack(_Products.apply(x, y)) for x, y in zip(a, b, strict=True)]  # type: ignore[no-untyped-call]
     aa, bb, ab = torch.stack(products).sum(0).unbind()
-    return 1 - ab / (aa * bb).clamp_min(torch.finfo(aa.dtype).tiny).sqrt()
+    least = torch.finfo(aa.dtype).tiny
+    # not of the product, which leaves the range of float32 where a confident network's gradients have norms below 1e-9
+    return 1 - ab / (aa.clamp_min(least).sqrt() * bb.clamp_min(least).sqrt())
 
 
 class _Products(torch.autograd.Function):
