@@ -113,6 +113,23 @@ def test_more_grants_never_make_a_weaker_letter() -> None:
     assert beyond_letter(["labels", "examples"]) == ["labels"]
 
 
+def test_an_epsilon_stands_beside_its_own_adjacency(tmp_path: Path) -> None:
+    claim = {"unit": "client", "adjacency": "add_remove", "epsilon": 3.0, "delta": 1e-6, "defense": "clip_and_noise"}
+    parts = [{"name": "dp_sgd"}, {"name": "clip_and_noise"}, {"name": "dp_instahide", "k": 1}, {"name": "pruning"}]
+    own = run(tmp_path / "own", defense=parts)
+    held = [t["dp"] for t in own.scorecard.standards["tests"]]
+    assert [dp and dp["adjacency"] for dp in held] == ["add_remove", "replace_one", "replace_one", None]
+    said = run(tmp_path / "claimed", defense=parts, verdict={"claim": claim})
+    of_claim = [t["dp"] for t in said.scorecard.standards["tests"]]
+    assert [of_claim[1][k] for k in ("adjacency", "epsilon", "delta")] == ["add_remove", 3.0, 1e-6]
+    assert [of_claim[i] for i in (0, 2, 3)] == [held[i] for i in (0, 2, 3)]
+    noise = claim | {"epsilon": None, "noise_multiplier": 1.0, "defense": None}
+    counted = run(tmp_path / "noise", defense=parts, verdict={"claim": {k: v for k, v in noise.items() if v}})
+    dp = counted.scorecard.standards["tests"][1]["dp"]
+    assert dp["adjacency"] == "replace_one"  # what the epsilon that is printed was accounted for
+    assert dp["epsilon"] == held[1]["epsilon"]
+
+
 def test_standards_are_whole(tmp_path: Path) -> None:
     report = run(tmp_path / "run", defense=[{"name": "none"}, {"name": "dp_sgd", "noise_multiplier": 8.0}])
     held = load_scorecard(tmp_path / "run" / "scorecard.json").standards

@@ -58,17 +58,22 @@ def nist_class(cell: Cell) -> dict[str, Any]:
 
 
 def dp_checklist(plan: Plan, cell: Cell) -> dict[str, Any] | None:
-    """SP 800-226: what a claim of differential privacy must state; None where none is made."""
+    """SP 800-226: what a claim of differential privacy must state; None where none is made.
+
+    epsilon means nothing without its adjacency and delta, so all three are those of the claim or those of the account.
+    """
     claim = plan.verdict.claim
+    if claim is not None and claim.defense not in (None, cell.defense):
+        claim = None
     spent = cell.privacy_spent or {}
     if cell.defense == "none" or (cell.defense_claim != "proof" and claim is None):
         return None
     unit = (claim.unit if claim else None) or spent.get("unit")
+    claimed = claim is not None and (claim.epsilon is not None or "epsilon" not in spent)
+    stated = claim.model_dump() if claim is not None and claimed else spent
     return {
         "unit": unit or "not stated",
-        "adjacency": (claim.adjacency if claim else None) or "add_remove",
-        "epsilon": (claim.epsilon if claim else None) or spent.get("epsilon"),
-        "delta": claim.delta if claim and claim.epsilon is not None else spent.get("delta"),
+        **{name: stated.get(name) for name in ("adjacency", "epsilon", "delta")},
         "trust_model": "local: each client protects its own update" if plan_is_local(cell) else "of the secure sum",
         "accounting": spent.get("accountant", "not accounted by this run"),
         "sampling": f"Poisson at rate {claim.sampling_rate:g}" if claim and claim.sampling_rate < 1 else "none assumed",

@@ -79,7 +79,7 @@ class BNStatistics:
 
 @dataclass(frozen=True)
 class PrivacySpent:
-    """(epsilon, delta) of one release, with what they rest on."""
+    """(epsilon, delta) of one release, with what they rest on; `adjacency` is what neighbouring data sets differ in."""
 
     epsilon: float
     delta: float
@@ -87,6 +87,7 @@ class PrivacySpent:
     clipping_norm: float
     accountant: str
     unit: str = "image"
+    adjacency: Literal["add_remove", "replace_one"] = "add_remove"
 
 
 @dataclass(frozen=True)

@@ -78,4 +78,5 @@ def _accounted(
     replaced = adjacency == "replace"
     epsilon = epsilon_of(sigma / 2 if replaced else sigma, delta, 1, accountant)
     words = "replace the client's data (sensitivity 2 C)" if replaced else "add/remove the client (sensitivity C)"
-    return PrivacySpent(epsilon, delta, sigma, clip, f"Opacus {accountant.upper()}, one release, {words}", "update")
+    about = f"Opacus {accountant.upper()}, one release, {words}"
+    return PrivacySpent(epsilon, delta, sigma, clip, about, "update", "replace_one" if replaced else "add_remove")

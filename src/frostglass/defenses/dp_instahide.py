@@ -114,8 +114,8 @@ def spent_on(batch: Batch, k: int, std: float, law: Law, c_max: float, delta: fl
         sensitivity = c_max * d * k  # L1 norms of k encodings add up
         scale = std / math.sqrt(2)
         about = "pure DP, replace one image, k encodings of each"
-        return PrivacySpent(sensitivity / scale, 0.0, std / sensitivity, sensitivity, about, unit)
+        return PrivacySpent(sensitivity / scale, 0.0, std / sensitivity, sensitivity, about, unit, "replace_one")
     sensitivity = c_max * math.sqrt(d * k)
     sigma = std / sensitivity
     about = "Opacus RDP, one release, replace one image, k encodings of each"
-    return PrivacySpent(epsilon_of(sigma, delta, 1), delta, sigma, sensitivity, about, unit)
+    return PrivacySpent(epsilon_of(sigma, delta, 1), delta, sigma, sensitivity, about, unit, "replace_one")
