@@ -91,7 +91,21 @@ def test_odd_layers_and_repeated_use(monkeypatch: pytest.MonkeyPatch) -> None:
     compared(model, "train", False)
 
 
+def test_a_layer_that_reads_one_vector_an_image_twice() -> None:
+    torch.manual_seed(1)
+    twice = nn.Linear(8, 8)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), twice, nn.Tanh(), twice, nn.Linear(8, 5)).double()
+    assert streamable(model, "train", alone=False)
+    compared(model, "train", False)
+
+
 def test_networks_whose_images_mix_are_not_streamed() -> None:
+    for affine in (True, False):
+        batch = nn.BatchNorm2d(4, affine=affine, track_running_stats=False)  # by the batch in eval mode too
+        own = nn.Sequential(nn.Conv2d(3, 4, 3), batch, nn.Flatten(), nn.Linear(144, 5)).double()
+        assert not streamable(own, "eval", alone=True)
+        assert streamable(own, "train", alone=True)
+        compared(own, "train", True)
     assert not streamable(model_of("small_bn_cnn", {"width": 4}), "train", alone=False)
     assert not streamable(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(4, 2)), "train", alone=True)
     assert not streamable(nn.Sequential(nn.Embedding(3, 4)), "eval", alone=True)

@@ -43,6 +43,8 @@ def streamable(model: nn.Module, mode: str, *, alone: bool) -> bool:
             return False
         if mode == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
             return False
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            return False  # it normalises by the batch in eval mode too
     return all(count == 1 for count in owners.values())
 
 
@@ -154,7 +156,7 @@ def _summed_error(module: nn.Module, e: Tensor) -> Tensor:
 def _weight_gradients(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """(inputs [n, ...], errors of the outputs [n, ...]) -> [n, ...] gradients of the weight."""
     if isinstance(module, nn.Linear):
-        return lambda x, e: torch.einsum("nto,nti->noi", e.flatten(1, -2), x.flatten(1, -2))
+        return lambda x, e: torch.einsum("nto,nti->noi", _vectors(e), _vectors(x))
     if isinstance(module, nn.Conv2d):
         return lambda x, e: _conv_gradients(module, x, e)
     if isinstance(module, nn.GroupNorm):
@@ -165,6 +167,11 @@ def _weight_gradients(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, e: _summed_error(module, nn.functional.layer_norm(x, shape, eps=module.eps) * e)
     assert isinstance(module, nn.BatchNorm2d)
     return lambda x, e: (_frozen_norm(module, x) * e).flatten(2).sum(2)
+
+
+def _vectors(t: Tensor) -> Tensor:
+    """[n, ..., d] -> [n, t, d]: one vector an image has t = 1."""
+    return t.reshape(len(t), -1, t.shape[-1])
 
 
 def _conv_gradients(module: nn.Conv2d, x: Tensor, e: Tensor) -> Tensor:
