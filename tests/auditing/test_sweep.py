@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,8 @@ def test_a_clients_knob_and_the_bound_over_its_steps() -> None:
     noisy = DEFENSES["dp_instahide"].make(std=1e-3)
     spent = PrivacySpent(1.0, 1e-5, 1.0, 1.0, "test")
     assert bound_of(noisy, 0.1, points(plan)[0], spent) == pytest.approx(0.1 * math.e + 1e-5)
+    pure = replace(spent, delta=0.0)  # as Laplace noise proves
+    assert bound_of(noisy, 0.1, points(plan)[0], pure) == pytest.approx(0.1 * math.e)
 
 
 @pytest.mark.parametrize(

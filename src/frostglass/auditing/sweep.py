@@ -27,7 +27,7 @@ from frostglass.core.update import PrivacySpent
 from frostglass.defenses.accounting import epsilon_of
 from frostglass.federated.rounds import Budget, Images, correct, train
 from frostglass.guarantees.interval import clopper_pearson
-from frostglass.guarantees.rero import approximate_dp, gaussian
+from frostglass.guarantees.rero import approximate_dp, gaussian, pure_dp
 from frostglass.vision import datasets
 
 CELLS = "cells"
@@ -155,6 +155,8 @@ def bound_of(defense: Defense, kappa: float, point: Point, spent: PrivacySpent |
         if m.clip is not None and m.std > 0
     ]
     if not found and spent is not None:
+        if spent.delta == 0:  # Laplace noise
+            return pure_dp(kappa, spent.epsilon)
         return approximate_dp(kappa, spent.epsilon, spent.delta)
     return min(found, default=None)
 
