@@ -12,10 +12,11 @@ from frostglass.attacks.analytic.first_layer import find_first_linear
 from frostglass.attacks.analytic.proof import prove, solve_targets
 from frostglass.attacks.inversion.restore import by_counts, targets_of
 from frostglass.attacks.registry import ATTACKS
+from frostglass.core.batch import Batch
 from frostglass.core.drive import drive
 from frostglass.core.randomness import Rng
 from frostglass.core.runtime import Runtime
-from frostglass.core.threat import GradientMessage, Knows
+from frostglass.core.threat import GradientMessage, Knows, Observation
 from frostglass.core.update import LocalPlan
 from frostglass.numerics.assign import assign
 from frostglass.numerics.local_update import local_update
@@ -105,12 +106,35 @@ def test_models_without_such_a_layer_are_refused_in_words() -> None:
         assert "Linear" in problems[0]
 
 
-def test_spear_refuses_a_first_layer_without_relu() -> None:
-    seen, _ = observe("mlp", size=8)
-    tanh = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Tanh(), nn.ReLU(), nn.Linear(16, 10))
-    grads = {n: torch.ones_like(p) for n, p in tanh.named_parameters()}
-    other = replace(seen, model=tanh, messages=(GradientMessage(grads, "gradient"),))
-    assert any("ReLU" in p for p in ATTACKS["spear"].make().check(other))
+class Clamped(nn.Module):
+    """A ReLU that is no module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(min=0)
+
+
+def behind(activation: nn.Module) -> tuple[Observation, Batch]:
+    """Two photographs through a first layer of 64 units with this activation."""
+    seen, private = observe("mlp", batch=2, knows=ONLY_COUNT)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 64), activation, nn.Linear(64, 10))
+    sent = local_update(model, private.images, private.targets, LocalPlan()).gradients
+    return replace(seen, model=model, messages=(GradientMessage(sent, "gradient"),)), private
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.GELU(), nn.LeakyReLU()])
+def test_spear_refuses_a_first_layer_without_relu(activation: nn.Module) -> None:
+    assert any("ReLU" in p for p in ATTACKS["spear"].make().check(behind(activation)[0]))
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(inplace=True), nn.ReLU6(), Clamped(), nn.Sequential(nn.Tanh(), nn.ReLU())]
+)
+def test_spear_reads_the_zeros_of_a_relu_however_it_is_written(activation: nn.Module) -> None:
+    seen, private = behind(activation)
+    found = drive(ATTACKS["spear"].make(), seen, RUN)
+    assert found.proved.tolist() == [True, True]
+    assert worst_error(found.images, private.images) < 1e-3
 
 
 def test_labels_of_known_images_are_solved_exactly_and_a_wrong_image_is_noticed() -> None:

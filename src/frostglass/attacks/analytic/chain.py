@@ -122,7 +122,7 @@ def _finish(
         return None, f"the model does not begin with a Conv2d layer; {_PLAIN}"
     head = calls[at] if at < len(calls) else None
     if head is None or not isinstance(head.module, nn.Linear) or at + 1 != len(calls):
-        return None, f"after {_last(blocks)!r} there is more than one Linear layer; {_PLAIN}"
+        return None, f"after {_last(blocks)!r} there is no or more than one Linear layer; {_PLAIN}"
     if head.read.shape != before.flatten(1).shape or not same(head.read, before.relu().flatten(1)):
         return None, (
             f"{head.name!r} does not read every value of the ReLU after {_last(blocks)!r}; pooling there hides where "

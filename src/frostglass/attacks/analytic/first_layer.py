@@ -20,7 +20,7 @@ class FirstLinear:
         weight: [h, d]; bias: [h].
         grad_weight: [h, d]; grad_bias: [h], None if the layer has no bias or its gradient was not sent.
         scale, offset: [d] from pixels to the layer's input.
-        relu: True if the layer's output goes through a ReLU, unchanged, before anything else (probed, not guessed).
+        relu: True if nothing of what the layer writes below 0 goes on (probed, however the ReLU is written).
     """
 
     name: str
@@ -79,21 +79,14 @@ def _probe(
     mixed = mixed.to(weights.device).view(1, *seen.image_shape)
     batch = torch.cat([torch.full_like(mixed, low), torch.full_like(mixed, high), mixed])
     reads: list[tuple[str, Tensor]] = []
-    outputs: dict[str, Tensor] = {}
-    activated: list[Tensor] = []
-
-    def relu_spy(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-        activated.append(args[0].detach().clone())
 
     def spy(name: str):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             reads.append((name, args[0].detach().clone()))
-            outputs.setdefault(name, out.detach().clone())
 
         return hook
 
-    handles = [m.register_forward_hook(spy(n)) for n, m in linears.items()]
-    handles += [m.register_forward_hook(relu_spy) for m in seen.model.modules() if isinstance(m, nn.ReLU)]
+    handles = [m.register_forward_pre_hook(spy(n)) for n, m in linears.items()]
     try:
         with torch.no_grad(), in_mode(seen.model, "eval"):
             seen.model(batch)
@@ -104,5 +97,28 @@ def _probe(
     if not fitting:
         return None
     name, x = fitting[0]
-    modular = any(a.shape == outputs[name].shape and torch.equal(a, outputs[name]) for a in activated)
-    return name, (x[0], x[1], x[2], mixed.flatten()), modular or not activated
+    return name, (x[0], x[1], x[2], mixed.flatten()), _stops_below_zero(seen, linears[name], batch)
+
+
+def _stops_below_zero(seen: Observation, layer: nn.Module, images: Tensor) -> bool:
+    """Whether the logits have a slope in what the layer writes above 0, and none in what it writes below."""
+    held: list[Tensor] = []
+
+    def leaf(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        if held:  # a layer that is called again
+            return None
+        held.append(out.detach().clone().requires_grad_(True))
+        return held[0].clone()  # a ReLU may work in place
+
+    handle = layer.register_forward_hook(leaf)
+    try:
+        with torch.enable_grad(), in_mode(seen.model, "eval"):
+            logits = seen.model(images)
+            uneven = torch.arange(1, logits.shape[1] + 1).to(logits)  # their plain sum may be constant
+            slope = torch.autograd.grad((uneven * logits).sum(), held[0], allow_unused=True)[0]
+    finally:
+        handle.remove()
+    if slope is None:
+        return False
+    below, above = slope[held[0] < 0], slope[held[0] > 0]
+    return len(below) > 0 and not bool(below.any()) and bool(above.any())
