@@ -318,7 +318,7 @@ class TestFactories:
 
     def test_another_number_of_outputs_names_the_key(self, here):
         self.write(here, "def net(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))\n")
-        refused("mine:net", "(2, 7)", "set classes = 7 under [scenario.model]")
+        refused("mine:net", "(2, 7)", "set classes = 7 under [scenario.model]", "--classes 7")
 
     def test_a_missing_module_and_half_a_name(self, here):
         refused("no_such_module_here:net", "does not import", str(here))

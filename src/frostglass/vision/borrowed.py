@@ -188,7 +188,10 @@ def _try_out(network: nn.Module, name: str, shape: Mapping[str, int]) -> None:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         fix = "let it take `classes` and answer with so many"
         if isinstance(got, tuple) and len(got) == 2 and got[0] == 2 and got[1] > 1:  # an audit's plan can say it
-            fix = f"set classes = {got[1]} under [scenario.model] in an audit's plan, or {fix}"
+            fix = (
+                f"set classes = {got[1]} under [scenario.model] in an audit's plan (--classes {got[1]} for recorded "
+                f"updates), or {fix}"
+            )
         raise BadInput(
             f"model: {name!r} answers 2 images with {got}, not logits of shape (2, {shape['classes']}); {fix}."
         )
