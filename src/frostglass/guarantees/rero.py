@@ -9,7 +9,7 @@ Hayes 2022 (pure DP, RDP); Hayes, Mahloujifar, Balle 2023 (tight, by the dominat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +124,7 @@ def subsampled(
     *,
     adjacency: Adjacency = "add_remove",
     samples: int | None = None,
+    tick: Callable[[int], object] = lambda runs: None,
 ) -> list[Estimate]:
     """gamma under Poisson sampling by Monte Carlo on the one-dimensional dominating pair, one estimate a kappa.
 
@@ -140,7 +141,8 @@ def subsampled(
         rate: q, the probability with which the target takes part in a step.
         rng: draws follow from it alone.
         adjacency: as in `gaussian`.
-        samples: simulated runs; None: 200,000, or 1,000,000 if a kappa is at or below 1e-3.
+        samples: simulated runs; None: `samples_for`.
+        tick: told of the runs that have been simulated, some thousands at a time.
 
     Raises:
         BadInput: a parameter that is out of range.
@@ -148,16 +150,26 @@ def subsampled(
     check(noise_multiplier=noise_multiplier, steps=steps, rate=rate, adjacency=adjacency)
     for kappa in kappas:
         check(kappa=kappa)
-    n = samples or (1_000_000 if min(kappas) <= SMALL_KAPPA else 200_000)
-    ratios = np.sort(_log_ratios(noise_multiplier, steps, rate, adjacency, rng, n))[::-1]
+    parts = _log_ratios(noise_multiplier, steps, rate, adjacency, rng, samples or samples_for(kappas))
+    found = []
+    for part in parts:
+        found.append(part)
+        tick(len(part))
+    ratios = np.sort(np.concatenate(found))[::-1]
     return [_read_off(ratios, kappa) for kappa in kappas]
 
 
-def _log_ratios(sigma: float, steps: int, rate: float, adjacency: Adjacency, rng: Rng, samples: int) -> np.ndarray:
-    """[samples] log-likelihood ratios of whole runs drawn from P."""
+def samples_for(kappas: Sequence[float]) -> int:
+    """Runs that `subsampled` simulates: 200,000, or 1,000,000 if a kappa is at or below 1e-3."""
+    return 1_000_000 if min(kappas) <= SMALL_KAPPA else 200_000
+
+
+def _log_ratios(
+    sigma: float, steps: int, rate: float, adjacency: Adjacency, rng: Rng, samples: int
+) -> Iterator[np.ndarray]:
+    """[samples] log-likelihood ratios of whole runs drawn from P, in parts."""
     if rate == 1:
         sigma /= SENSITIVITY[adjacency]
-    parts = []
     for start in range(0, samples, CHUNK):
         size = min(CHUNK, samples - start)
         draw = rng.at("rero", start).numpy()
@@ -168,8 +180,7 @@ def _log_ratios(sigma: float, steps: int, rate: float, adjacency: Adjacency, rng
             total += _above_empty(x, sigma, rate)
             if rate < 1 and adjacency == "replace_one":
                 total -= _above_empty(-x, sigma, rate)
-        parts.append(total)
-    return np.concatenate(parts)
+        yield total
 
 
 def _above_empty(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,17 +94,28 @@ class Bound:
         return min(1.0, self.gamma + 3 * self.standard_error)
 
 
-def bounds(setting: Setting, kappas: Sequence[float], rng: Rng, samples: int | None = None) -> list[Bound]:
-    """gamma at each kappa: the closed form without sampling or beyond `MOST_SAMPLED` releases, else a simulation.
+def simulated(setting: Setting) -> bool:
+    """Whether `bounds` takes a simulation: under sampling, up to `MOST_SAMPLED` releases."""
+    return setting.rate < 1 and setting.steps <= MOST_SAMPLED
+
+
+def bounds(
+    setting: Setting,
+    kappas: Sequence[float],
+    rng: Rng,
+    samples: int | None = None,
+    tick: Callable[[int], object] = lambda runs: None,
+) -> list[Bound]:
+    """gamma at each kappa: in closed form, or simulated (`simulated`; `samples` and `tick` as in `rero.subsampled`).
 
     Raises:
         BadInput: a kappa outside (0, 1).
     """
     s = setting
-    if s.rate == 1 or s.steps > MOST_SAMPLED:
+    if not simulated(s):
         return [Bound(k, rero.gaussian(k, s.noise_multiplier, s.steps, s.adjacency)) for k in kappas]
     found = rero.subsampled(
-        kappas, s.noise_multiplier, s.steps, s.rate, rng, adjacency=s.adjacency, samples=samples
+        kappas, s.noise_multiplier, s.steps, s.rate, rng, adjacency=s.adjacency, samples=samples, tick=tick
     )  # fmt: skip
     return [Bound(k, e.gamma, e.standard_error) for k, e in zip(kappas, found, strict=True)]
 

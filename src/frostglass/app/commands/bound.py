@@ -53,9 +53,12 @@ def command(
     plot: Path | None,
 ) -> None:
     """Bound the success of every attack: gamma for a chance level kappa, epsilon, and the PSNR ceiling."""
+    from tqdm import tqdm
+
     from frostglass.core.randomness import Rng
     from frostglass.guarantees.domain import LEAST_NOISE
-    from frostglass.guarantees.summary import MOST_SAMPLED, Setting, bounds, epsilons, to_json
+    from frostglass.guarantees.rero import samples_for
+    from frostglass.guarantees.summary import MOST_SAMPLED, Setting, bounds, epsilons, simulated, to_json
 
     if 0 < sigma < LEAST_NOISE:
         raise BadInput(
@@ -73,7 +76,10 @@ def command(
     if samples is not None and samples < 1000:
         raise BadInput(f"--samples: {samples} is too few for a standard error; give at least 1000.")
     rng = Rng.from_seed(seed, "bound")
-    found, spent = bounds(setting, levels, rng, samples), epsilons(setting)
+    runs, quiet = samples or samples_for(levels), None if simulated(setting) else True  # None: shown on a terminal
+    with tqdm(total=runs, desc="simulating", unit="run", unit_scale=True, disable=quiet) as bar:
+        found = bounds(setting, levels, rng, samples, bar.update)
+    spent = epsilons(setting)
     if style == "json":
         click.echo(json.dumps(to_json(setting, found, spent, shape), indent=2))
     else:
