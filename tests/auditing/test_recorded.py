@@ -528,6 +528,18 @@ def test_the_nearest_of_a_large_pool_is_no_success_by_itself(tmp_path: Path) -> 
     assert {i.sha256 for i in good.cells[0].images} == true
 
 
+def test_a_pool_of_several_clients_is_nobodys_own_whatever_its_size(mlp: Federation) -> None:
+    """Both sent four images; four were given, which are the first client's."""
+    given = mlp.data.images[:4], mlp.data.labels[:4]
+    report = audit_updates(mlp.record, truth=given, known={"rounds": [1]}, attacks={"name": "thaw", "steps": 1})
+    assert [row["client"] for row in rows(report)] == ["c0", "c1"]
+    assert [cell.pool for cell in report.cells] == [4, 4]
+    assert all(cell.labels.count_accuracy is None for cell in report.cells)
+    by_name = {"c0": given, "c1": (mlp.data.images[4:8], mlp.data.labels[4:8])}
+    own = audit_updates(mlp.record, truth=by_name, known={"rounds": [1]}, attacks={"name": "thaw", "steps": 1})
+    assert all(cell.labels.count_accuracy is not None for cell in own.cells)
+
+
 def test_grants_beyond_what_a_server_knows_are_an_upper_bound(mlp: Federation) -> None:
     known = {"rounds": [1], "clients": ["c0"], "grants": ["labels"]}
     attack = {"name": "thaw", "steps": 5}

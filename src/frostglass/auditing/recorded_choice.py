@@ -281,7 +281,7 @@ def _with_gallery(recording: Recording, sent: Sent, scenario: RecordedScenario) 
     truth, client = recording.truth, sent.header.client
     pool = None if truth is None else truth.of(client)
     assert scenario.threat is not None
-    if truth is None or pool is None or not truth.labelled or len(pool) != sent.header.examples:
+    if truth is None or pool is None or not truth.labelled or not truth.exactly(client, sent.header.examples):
         return None
     if sent.header.kind == "delta" and sent.plan is None:
         return None

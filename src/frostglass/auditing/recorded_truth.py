@@ -29,11 +29,21 @@ class Truth:
         pools: by client; "" is one pool for all clients.
         labelled: whether their labels mean something.
         others: images of the same source that no pool holds, for nulls and candidates; None if there are none.
+        clients: how many clients share the pool "".
     """
 
     pools: Mapping[str, ImageSet]
     labelled: bool
     others: ImageSet | None = None
+    clients: int = 1
+
+    def exactly(self, client: str, examples: int | None) -> bool:
+        """Whether a message of `examples` images holds those of its client's pool, all of them and no others.
+
+        A pool that several clients share tells of none of them which images it holds, however many there are.
+        """
+        pool = self.of(client)
+        return pool is not None and len(pool) == examples and (client in self.pools or self.clients == 1)
 
     def of(self, client: str) -> ImageSet | None:
         """Of one client, or the pool of all."""
@@ -90,6 +100,11 @@ def read_truth(where: str | None, clients: list[str], shape: tuple[int, int, int
     Raises:
         BadInput: they cannot be read, or do not fit the network.
     """
+    found = _read(where, clients, shape, given)
+    return None if found is None else replace(found, clients=max(1, len(set(clients))))
+
+
+def _read(where: str | None, clients: list[str], shape: tuple[int, int, int], given: Given | None) -> Truth | None:
     if given is not None:
         return Truth({c: _of_tensors(c, x, y, shape) for c, (x, y) in given.items()},
                      all(y is not None for _, y in given.values()))  # fmt: skip

@@ -235,7 +235,7 @@ def _truth(recording: Recording, sent: Sent, domain: Domain, rng: Rng) -> RoundT
     private = batch_of(pool, recording.network.classes, labelled=recording.truth.labelled)
     order = rng.at("truth", hashlib.sha256(content(private.images)).digest()).permutation(len(private)).tolist()
     private = private.take(order)
-    exact = sent.header.examples == len(private)
+    exact = recording.truth.exactly(sent.header.client, sent.header.examples)
     return RoundTruth(private, replace(private, domain=domain), exact=exact, labelled=recording.truth.labelled,
                       encoded=_encoded(recording))  # fmt: skip
 
