@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -103,6 +104,28 @@ def test_points_resume_and_ranks_agree(tmp_path: Path) -> None:
     halves = [Sweep(plan, tmp_path / "two", CPU, World(rank, 2)) for rank in range(2)]
     assert len(halves[1]()) == 2
     assert without_time(halves[0]()) == without_time(rows)
+
+
+def test_points_of_other_images_are_not_put_on_one_curve(tmp_path: Path) -> None:
+    for name, images in {"a": datasets.load("digits", size=8), "b": datasets.load("digits", size=8)}.items():
+        for i in range(60):
+            place = tmp_path / name / str(i % 2) / f"{i}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            pixels = images.images[i + 500 * (name == "b")][0]
+            Image.fromarray((pixels * 255).round().byte().numpy()).save(place)
+    (tmp_path / "data").symlink_to(tmp_path / "a")
+    vary, threat = [{"name": "a"}, {"defense": {"name": "sign"}}], {"grants": ["examples", "gallery"], "gallery": 4}
+    plan = small(vary=vary, threat=threat, data={"source": f"folder:{tmp_path / 'data'}", "size": 8}, trials=2)
+    sweep = Sweep(plan, tmp_path / "out", CPU)
+    rows = sweep()
+    sweep.path(points(plan)[1]).unlink()
+    (tmp_path / "data").unlink()
+    (tmp_path / "data").symlink_to(tmp_path / "b")
+    with pytest.raises(BadInput, match="are not those that"):
+        sweep()
+    (tmp_path / "data").unlink()
+    (tmp_path / "data").symlink_to(tmp_path / "a")
+    assert without_time(sweep()) == without_time(rows)
 
 
 def test_the_command_writes_json_csv_and_a_picture(tmp_path: Path) -> None:

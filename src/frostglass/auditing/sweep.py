@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -30,7 +31,7 @@ from frostglass.guarantees.interval import clopper_pearson
 from frostglass.guarantees.rero import approximate_dp, gaussian, pure_dp
 from frostglass.vision import datasets
 
-CELLS = "cells"
+CELLS, DATA = "cells", "data.json"
 Tell = Callable[[str], object]
 Row = dict[str, Any]
 
@@ -57,18 +58,36 @@ class Sweep:
         """All rows that are there when this rank has done its part, in the plan's order.
 
         Raises:
-            BadInput: something that no point can be computed with; what was finished stays.
+            BadInput: something that no point can be computed with, or other images or weights than those of finished
+                points; what was finished stays.
         """
         todo = points(self.plan)
+        data = self._data(todo[0])
         for number, point in enumerate(todo):
             if number % self.world.size != self.world.rank or self.path(point).exists():
                 continue
             begun = time.perf_counter()
             row = self.row(point)
             row["seconds"] = round(time.perf_counter() - begun, 1)
+            write_json(self.out / DATA, data)
             write_json(self.path(point), row)
             self.tell(f"{number + 1}/{len(todo)} {told(row)}")
         return self.rows()
+
+    def _data(self, point: Point) -> dict[str, str]:
+        """What the images and weights are known by: points from others would stand on one curve with the rest."""
+        prepared = prepare(point.plan, 0, self.device)
+        held, test = split(self.plan, prepared, Rng.from_seed(self.plan.seed, "digest"))
+        digest = hashlib.sha256(prepared.digest())
+        for t in (held.images, held.labels, test.images, test.labels):
+            digest.update(t.cpu().contiguous().numpy().tobytes())
+        value, path = {"sha256": digest.hexdigest()}, self.out / DATA
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != value:
+            raise BadInput(
+                f"--resume: the images, labels or weights are not those that {self.out} began with; choose an empty "
+                "folder."
+            )
+        return value
 
     def path(self, point: Point) -> Path:
         """Its file."""

@@ -279,11 +279,25 @@ class _Vectors:
         return self.builder.load(self.place(kind, array, at, self.byte if width == 8 else self.real), align=width // 8)
 
     def store(self, value: Any, kind: Any, array: Any, at: Any, past: bool) -> None:
-        width = kind.dtype.bitwidth // 8
+        b, width = self.builder, kind.dtype.bitwidth // 8
         place = self.place(kind, array, at, value.type.element)
-        made = self.builder.store(value, place, align=LANES * width if past else width)
-        if past:
-            made.set_metadata("nontemporal", self.builder.module.add_metadata([self.number(1)]))
+        if not past:
+            b.store(value, place, align=width)
+            return
+        line = min(self.lanes, 64 // width)  # pixels
+        lines = b.bitcast(place, self.vector(value.type.element, line).as_pointer())
+        for n in range(self.lanes // line):
+            if n:  # a line that waits half written while another is begun may go to memory in pieces
+                self.in_order()
+            part = self.picked(value, value, list(range(n * line, (n + 1) * line)))
+            made = b.store(part, b.gep(lines, [self.number(n)]), align=min(64, LANES * width))
+            made.set_metadata("nontemporal", b.module.add_metadata([self.number(1)]))
+
+    def in_order(self) -> None:
+        """What was written before is written before what comes next."""
+        from llvmlite import ir
+
+        self.builder.call(ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", side_effect=True), [])
 
     def all_of(self, kind: Any, lanes: int, value: int) -> Any:
         return self.constant(self.vector(kind, lanes), [value] * lanes)
