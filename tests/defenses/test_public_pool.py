@@ -107,6 +107,8 @@ def test_bad_pools_and_sources(pictures, tmp_path) -> None:
     assert not list((tmp_path / "none").iterdir())
     with pytest.raises(BadInput) as caught:
         PoolSettings(size=1, crops=0, cut=0, channels=2)
+    with pytest.raises(BadInput, match="tries: 100000000000 must be at most 100000"):
+        PoolSettings(tries=10**11)
     assert len(caught.value.problems) == 4
     with pytest.raises(BadInput, match=r"are smaller than a cut of 100000 pixels; give larger images, or a smaller"):
         make_pool(f"folder:{pictures}", tmp_path / "huge", PoolSettings(size=16, cut=100_000, crops=4), RNG)

@@ -27,6 +27,10 @@ POOL, PIXELS = "pool.json", "pool.uint8"
 _LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 
 
+MOST_TRIES = 100_000
+"""Cuts of one image at the most: their places are drawn at once."""
+
+
 @dataclass(frozen=True)
 class PoolSettings:
     """What is cut from public images.
@@ -64,6 +68,8 @@ class PoolSettings:
             )
             if value < least
         ]
+        if self.tries > MOST_TRIES:
+            found.append(f"tries: {self.tries} must be at most {MOST_TRIES}.")
         if self.channels not in (1, 3):
             found.append(f"channels: {self.channels} must be 1 (grey) or 3 (colour).")
         if found:
