@@ -115,6 +115,9 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
     if size is not None and not 4 <= size <= 4096:
         raise BadInput(f"--size: {size} pixels a side are not possible; give 4 to 4096.")
     pool = open_pool(settings["public"], settings["size"]) if settings["public"] else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PrivacyCaution)  # the manifest and the last lines printed say the same
+        encoder = _encoder(settings, pool)
     source = source_of(images)
     channels = int(settings["channels"]) if settings["channels"] else None
     with tqdm(total=count(source), desc="reading", unit="image", disable=None) as bar:
@@ -126,9 +129,6 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
     for sentence in (*notes, *(f"skipped: {s}" for s in held.skipped)):
         click.echo(sentence, err=True)
     labels, classes, class_names = _labels(settings["labels"], images, held)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PrivacyCaution)  # the manifest and the last lines printed say the same
-        encoder = _encoder(settings, pool)
     # stored as the rows of the pool are: an array beside a memory map, a tensor beside fresh crops
     pixels = held.images.numpy() if pool is not None and not pool.crop else held.images
     writer = SetWriter(
