@@ -245,8 +245,10 @@ def test_clients_of_a_round_count_together(mlp: Federation) -> None:
     assert (trials["spear"]["successes"], trials["spear"]["trials"]) == (2, 2)
     assert (trials["gallery"]["successes"], trials["gallery"]["kappa"]) == (2, 1 / 20)
     assert trials["gallery"]["event"] == "identified"
+    assert [c.verdict.tests for c in report.cells if c.verdict] == [len(report.cells) + 2] * 4, "all share the error"
     single = audit_updates(mlp.record, truth=mlp.folder / "TRUTH", known={"rounds": [2], "clients": ["c0"]})
     assert single.scorecard.recorded["trials"] == []
+    assert [c.verdict.tests for c in single.cells if c.verdict] == [len(single.cells)] * len(single.cells)
 
 
 def test_a_sum_of_a_cohort_is_one_larger_message(tmp_path: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from frostglass.auditing.plan import Plan
 from frostglass.auditing.scorecard import AuditVerdict, Cell, Scorecard
-from frostglass.auditing.verdict import trials_of
+from frostglass.auditing.verdict import pooled_cells, tests_of, trials_of
 from frostglass.auditing.verdict_rules import EXIT_CODES, ORDER, Evidence, decide
 from frostglass.auditing.wording import plural
 
@@ -19,14 +18,8 @@ def pooled(plan: Plan, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     Clients hold different images, so their trials are independent; rounds are not pooled, as a client trains on the
     same images in all of them. The error is shared by all rows and all cells.
     """
-    groups: dict[tuple[int, str, str], list[Cell]] = defaultdict(list)
-    scenarios = {s.name: s for s in plan.scenario}
-    for cell in cells:
-        recorded = scenarios[cell.scenario].recorded
-        if recorded is not None and cell.status == "done":
-            groups[recorded.round, cell.attack, cell.defense].append(cell)
-    several = {k: g for k, g in groups.items() if len(g) > 1}
-    return [_row(plan, key, group, len(several) + len(cells)) for key, group in several.items()]
+    tests = tests_of(plan, cells)
+    return [_row(plan, key, group, tests) for key, group in pooled_cells(plan, cells).items()]
 
 
 def _row(plan: Plan, key: tuple[int, str, str], cells: Sequence[Cell], tests: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,11 +140,27 @@ def with_verdicts(plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
     """The cells, each with its verdict."""
     plans = {c.id: c for c in expand(plan)}
     known = [(cell, plans[cell.id], trials_of(plan, cell)) for cell in cells]
-    tests = max(1, sum(role_of(plan, p) == "test" for p in plans.values()))
+    tests = tests_of(plan, cells)
     return [
         cell.model_copy(update={"verdict": _verdict(plan, cell, cell_plan, trials, tests, known)})
         for cell, cell_plan, trials in known
     ]
+
+
+def tests_of(plan: Plan, cells: Sequence[Cell]) -> int:
+    """How many tests share the error: the plan's, and those of trials that are pooled over clients."""
+    return max(1, sum(role_of(plan, p) == "test" for p in expand(plan))) + len(pooled_cells(plan, cells))
+
+
+def pooled_cells(plan: Plan, cells: Sequence[Cell]) -> dict[tuple[int, str, str], list[Cell]]:
+    """Finished cells of recorded updates, by (round, attack, defence), where several clients faced the attack."""
+    groups: dict[tuple[int, str, str], list[Cell]] = defaultdict(list)
+    scenarios = {s.name: s for s in plan.scenario}
+    for cell in cells:
+        recorded = scenarios[cell.scenario].recorded if cell.scenario in scenarios else None
+        if recorded is not None and cell.status == "done":
+            groups[recorded.round, cell.attack, cell.defense].append(cell)
+    return {key: group for key, group in groups.items() if len(group) > 1}
 
 
 Known = Sequence[tuple[Cell, CellPlan, Trials]]
