@@ -330,6 +330,28 @@ def test_nvflare_filters(file: Write) -> None:
     assert "in scope public" in site.findings[0].where
 
 
+def _chains(*chains: tuple[Any, Any]) -> str:
+    filters = [{"tasks": tasks, "filters": [{"path": "own.GaussianNoise", "args": args}]} for tasks, args in chains]
+    return json.dumps({"executors": [{"tasks": ["train", "submit_model"]}], "task_result_filters": filters}, indent=1)
+
+
+def test_nvflare_chains_cover_each_others_tasks(file: Write) -> None:
+    """NVFlare refuses two chains for one task, so their tasks are disjoint."""
+    both = check_file(file("both.json", _chains((["train"], {"sigma": 1.0}), (["submit_model"], {"sigma": 2.0}))))
+    assert (both.mechanisms, at(both, "order")) == (2, [])
+    assert len(set(at(both, "accounting"))) == 2, "each chain has a line of its own"
+    one = check_file(file("one.json", _chains((["train"], {"sigma": 1.0}))))
+    assert ["submit_model" in f.found for f in one.findings if f.rule == "order"] == [True]
+
+
+@pytest.mark.parametrize("tasks", [None, 5, ["train"]])
+@pytest.mark.parametrize("args", [None, [1], {"sigma": 10**400}])
+def test_nvflare_values_of_other_types_are_passed_over(file: Write, tasks: Any, args: Any) -> None:
+    text = _chains((tasks, args)).replace('"submit_model"', "null")
+    assert check_file(file("config.json", text)).mechanisms == 1
+    assert check_file(file("config.json", text.replace('"executors": [', '"executors": [5, '))).mechanisms == 1
+
+
 def test_a_plan_is_held_against_its_own_claim(file: Write) -> None:
     found = check_file(file("plan.toml", PLAN))
     errors = {f.rule: f.line for f in found.findings if f.severity == "error"}

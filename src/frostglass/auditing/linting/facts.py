@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from frostglass.guarantees.conversions import classical_noise
 
 Severity = Literal["error", "warning"]
 LEVEL = {"error": 2, "warning": 1}
+
+
+def as_number(value: Any) -> float | None:
+    """A number of a file; None for anything else. A whole number too large for a float counts as infinite."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 @dataclass(frozen=True)

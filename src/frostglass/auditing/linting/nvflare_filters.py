@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from frostglass.auditing.linting.facts import Facts
+from frostglass.auditing.linting.facts import Facts, as_number
 from frostglass.auditing.linting.lines import line_of, lines_of_keys
 
 HEURISTIC = {
@@ -26,18 +26,36 @@ RESULTS = "task_result_filters"
 def nvflare_facts(path: Path, text: str, values: Any) -> list[Facts] | None:
     """Every filter on what leaves a client; None if the file has no place for filters."""
     del path
-    if not any(True for _ in _filter_lists(values, "")):
+    lists = list(_filter_lists(values, ""))
+    if not lists:
         return None
+    # NVFlare refuses two chains for one task, so each chain may well leave the tasks of another one out.
+    covered = {t for _, tasks, filters in lists if any(_is_mechanism(_named(f)) for f in filters) for t in tasks}
     found: list[Facts] = []
-    line = 1
-    for scope, tasks, filters in _filter_lists(values, ""):
+    line = 0
+    for scope, tasks, filters in lists:
+        bare = tuple(t for t in _tasks_sent(values) if tasks and t not in tasks and t not in covered)
         for entry in filters:
-            named = str(entry.get("path") or entry.get("name") or "") if isinstance(entry, Mapping) else ""
+            named = _named(entry)
             if not named:
                 continue
-            line = line_of(text, re.escape(named), line) or line
-            found.append(_facts(named, entry.get("args") or {}, scope, tasks, _tasks_sent(values), text, line))
+            line = line_of(text, re.escape(named), line + 1) or line or 1
+            args = entry.get("args")
+            found.append(_facts(named, args if isinstance(args, Mapping) else {}, scope, bare, text, line))
     return found
+
+
+def _named(entry: Any) -> str:
+    return str(entry.get("path") or entry.get("name") or "") if isinstance(entry, Mapping) else ""
+
+
+def _is_mechanism(named: str) -> bool:
+    kind = named.rpartition(".")[2]
+    return kind in HEURISTIC or "gauss" in kind.lower()
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _filter_lists(node: Any, scope: str) -> Iterator[tuple[str, tuple[str, ...], list[Any]]]:
@@ -52,7 +70,7 @@ def _filter_lists(node: Any, scope: str) -> Iterator[tuple[str, tuple[str, ...],
         if key == RESULTS and isinstance(value, list):
             grouped = [g for g in value if isinstance(g, Mapping) and isinstance(g.get("filters"), list)]
             for group in grouped:
-                yield here, tuple(map(str, group.get("tasks", ()))), group["filters"]
+                yield here, tuple(map(str, _listed(group.get("tasks")))), group["filters"]
             if not grouped:
                 yield here, (), value
         elif key != RESULTS:
@@ -62,17 +80,15 @@ def _filter_lists(node: Any, scope: str) -> Iterator[tuple[str, tuple[str, ...],
 def _tasks_sent(values: Any) -> tuple[str, ...]:
     """Tasks of the executors: those of them that return something of the model."""
     if isinstance(values, Mapping):
-        tasks = [t for e in values.get("executors", []) if isinstance(e, Mapping) for t in e.get("tasks", [])]
+        executors = [e for e in _listed(values.get("executors")) if isinstance(e, Mapping)]
+        tasks = [t for e in executors for t in _listed(e.get("tasks"))]
         return tuple(str(t) for t in tasks if t in ("train", "submit_model"))
     return ()
 
 
-def _facts(
-    named: str, args: Mapping[str, Any], scope: str, tasks: tuple[str, ...], sent: tuple[str, ...], text: str, line: int
-) -> Facts:
+def _facts(named: str, args: Mapping[str, Any], scope: str, bare: tuple[str, ...], text: str, line: int) -> Facts:
     kind = named.rpartition(".")[2]
-    number = {k: float(v) for k, v in args.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    bare = [t for t in sent if tasks and t not in tasks]
+    number = {k: v for k, v in ((k, as_number(v)) for k, v in args.items()) if v is not None}
     unnoised = [f"results of the task {t!r}" for t in bare]
     if kind == "PercentilePrivacy" and not (number.get("gamma", 0.01) > 0 and 0 <= number.get("percentile", 10) <= 100):
         unnoised.append("all values (with gamma <= 0 or a percentile outside 0 to 100 this filter passes everything)")
