@@ -386,6 +386,49 @@ def test_other_files_say_what_was_tried(file: Write, name: str, text: str, sente
     assert sentence in "\n".join(wrong.value.problems)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tool = 1\n", "[tool]\nflwr = 1\n", "[tool.flwr.app]\nconfig = 3\n", "[tool.flwr.app]\ncomponents = 'x'\n",
+        FLOWER.replace("num-server-rounds = 20", "num-server-rounds = nan"),
+        FLOWER.replace("num-server-rounds = 20", f"num-server-rounds = {'9' * 400}"),
+    ],
+)  # fmt: skip
+def test_tables_and_rounds_of_other_types_are_no_internal_error(file: Write, text: str) -> None:
+    try:
+        assert check_file(file("pyproject.toml", text)).kind.startswith("Flower project")
+    except BadInput as wrong:
+        assert "none of the known kinds" in wrong.problems[0]
+
+
+def test_a_component_that_cannot_be_read_is_named_and_not_passed_over(file: Write) -> None:
+    project = file("pyproject.toml", FLOWER)
+    file("app/server.py", SERVER)
+    client = file("app/client.py", "\ufeff" + CLIENT)
+    assert check_file(project).mechanisms == 2, "an editor's byte order mark is no mistake"
+    for content in (CLIENT.encode() + b"# caf\xe9\n", CLIENT.encode() + b"def (\n"):
+        client.write_bytes(content)
+        with pytest.raises(BadInput, match=r"the component client\.py cannot be read as Python"):
+            check_file(project)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.py", f"x = {'+'.join(['1'] * 5000)}\nengine.make_private(noise_multiplier=1.0)\n"),
+        ("train.py", f"engine.make_private(noise_multiplier={'-' * 5000}1)\n"),
+    ],
+)
+def test_deep_nesting_is_bad_input(file: Write, name: str, text: str) -> None:
+    with pytest.raises(BadInput, match="nested too deeply"):
+        check_file(file(name, text))
+
+
+def test_numbers_too_large_for_a_float_lie_where_no_theorem_holds(file: Write) -> None:
+    source = f"import opacus\nx = {'9' * 400} / 3\nengine.make_private(noise_multiplier={'9' * 400}, max_grad_norm=1)\n"
+    assert at(check_file(file("train.py", source)), "numbers") == [3]
+
+
 def test_missing_and_binary_files(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="does not exist"):
         check_file(tmp_path / "none.toml")

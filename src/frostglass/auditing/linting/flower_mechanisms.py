@@ -5,10 +5,11 @@ Parameters in the order of flwr 1.41: flwr.clientapp.mod.LocalDpMod, flwr.server
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from frostglass.auditing.linting.facts import Facts
+from frostglass.auditing.linting.facts import Facts, as_number
 
 _FIXED = ("strategy", "noise_multiplier", "clipping_norm", "num_sampled_clients")
 _ADAPTIVE = (
@@ -36,8 +37,7 @@ def flower_facts(name: str, held: Mapping[str, Any], lines: Mapping[str, int], c
     """
 
     def number(*keys: str, among: Mapping[str, Any] = held) -> float | None:
-        value = next((among[k] for k in keys if among.get(k) is not None), None)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return as_number(next((among[k] for k in keys if among.get(k) is not None), None))
 
     rounds = number("num_server_rounds", "num_rounds", "rounds", among=config)
     spelled = {_FACT.get(k, k): v for k, v in lines.items()}
@@ -57,7 +57,7 @@ def flower_facts(name: str, held: Mapping[str, Any], lines: Mapping[str, int], c
         classical=local,
         clip_unit="client",
         claim_unit="client" if local else None,
-        steps=None if rounds is None else int(rounds),
+        steps=None if rounds is None or not math.isfinite(rounds) else int(rounds),
         sampling=drawn,
         accounted=held.get("accountant") is not None,
         secure_generator=False,

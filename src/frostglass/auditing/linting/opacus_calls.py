@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from frostglass.auditing.linting.facts import Facts
+from frostglass.auditing.linting.facts import Facts, as_number
 from frostglass.guarantees.accounting import noise_for_epsilon
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def opacus_facts(name: str, held: Mapping[str, Any], lines: Mapping[str, int], t
     spent = next(
         (scope.value(k.value) for n in _calls(tree, "get_epsilon") for k in n.keywords if k.arg == "delta"), None
     )
-    target, delta = _number(held.get("target_epsilon")), _number(held.get("target_delta", spent))
+    target, delta = as_number(held.get("target_epsilon")), as_number(held.get("target_delta", spent))
     poisson = held.get("poisson_sampling", True)
     rate, steps = _schedule(held, scope)
     return Facts(
@@ -41,8 +41,8 @@ def opacus_facts(name: str, held: Mapping[str, Any], lines: Mapping[str, int], t
             **({"seed": seed_line} if seed_line else {}),
             "name": lines["name"],
         },
-        clip=_number(held.get("max_grad_norm")),
-        noise_multiplier=_number(held.get("noise_multiplier")) or _noise_for(target, delta, rate, steps),
+        clip=as_number(held.get("max_grad_norm")),
+        noise_multiplier=as_number(held.get("noise_multiplier")) or _noise_for(target, delta, rate, steps),
         epsilon=target,
         delta=delta,
         epsilon_is="total" if "target_epsilon" in held else None,
@@ -90,11 +90,11 @@ def _seed(tree: ast.Module, scope: Scope) -> tuple[int | None, int | None]:
 def _schedule(held: Mapping[str, Any], scope: Scope) -> tuple[float | None, int | None]:
     """(sampling rate, steps) from constants named as everybody names them; None where they are not there."""
     known = {k.lower(): v for k, v in scope.constants.items()}
-    batch = _number(known.get("batch_size", known.get("logical_batch_size")))
+    batch = as_number(known.get("batch_size", known.get("logical_batch_size")))
     size = next(
-        (_number(known[k]) for k in ("dataset_size", "num_examples", "n_train", "train_size") if k in known), None
+        (as_number(known[k]) for k in ("dataset_size", "num_examples", "n_train", "train_size") if k in known), None
     )
-    epochs = _number(held.get("epochs", known.get("epochs", known.get("num_epochs"))))
+    epochs = as_number(held.get("epochs", known.get("epochs", known.get("num_epochs"))))
     if not batch or not size or batch > size:
         return None, None
     return batch / size, None if epochs is None else max(1, round(epochs * size / batch))
@@ -105,7 +105,3 @@ def _noise_for(epsilon: float | None, delta: float | None, rate: float | None, s
     if not epsilon or not delta or not rate or not steps:
         return None
     return noise_for_epsilon(epsilon, steps=steps, rate=rate, delta=delta)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -13,6 +13,7 @@ from frostglass.auditing.linting.facts import Facts
 from frostglass.auditing.linting.flower_mechanisms import MECHANISMS, flower_facts
 from frostglass.auditing.linting.lines import line_of, lines_of_keys
 from frostglass.auditing.linting.opacus_calls import CALLS, opacus_facts
+from frostglass.core.errors import BadInput
 
 Values = Mapping[str, Any]
 
@@ -44,8 +45,11 @@ class Scope:
             return -inner if isinstance(inner, int | float) else None
         if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
             left, right = self.value(node.left), self.value(node.right)
-            if all(isinstance(v, int | float) for v in (left, right)) and not (type(node.op) is ast.Div and not right):
-                return _ARITHMETIC[type(node.op)](left, right)
+            if all(isinstance(v, int | float) for v in (left, right)):
+                try:
+                    return _ARITHMETIC[type(node.op)](left, right)
+                except ArithmeticError:  # division by 0, or too large
+                    return None
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("float", "int"):
             return self.value(node.args[0]) if node.args else None
         if isinstance(node, ast.Subscript):  # context.run_config["clipping-norm"]
@@ -108,17 +112,37 @@ def _placed(facts: Facts, path: Path) -> Facts:
 
 
 def flower_project_facts(path: Path, text: str, values: Any) -> list[Facts] | None:
-    """A Flower app: the mechanisms in its components, with the run configuration that they read."""
-    app = values.get("tool", {}).get("flwr", {}).get("app") if isinstance(values, Mapping) else None
-    if not isinstance(app, Mapping):
+    """A Flower app: the mechanisms in its components, with the run configuration that they read.
+
+    Raises:
+        BadInput: a component cannot be read, so that nothing can be said of the app.
+    """
+    app = _table(_table(_table(values, "tool"), "flwr"), "app")
+    if app is None:
         return None
-    config = {_key(k): v for k, v in _flat(app.get("config", {}))}
+    config = {_key(k): v for k, v in _flat(_table(app, "config") or {})}
     found: list[Facts] = []
-    for component in app.get("components", {}).values():
+    for component in (_table(app, "components") or {}).values():
         module = path.parent / (str(component).partition(":")[0].replace(".", "/") + ".py")
         if module.is_file():
-            found += python_facts(module, module.read_text(encoding="utf-8"), None, config) or []
+            found += python_facts(module, _source_text(module), None, config) or []
     return found or _by_names(text, config)
+
+
+def _table(values: Any, key: str) -> Mapping[str, Any] | None:
+    held = values.get(key) if isinstance(values, Mapping) else None
+    return held if isinstance(held, Mapping) else None
+
+
+def _source_text(module: Path) -> str:
+    """Text of a component that parses; one that does not would hide its mechanisms."""
+    try:
+        text = module.read_text(encoding="utf-8-sig")
+        ast.parse(text)
+    except (OSError, UnicodeDecodeError, SyntaxError, ValueError) as wrong:
+        why = wrong.msg if isinstance(wrong, SyntaxError) else wrong
+        raise BadInput(f"check: the component {module.name} cannot be read as Python ({why}); mend it.") from None
+    return text
 
 
 def _flat(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -60,7 +60,10 @@ def read_source(path: Path) -> Source:
     tried = [name for name, suffix, _ in READERS]
     if broken is None:
         for name, suffix, read in READERS:
-            found = read(path, text, values) if path.suffix == suffix else None
+            try:
+                found = read(path, text, values) if path.suffix == suffix else None
+            except (RecursionError, MemoryError):  # of Python's own parser, too
+                raise BadInput(f"check: {path.name} is nested too deeply to be read; split it up.") from None
             if found is not None:
                 return Source(path, text, name, tuple(found))
     why = f" ({broken})" if broken else ""
