@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from frostglass.core.errors import BadInput
 
 Values = Mapping[str, Any]
 
-_ARITHMETIC = {
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Pow: lambda a, b: float(a) ** b,  # of floats, so that no file makes it compute a number of any length
 }  # fmt: skip
 
 
@@ -29,10 +30,15 @@ class Scope:
         self.config = config
         self.constants: dict[str, Any] = {}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-                value = self.value(node.value)
-                if value is not None:
-                    self.constants[node.targets[0].id] = value
+            if isinstance(node, ast.Assign):
+                names: list[ast.expr] = node.targets
+            elif isinstance(node, ast.AnnAssign):
+                names = [node.target]
+            else:
+                continue
+            value = self.value(node.value)
+            if value is not None and len(names) == 1 and isinstance(names[0], ast.Name):
+                self.constants[names[0].id] = value
 
     def value(self, node: ast.expr | None) -> Any:
         """The constant that an expression stands for; None if it cannot be told without running it."""
