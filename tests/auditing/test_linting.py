@@ -117,6 +117,12 @@ def test_the_worked_case() -> None:
     assert "without any prior" in text, "ceiling and gamma are said together"
 
 
+def test_nothing_is_recomputed_from_an_impossible_clip() -> None:
+    for clip in (0.0, -1.0):
+        assert recompute(Facts(**(GOOD | {"clip": clip, "noise_std": None, "noise_multiplier": 1.0}))) is None
+        assert recompute(Facts(**(GOOD | {"clip": clip, "noise_std": -1.0}))) is None
+
+
 def test_recomputed_numbers_are_those_of_the_guarantees() -> None:
     n = recompute(Facts(**(GOOD | {"adjacency": "replace_one", "steps": 4})))
     assert n is not None
@@ -406,6 +412,13 @@ def test_a_plan_is_held_against_its_own_claim(file: Write) -> None:
     fixed = PLAN.replace('source = "digits"', 'source = "digits"\n[scenario.model]\nname = "mlp"')
     fixed = fixed.replace('"client"', '"image"').replace("noise_multiplier = 1.0", "noise_multiplier = 0.5")
     assert check_file(file("fixed.toml", fixed)).errors == 0
+
+
+def test_each_defence_of_a_plan_has_its_own_line(file: Write) -> None:
+    more = '[[scenario.defense]]\nname = "dp_sgd"\nclipping_norm = 1.0\nnoise_multiplier = 2.0\n'
+    text = PLAN.partition("[verdict.claim]")[0] + more
+    first = text.splitlines().index('name = "dp_sgd"') + 1
+    assert at(check_file(file("plan.toml", text)), "layers") == [first, len(text.splitlines()) - 2]
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,11 @@ def plan_facts(path: Path, text: str, values: Any) -> list[Facts] | None:
     if not isinstance(values, Mapping) or "scenario" not in values:
         return None
     plan = load_plan(path)
-    found, start = [], 1
+    found, start = [], 0
     for scenario in plan.scenario:
         for entry in scenario.defense:
             for facts in defense_facts(plan, scenario, entry):
-                start = line_of(text, rf'name\s*=\s*"{facts.name}"', start) or start
+                start = line_of(text, rf'name\s*=\s*"{facts.name}"', start + 1) or start or 1
                 keys = lines_of_keys(
                     text, ("clipping_norm", "noise_multiplier", "delta", "epsilon", "sensitivity"), start
                 )

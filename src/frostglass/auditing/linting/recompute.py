@@ -65,6 +65,8 @@ def recompute(facts: Facts, kappas: Sequence[float] = KAPPAS) -> Recomputed | No
     sigma = facts.sigma
     if sigma is None or not facts.calibrated or not (LEAST_NOISE <= sigma < math.inf):
         return None
+    if facts.clip is not None and not facts.clip > 0:  # two negative numbers have a positive ratio
+        return None
     rate = facts.rate if facts.rate is not None and facts.sampling in ("poisson", None) else 1.0
     steps = facts.steps or 1
     delta = facts.delta if facts.delta is not None else 1e-5
