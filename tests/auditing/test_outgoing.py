@@ -284,8 +284,31 @@ def test_in_the_gate(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "word"),
-    [({"label_leakage": 2}, "label_leakage"), ({"gallery": 0.5}, "decoys"), ({"candidates": 1}, "candidates")],
-)
+    [
+        ({"label_leakage": 2}, "label_leakage"), ({"gallery": 0.5}, "decoys"), ({"candidates": 1}, "candidates"),
+        ({"label_leakage": "0.8"}, "label_leakage: '0.8'"), ({"candidates": 2.5}, "candidates = 2.5"),
+        ({"targets": None}, "targets = None"),
+    ],
+)  # fmt: skip
 def test_wrong_settings_are_named(settings: Any, word: str) -> None:
     with pytest.raises(BadInput, match=word):
         outgoing_checks(**settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda x, y: 5, "two tensors"),
+        (lambda x, y: (x, y.tolist()), "two tensors"),
+        (lambda x, y: ((x * 255).byte(), y), "torch.uint8"),
+        (lambda x, y: (x * 255, y), r"from 0 to 255 must be in \[0, 1\]"),
+        (lambda x, y: (x * math.nan, y), "from nan"),
+        (lambda x, y: (x, one_hot(y, 10)), r"whole numbers \[n\]"),
+        (lambda x, y: (x, y[:5]), r"labels \(5,\)"),
+        (lambda x, y: (x[:, 0], y), r"\[n, c, h, w\]"),
+    ],
+)
+def test_decoys_that_are_no_images_with_labels_are_refused_before_any_update(change: Any, word: str) -> None:
+    """A gate that fails open would let every update out."""
+    with pytest.raises(BadInput, match=word):
+        outgoing_checks(gallery=0.5, decoys=change(*digits()))

@@ -280,8 +280,20 @@ def test_a_model_that_cannot_be_copied_is_a_failure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "word"), [({"action": "blok"}, "'block'"), ({"on_failure": "shut"}, "open"), ({"budget": 0}, "budget")]
+    ("settings", "word"),
+    [
+        ({"action": "blok"}, "'block'"),
+        ({"on_failure": "shut"}, "open"),
+        ({"budget": 0}, "budget"),
+        ({"budget": "30"}, "budget = '30'"),
+        ({"waiting": 1.5}, "waiting = 1.5"),
+    ],
 )
 def test_wrong_settings_are_named(settings: Any, word: str) -> None:
     with pytest.raises(BadInput, match=word):
         Gate(finds(True), **settings)
+
+
+def test_checks_that_cannot_be_called_are_refused_before_any_update() -> None:
+    with pytest.raises(BadInput, match=r"gate\.decide: None"):
+        Gate(None)  # type: ignore[arg-type]

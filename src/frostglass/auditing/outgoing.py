@@ -22,7 +22,7 @@ from frostglass.attacks.analytic.spear import spear
 from frostglass.attacks.identification.gallery import gallery as gallery_attack
 from frostglass.attacks.inversion.restore import by_counts, restored_of
 from frostglass.attacks.inversion.target import update_problems
-from frostglass.auditing.outgoing_game import candidates_for, named
+from frostglass.auditing.outgoing_game import candidates_for, check_decoys, named
 from frostglass.auditing.outgoing_linter import linted
 from frostglass.auditing.score import Scored, score
 from frostglass.auditing.simulate import Round, Truth
@@ -78,15 +78,20 @@ def outgoing_checks(
         randomness: of the attacks; None for keys of the operating system.
 
     Raises:
-        BadInput: tolerances outside [0, 1], or a gallery without decoys.
+        BadInput: tolerances outside [0, 1], a gallery without decoys, or decoys that are no images with labels.
     """
     for name, value in (("label_leakage", label_leakage), ("gallery", gallery)):
-        if value is not None and not 0 <= value <= 1:
-            raise BadInput(f"outgoing_checks.{name}: {value} must be a share between 0 and 1.")
+        if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise BadInput(f"outgoing_checks.{name}: {value!r} must be a share between 0 and 1.")
     if gallery is not None and decoys is None:
         raise BadInput("outgoing_checks.gallery: there is nothing to hide an image among; give `decoys`.")
-    if candidates < 2 or targets < 1:
-        raise BadInput(f"outgoing_checks: candidates = {candidates} must be from 2, and targets = {targets} from 1.")
+    if decoys is not None:
+        check_decoys(decoys)
+    if not (isinstance(candidates, int) and candidates >= 2 and isinstance(targets, int) and targets >= 1):
+        raise BadInput(
+            f"outgoing_checks: candidates = {candidates!r} must be a whole number from 2, and targets = {targets!r} "
+            "one from 1."
+        )
     checks: dict[str, Check] = {}
     if linter:
         checks["linter"] = linted

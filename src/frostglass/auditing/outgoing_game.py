@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from frostglass.core.batch import Batch
+from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.core.threat import Gallery
 from frostglass.federated.gate import Finding
+
+
+def check_decoys(decoys: Any) -> None:
+    """Refused at once: the gate would find it out at every update, and lets updates out that fail open.
+
+    Raises:
+        BadInput: they are no images in [0, 1] with a class each.
+    """
+    if not (isinstance(decoys, tuple | list) and len(decoys) == 2 and all(isinstance(d, Tensor) for d in decoys)):
+        raise BadInput("outgoing_checks.decoys: give two tensors, images and their class indices.")
+    images, labels = decoys
+    fits = images.ndim == 4 and images.is_floating_point() and labels.shape == images.shape[:1]
+    if not fits or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise BadInput(
+            f"outgoing_checks.decoys: images {tuple(images.shape)}, {images.dtype} and labels {tuple(labels.shape)}, "
+            f"{labels.dtype} must be floating point [n, c, h, w] and whole numbers [n]."
+        )
+    if len(images) and not (float(images.min()) >= -1 and float(images.max()) <= 1):  # false for nan, too
+        raise BadInput(
+            f"outgoing_checks.decoys: images from {float(images.min()):g} to {float(images.max()):g} must be in "
+            "[0, 1] (in the range of encodings [-1, 1]); divide bytes by 255, and leave normalisation to the model."
+        )
 
 
 def candidates_for(own: Batch, decoys: tuple[Tensor, Tensor], count: int, rng: Rng) -> tuple[Gallery, int] | None:

@@ -78,7 +78,7 @@ class Gate:
         waiting: updates that wait for their checks under "record"; further ones are let out unchecked, and named.
 
     Raises:
-        BadInput: an unknown word, or a budget that is not above 0.
+        BadInput: an unknown word, checks that cannot be called, or a budget that is not above 0.
     """
 
     def __init__(
@@ -97,9 +97,13 @@ class Gate:
         ):
             if value not in known:
                 raise BadInput(f"gate.{word}: {value!r} is not known; {close_match(str(value), known)}.")
-        if not (budget > 0 and math.isfinite(budget)) or waiting < 1:
+        if not callable(decide):
+            raise BadInput(f"gate.decide: {decide!r} cannot be called; give `outgoing_checks(...)` or a function.")
+        numbers = isinstance(budget, int | float) and isinstance(waiting, int)
+        if not numbers or not (budget > 0 and math.isfinite(budget)) or waiting < 1:
             raise BadInput(
-                f"gate: budget = {budget} must be above 0 seconds and finite, and waiting = {waiting} from 1."
+                f"gate: budget = {budget!r} must be above 0 seconds and finite, and waiting = {waiting!r} a whole "
+                "number from 1."
             )
         self.decide, self.action, self.on_failure, self.budget = decide, action, on_failure, budget
         self.journal = None if journal is None else Path(journal)
