@@ -143,6 +143,12 @@ def test_a_run_with_other_objects_is_another_run(tmp_path: Path) -> None:
         ({"model": net(), "images": X * 3}, r"in \[0, 1\]"),
         ({"model": InPlace(), "images": X}, "changes its input in place"),
         ({"plan": "none.toml"}, "none.toml does not exist"),
+        ({"plan": 5}, "plan: int is not taken"),
+        ({"model": net(), "images": X, "attacks": None}, "attacks: None must be"),
+        ({"model": net(), "images": X, "defenses": [("none", 1)]}, r"defenses: \('none', 1\) must be"),
+        ({"model": net(), "images": X, "grants": 5}, "grants: 5 must be"),
+        ({"model": net(), "images": X, "metrics": None}, "metrics: None must be"),
+        ({"model": net(), "images": X, "out": 5}, "out: int is not taken"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_leaves_nothing(
@@ -163,3 +169,37 @@ def test_a_network_in_train_mode_with_dropout_is_audited() -> None:
 def test_a_public_name_that_does_not_exist_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'auditt'"):
         _ = frostglass.auditt
+
+
+@pytest.mark.parametrize(
+    ("keywords", "sentence"),
+    [
+        ({"encoded": 5}, "encoded: int is not taken"),
+        ({"encoded": X, "attacks": [5]}, "attacks: 5 must be"),
+        ({"encoded": X, "known": 5}, "known: 5 must be"),
+        ({"encoded": X, "groups": X}, "groups: Tensor is not taken"),
+    ],
+)
+def test_unmix_names_an_argument_of_another_type(keywords: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(frostglass.BadInput, match=sentence):
+        frostglass.unmix(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "sentence"),
+    [
+        ({"recorded": 5}, "recorded: int is not taken"),
+        ({"before": X}, "before: Tensor is not taken"),
+        ({"model": 5}, "model: int is not taken"),
+        ({"truth": X}, "truth: give a folder"),
+        ({"truth": [X]}, "truth: give a folder"),
+        ({"truth": {"0": X}}, "truth: give a folder"),
+        ({"attacks": None}, "attacks: None must be"),
+        ({"local": 5}, "local: 5 must be"),
+        ({"metrics": None}, "metrics: None must be"),
+    ],
+)
+def test_audit_updates_passes_no_argument_over(keywords: dict[str, Any], sentence: str) -> None:
+    """Truth as a bare tensor was dropped without a word, and nothing scored."""
+    with pytest.raises(frostglass.BadInput, match=sentence):
+        frostglass.audit_updates(**{"recorded": "none", **keywords})

@@ -704,3 +704,9 @@ def test_docs_explain_every_key_of_the_table() -> None:
     wanted = {n: f.description for n, f in UpdatesPlan.model_fields.items() if n != "local"}
     wanted |= {f"local.{n}": f.description for n, f in LocalTable.model_fields.items()}
     assert documented == wanted
+
+
+def test_truth_that_is_not_finite_is_refused(mlp: Federation) -> None:
+    images = mlp.data.images[:4] * float("nan")
+    with pytest.raises(BadInput, match=r"truth: shape"):
+        audit_updates(mlp.record, truth={"0": (images, None)})

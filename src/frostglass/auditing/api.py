@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,12 @@ def audit(
                         "data": {"source": FROM_PYTHON},
                         "model": {"name": _called(model), "mode": mode},
                         "client": {"batch": len(images) if batch is None else batch, "batches": batches},
-                        "attack": _tables(attacks),
-                        "defense": _tables(defenses),
+                        "attack": tables_of(attacks, "attacks"),
+                        "defense": tables_of(defenses, "defenses"),
                     }
                 ],
-                "threat": {"grants": _names(grants)},
-                "report": {"metrics": _names(metrics), "show_images": show_images},
+                "threat": {"grants": names_of(grants, "grants")},
+                "report": {"metrics": names_of(metrics, "metrics"), "show_images": show_images},
             }
         )
     elif isinstance(plan, Plan):
@@ -101,7 +101,8 @@ def audit(
     elif isinstance(plan, Mapping):
         checked = parse_plan(plan)
     else:
-        checked = load_plan(Path(plan))
+        checked = load_plan(Path(place_of(plan, "plan") or ""))
+    place_of(out, "out")
     inputs = Inputs(model, images, labels)
     changed = _with_inputs(checked, inputs)
     if not ranks:
@@ -141,10 +142,36 @@ def _called(model: Any) -> str:
     return f"{FROM_PYTHON}:{type(model).__name__}"
 
 
-def _names(given: str | Sequence[str]) -> list[str]:
+def names_of(given: Any, what: str) -> list[Any]:
+    """One name, or several.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    if not isinstance(given, Iterable) or isinstance(given, Mapping):
+        raise BadInput(f"{what}: {given!r} must be a name or a list of names.")
     return [given] if isinstance(given, str) else list(given)
 
 
-def _tables(given: Entry | Sequence[Entry]) -> list[dict[str, Any]]:
-    entries = [given] if isinstance(given, str | Mapping) else given
+def tables_of(given: Any, what: str) -> list[dict[str, Any]]:
+    """Names and tables as tables.
+
+    Raises:
+        BadInput: something is neither.
+    """
+    entries = [given] if isinstance(given, str | Mapping) else names_of(given, what)
+    wrong = [e for e in entries if not isinstance(e, str | Mapping)]
+    if wrong:
+        raise BadInput(f"{what}: {wrong[0]!r} must be a name, or a table with a name and parameters.")
     return [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in entries]
+
+
+def place_of(given: Any, what: str) -> str | None:
+    """A path, or the name of a source, as text.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    if given is not None and not isinstance(given, str | Path):
+        raise BadInput(f"{what}: {type(given).__name__} is not taken here; give a path.")
+    return None if given is None else str(given)

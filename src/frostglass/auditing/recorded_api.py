@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
-from frostglass.auditing.api import Entry
+from frostglass.auditing.api import Entry, names_of, place_of, tables_of
 from frostglass.auditing.plan import FROM_PYTHON, ReportPlan, Title
 from frostglass.auditing.plan_reading import read_values, sentences
 from frostglass.auditing.plan_verdict import Strict, VerdictPlan
@@ -119,7 +119,7 @@ def audit_updates(
     attacks: Entry | Sequence[Entry] = (),
     known: Mapping[str, Any] | None = None,
     local: Mapping[str, Any] | None = None,
-    metrics: Sequence[str] = ("psnr", "ssim"),
+    metrics: str | Sequence[str] = ("psnr", "ssim"),
     show_images: bool = False,
     seed: int = 0,
     out: str | Path | None = None,
@@ -132,7 +132,8 @@ def audit_updates(
         report = audit_updates("RECORDED/", truth="IMAGES/")
 
     Args:
-        recorded: a folder of recorded updates, a plan (.toml) with the table [updates], or an `UpdatesRequest`.
+        recorded: a folder of recorded updates, a plan (.toml) with the table [updates], or an `UpdatesRequest`. With a
+            plan, the keywords from `before` to `seed` are taken from it, but for a network and for tensors.
         before, after: or a client's state before and after its training (.safetensors, .pt).
         gradients, weights: or raw gradients by parameter name, and the weights that they were taken at.
         model: a name, "package.module:factory", or the network itself; the record's if left out.
@@ -154,23 +155,27 @@ def audit_updates(
     Raises:
         BadInput: something cannot be used as given; nothing was computed.
     """
+    place_of(out, "out")
     network = model if isinstance(model, nn.Module) else None
     given = _given(truth)
     if isinstance(recorded, UpdatesRequest):
         request = recorded
-    elif recorded is not None and Path(recorded).suffix == ".toml":
+    elif recorded is not None and Path(place_of(recorded, "recorded") or "").suffix == ".toml":
         request = load_request(Path(recorded))
     else:
-        entries = [attacks] if isinstance(attacks, str | Mapping) else list(attacks)
+        for name, values in (("known", known), ("local", local)):
+            if values is not None and not isinstance(values, Mapping):
+                raise BadInput(f"{name}: {values!r} must be a table of keys and values.")
         table = {
-            "record": _text(recorded), "before": _text(before), "after": _text(after), "gradients": _text(gradients),
-            "weights": _text(weights), "others": _text(others),
-            "model": model if isinstance(model, str) else None if network is None else _called(network),
-            "truth": FROM_PYTHON if given is not None else _text(truth),
-            "attacks": [{"name": e} if isinstance(e, str) else dict(e) for e in entries],
+            "record": place_of(recorded, "recorded"), "before": place_of(before, "before"),
+            "after": place_of(after, "after"), "gradients": place_of(gradients, "gradients"),
+            "weights": place_of(weights, "weights"), "others": place_of(others, "others"),
+            "model": place_of(model, "model") if network is None else _called(network),
+            "truth": FROM_PYTHON if given is not None else place_of(truth, "truth"),
+            "attacks": tables_of(attacks, "attacks"),
             "local": dict(local or {}), **dict(known or {}),
         }  # fmt: skip
-        report = {"metrics": list(metrics), "show_images": show_images}
+        report = {"metrics": names_of(metrics, "metrics"), "show_images": show_images}
         request = parse_request({"seed": seed, "updates": table, "report": report}, Path.cwd())
     place = pick_device(device)
     if out is not None:
@@ -183,15 +188,16 @@ def audit_updates(
         raise
 
 
-def _text(path: Any) -> str | None:
-    return str(path) if isinstance(path, str | Path) else None
-
-
 def _called(model: nn.Module) -> str:
     return f"{FROM_PYTHON}:{type(model).__name__}"
 
 
 def _given(truth: Any) -> Given | None:
-    if isinstance(truth, Mapping):
-        return dict(truth)
-    return {"": (truth[0], truth[1])} if isinstance(truth, tuple) else None
+    """Images and labels by client; None where they are not given from Python."""
+    if truth is None or isinstance(truth, str | Path):
+        return None
+    given = truth if isinstance(truth, Mapping) else {"": truth}
+    for pair in given.values():
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], Tensor):
+            raise BadInput("truth: give a folder or a source, (images, labels) as tensors, or such pairs by client.")
+    return {name: (images, labels) for name, (images, labels) in given.items()}

@@ -155,7 +155,8 @@ def read_images(where: str, shape: tuple[int, int, int]) -> ImageSet:
 
 def _of_tensors(client: str, images: Tensor, labels: Tensor | None, shape: tuple[int, int, int]) -> ImageSet:
     x = images.detach().float().cpu()
-    if x.ndim != 4 or tuple(x.shape[1:]) != shape or not len(x) or float(x.min()) < 0 or float(x.max()) > 1:
+    fits = x.ndim == 4 and tuple(x.shape[1:]) == shape and len(x) > 0
+    if not fits or not (float(x.min()) >= 0 and float(x.max()) <= 1):  # false for nan, too
         raise BadInput(f"truth: shape {tuple(x.shape)} must be [n, {', '.join(map(str, shape))}] in [0, 1].")
     y = torch.zeros(len(x), dtype=torch.long) if labels is None else torch.as_tensor(labels).long().cpu()
     if y.shape != (len(x),) or int(y.min()) < 0:

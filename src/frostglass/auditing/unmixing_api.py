@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from frostglass.auditing.api import Entry
+from frostglass.auditing.api import Entry, place_of, tables_of
 from frostglass.auditing.unmixing import Given, UnmixReport, run_unmix
 from frostglass.auditing.unmixing_inputs import from_tensors
 from frostglass.auditing.unmixing_plan import UnmixPlan, anchored, load_unmix_plan, parse_unmix_plan
@@ -46,7 +46,8 @@ def unmix(
 
     Args:
         encoded: an encoded set, a folder with `encryption.npy` and `label.npy`, a record of a client's updates, a plan
-            (.toml), an `UnmixPlan`, or a tensor [E, c, h, w] in [-1, 1].
+            (.toml), an `UnmixPlan`, or a tensor [E, c, h, w] in [-1, 1]. With a plan, the keywords from `targets` to
+            `show_images` are taken from it.
         targets: [E, classes] labels of a tensor's encodings.
         truth: the private images (a source as for `frostglass encode`, or a tensor [N, c, h, w] in [0, 1]); opened
             for scoring alone, after the attacks have finished.
@@ -68,9 +69,10 @@ def unmix(
         BadInput: something cannot be used as given; nothing was computed.
     """
     place = pick_device(device)
+    place_of(out, "out")
     if isinstance(encoded, UnmixPlan):
         return _run(parse_unmix_plan(encoded.model_dump()), out, place, resume, emit, Given())
-    if not isinstance(encoded, Tensor) and Path(encoded).suffix == ".toml":
+    if not isinstance(encoded, Tensor) and Path(place_of(encoded, "encoded") or "").suffix == ".toml":
         return _run(load_unmix_plan(Path(encoded)), out, place, resume, emit, Given())
     given = Given()
     if isinstance(encoded, Tensor):
@@ -79,28 +81,30 @@ def unmix(
         raise BadInput("targets: they belong to a tensor of encodings; a folder has its own.")
     if isinstance(truth, Tensor):
         given = replace(given, truth=truth)
-    entries = [attacks] if isinstance(attacks, str | Mapping) else list(attacks)
+    if known is not None and not isinstance(known, Mapping):
+        raise BadInput(f"known: {known!r} must be a table of keys and values.")
     plan = parse_unmix_plan(
         {
             "name": "unmix",
             "seed": seed,
-            "encoded": "python" if isinstance(encoded, Tensor) else _placed(encoded),
-            "truth": "python" if isinstance(truth, Tensor) else _placed(truth),
-            "pool": _placed(public),
-            "groups": _placed(groups),
-            "auxiliary": _placed(auxiliary),
+            "encoded": "python" if isinstance(encoded, Tensor) else _placed(encoded, "encoded"),
+            "truth": "python" if isinstance(truth, Tensor) else _placed(truth, "truth"),
+            "pool": _placed(public, "public"),
+            "groups": _placed(groups, "groups"),
+            "auxiliary": _placed(auxiliary, "auxiliary"),
             "client": client,
             "model": model,
             "known": dict(known or {}),
-            "attack": [{"name": e} if isinstance(e, str) else dict(e) for e in entries],
+            "attack": tables_of(attacks, "attacks"),
             "report": {"show_images": show_images},
         }
     )
     return _run(plan, out, place, resume, emit, given)
 
 
-def _placed(text: str | Path | None) -> str | None:
-    return None if text is None else anchored(str(text), Path.cwd())
+def _placed(given: Any, what: str) -> str | None:
+    text = place_of(given, what)
+    return None if text is None else anchored(text, Path.cwd())
 
 
 def _run(plan: UnmixPlan, out: Any, device: Any, resume: bool, emit: Emit, given: Given) -> UnmixReport:
