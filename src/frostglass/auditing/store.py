@@ -45,6 +45,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise BadInput(f"{path.name}: cannot be read ({wrong}); delete it and run again.") from None
 
 
+def other_data(folder: Path) -> BadInput:
+    """The refusal to go on in `folder` with what its run did not begin with."""
+    return BadInput(
+        f"--resume: the images, labels or weights are not those that {folder} began with; choose an empty folder."
+    )
+
+
 class CheckpointStore:
     """The `Store` of one attack run: one file, replaced at each save. Holds tensors and numbers, no generator state."""
 
@@ -124,10 +131,7 @@ class RunFolder:
         self.check(plan_sha256, resume=resume)
         held = self._mark()
         if held is not None and held.get("data_sha256") != data_sha256:
-            raise BadInput(
-                f"--resume: the images, labels or weights are not those that {self.path} began with; choose an empty "
-                "folder."
-            )
+            raise other_data(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(alone_in(self.path))

@@ -17,6 +17,7 @@ from frostglass.auditing.plan_checks import make_attack, make_defense
 from frostglass.auditing.prepare import Prepared, prepare
 from frostglass.auditing.score import Scored, score, summarise, unfit
 from frostglass.auditing.simulate import local_plan, play
+from frostglass.auditing.store import other_data
 from frostglass.auditing.sweep_plan import Point, SweepPlan, points
 from frostglass.core.defense import Defense
 from frostglass.core.drive import drive
@@ -83,10 +84,7 @@ class Sweep:
             digest.update(t.cpu().contiguous().numpy().tobytes())
         value, path = {"sha256": digest.hexdigest()}, self.out / DATA
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != value:
-            raise BadInput(
-                f"--resume: the images, labels or weights are not those that {self.out} began with; choose an empty "
-                "folder."
-            )
+            raise other_data(self.out)
         return value
 
     def path(self, point: Point) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -13,11 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from frostglass.core.errors import BadInput
-
-try:
-    import fcntl
-except ImportError:  # Windows has none; there two processes in one folder go unnoticed
-    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -34,14 +30,12 @@ def alone_in(folder: Path, option: str = "--out") -> Iterator[None]:
     Raises:
         BadInput: it is held.
     """
-    handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        if handle is not None:
-            _lock(handle, folder, option)
+        _lock(handle, folder, option)
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 def _lock(handle: int, folder: Path, option: str) -> None:
