@@ -46,7 +46,12 @@ from frostglass.numerics.mixing import mix
 SEED = 0
 DRAWS = 64  # sets of rows, and places to copy from, made beforehand: together they cover each table many times
 TURN = 0.06  # seconds that a contestant runs before the next has its turn
-KINDS = {"float32 -> float32": (4, 4), "uint8 -> float32": (1, 4), "uint8 -> bfloat16": (1, 2)}
+KINDS = {
+    "float32 -> float32": (4, 4),  # any numbers in [0, 1]
+    "float32 of bytes -> float32": (4, 4),  # bytes over 255, as images read from files are; bytes are what is mixed
+    "uint8 -> float32": (1, 4),
+    "uint8 -> bfloat16": (1, 2),
+}
 SIZES = ((32, 128, 5000), (32, 5000, 5000), (224, 128, 256))
 
 
@@ -90,7 +95,7 @@ def contestants(size: int, batch: int, n: int, k: int, kind: str) -> dict[str, C
     """What is timed, by name; each call makes `batch` encodings or moves as many bytes."""
     d, (width_in, width_out) = 3 * size * size, KINDS[kind]
     made = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
-    floats = made.float().div_(255)
+    floats = torch.rand(n, 3, size, size) if kind == "float32 -> float32" else made.float().div_(255)
     x, flat = (made if width_in == 1 else floats), floats.flatten(1)
     y = torch.arange(n) % 10
     dtype = torch.bfloat16 if width_out == 2 else torch.float32

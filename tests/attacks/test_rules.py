@@ -115,5 +115,3 @@ def test_schedules_reach_their_stated_values() -> None:
     assert wave(50, 1000) == pytest.approx(0.1)
     assert wave(999, 1000) < 1e-5
     assert all(wave(t + 1, 1000) <= wave(t, 1000) for t in range(50, 999))
-    fall = schedules.geometric(1.0, 1e-4)
-    assert [fall(t, 5) for t in range(5)] == pytest.approx([1, 0.1, 0.01, 1e-3, 1e-4])

@@ -148,9 +148,6 @@ def test_ranks_must_hold_the_same_and_agree(monkeypatch: pytest.MonkeyPatch) -> 
 
     with pytest.raises(BadInput, match="is full"):
         ranks.from_first(refuses, pair, "")
-    monkeypatch.undo()
-    assert ranks.agreed(lambda: False, World())() is False
-    assert ranks.agreed(lambda: True, World())() is True
 
 
 def test_a_run_of_ranks_from_python_needs_a_folder() -> None:

@@ -188,9 +188,12 @@ def test_resume_draws_a_new_key_and_keeps_the_ledger(again, seed, recorder: Reco
 @settings(max_examples=40)
 def test_sources_are_distinct_in_every_encoding(k: int, spare: int, partners: str, seed: int) -> None:
     n = k + spare  # N == k forces every collision there can be
-    enc = InstaHide(k=k, partners=partners, c1=1.0, insecure_seed=seed)
-    _, y = enc.encode_rows(photos(n), own_class(n), list(range(n)) * 3, num_classes=n)
-    assert ((y > 0).sum(1) == k).all()
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(patch)
+        enc = InstaHide(k=k, partners=partners, c1=1.0, insecure_seed=seed)
+        enc.encode_rows(photos(n), own_class(n), list(range(n)) * 3, num_classes=n)
+    assert len(recorder.indices) == 3 * n
+    assert all(len(set(row)) == k for row in recorder.indices)  # a coefficient may be 0, a source is not left out
 
 
 def test_public_partners_come_unbiased_from_the_whole_pool(recorder: Recorder) -> None:
@@ -464,6 +467,28 @@ def test_paths_give_the_same_encodings(dtype, cross) -> None:
         assert torch.equal(outs[0].targets, other.targets)
         clear = outs[0].images.abs() > 1e-2
         assert torch.equal(outs[0].images[clear].signbit(), other.images[clear].signbit())
+
+
+def test_floats_that_are_bytes_are_mixed_as_bytes() -> None:
+    made, floats = photos(), photos(dtype=torch.float32)
+
+    def encoded(images, **more) -> torch.Tensor:
+        return InstaHide(insecure_seed=2, **more).encode_rows(images, own_class(40), range(40), num_classes=40).images
+
+    assert torch.equal(encoded(floats), encoded(made))
+    assert torch.allclose(encoded(floats), encoded(floats, backend="torch"), atol=1e-6)
+    others = floats.clone()
+    others[7, 0, 0, 0] = 0.5  # no multiple of 1 / 255
+    assert torch.allclose(encoded(others), encoded(others, backend="torch"), atol=1e-6)
+    assert not torch.equal(encoded(others), encoded(floats))
+
+
+def test_a_set_that_was_changed_in_place_is_read_again() -> None:
+    images, encoder = photos(dtype=torch.float32), InstaHide(k=1, c1=1.0, mask="none")
+    for change in (0.0, 1.0, 0.3):  # bytes, bytes again, no bytes
+        images.mul_(1 - change / 2)
+        made = encoder.encode_rows(images, own_class(40), range(40), num_classes=40).images
+        assert torch.allclose(made.double(), unit(images), atol=1e-6)
 
 
 def test_long_calls_equal_short_ones(monkeypatch) -> None:

@@ -19,7 +19,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure
 from frostglass.numerics import key_rows, mixing
 from frostglass.numerics.compiled import kernel, rounded
-from frostglass.numerics.fused_mixing import mix_more_rows, mix_most_rows, mix_rows
+from frostglass.numerics.fused_mixing import mix_more_rows, mix_most_rows, mix_rows, to_bytes
 from frostglass.numerics.key_rows import (
     KeyRows,
     MixLaw,
@@ -292,6 +292,41 @@ def test_without_numba_torch_does_the_work(monkeypatch) -> None:
     assert torch.allclose(mixing.mix_targets(labels, 3, 2, keys), want[1])
     with pytest.raises(BadInput, match="numba on a CPU"):
         mixing.mix(private, None, 4, keys, "sign", torch.empty(6, 48), "fused")
+
+
+ALL_BYTES = np.arange(256, dtype=np.uint8)
+SPELLINGS = [
+    torch.from_numpy(ALL_BYTES).float().div(255).numpy(),  # as ToTensor does it
+    torch.from_numpy(ALL_BYTES).float().mul(1 / 255).numpy(),
+    (ALL_BYTES / 255).astype(np.float32),
+    ALL_BYTES.astype(np.float32) * np.float32(1 / 255),
+]
+
+
+@pytest.mark.parametrize("run", [to_bytes, kernel(to_bytes)])
+def test_floats_that_are_bytes_are_known_however_they_were_divided(run) -> None:
+    for values in SPELLINGS:
+        found = np.empty(256, np.uint8)
+        assert run(values, found)
+        assert (found == ALL_BYTES).all()
+
+
+@given(at=st.integers(0, 9999), byte=st.integers(0, 255), off=st.sampled_from([-1e-3, -1e-6, 1e-6, 1e-3]))
+@settings(max_examples=40)
+def test_one_float_that_is_no_byte_makes_a_table_of_floats(at: int, byte: int, off: float) -> None:
+    values = np.full((10, 1000), np.float32(100 / 255))
+    values.reshape(-1)[at] = byte / 255 + off
+    assert mixing.as_source(values, "auto", alone=True).dtype == np.float32
+    values.reshape(-1)[at] = byte / 255
+    made = mixing.as_source(values, "auto", alone=True)
+    assert made.dtype == np.uint8
+    assert made.reshape(-1)[at] == byte
+
+
+def test_floats_stay_what_they_are_where_bytes_would_not_do() -> None:
+    values = torch.from_numpy(SPELLINGS[0]).view(4, 64)
+    assert mixing.as_source(values, "auto", alone=False).dtype == np.float32  # they are mixed with a table of floats
+    assert mixing.as_source(values, "torch", alone=True) is values
 
 
 @pytest.mark.parametrize(("run", "k"), [(mix_rows, 3), (mix_more_rows, 5), (mix_most_rows, 7)])

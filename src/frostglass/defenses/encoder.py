@@ -28,7 +28,6 @@ from frostglass.numerics.mixing import Backend, Labels, Mask, as_source, coarse_
 _MASK_BYTES = 1 << 16  # keystream made at a time: it is used up before it leaves the cache
 
 
-@functools.lru_cache(maxsize=16)
 @functools.cache
 def encoded_domain(channels: int) -> Domain:
     """[-1, 1] and no further normalisation: the network sees encodings as they are."""
@@ -216,7 +215,8 @@ class RowEncoder:
                 raise BadInput(f"num_classes: {classes}, and {known[3].classes} before; keep it.")
             return known[3]
         data = PrivateSet(images, targets, classes)
-        data.table = None if data.table is None else as_source(data.table, self.backend)
+        if data.table is not None:
+            data.table = as_source(data.table, self.backend, alone=self.public is None)
         if self.ledger is not None and len(self.ledger) != len(data):
             raise BadInput(
                 f"images: this encoder counts the exposure of {len(self.ledger)} images, not {len(data)}; give it the "

@@ -137,3 +137,21 @@ def mix_labels(labels, inside, indices, weights, out):  # type: ignore[no-untype
     for r in range(indices.shape[0]):
         for j in range(inside):
             out[r, labels[indices[r, j]]] += weights[r, j]
+
+
+def to_bytes(values, out):  # type: ignore[no-untyped-def]
+    """Writes the bytes of which `values` [n] float32 are the 255th parts to `out` [n] uint8.
+
+    Returns:
+        False, with `out` undefined, if a value is not b / 255, or b times 1 / 255, as float32 rounds it.
+    """
+    part = np.float32(1) / np.float32(255)
+    for start in range(0, len(values), 4096):  # a stretch is looked at as a whole, in vector instructions
+        others = 0
+        for i in range(start, min(start + 4096, len(values))):
+            whole = np.rint(values[i] * np.float32(255))
+            out[i] = np.uint8(whole)
+            others += values[i] != whole / np.float32(255) and values[i] != whole * part
+        if others:
+            return False
+    return True

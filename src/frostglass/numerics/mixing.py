@@ -22,7 +22,7 @@ from torch import Tensor
 from frostglass.core.errors import BadInput
 from frostglass.numerics import device_mixing
 from frostglass.numerics.compiled import kernel
-from frostglass.numerics.fused_mixing import mix_labels, mix_more_rows, mix_most_rows, mix_rows
+from frostglass.numerics.fused_mixing import mix_labels, mix_more_rows, mix_most_rows, mix_rows, to_bytes
 from frostglass.numerics.key_rows import KeyRows, mask_width
 from frostglass.numerics.mixing_lanes import LANES
 
@@ -110,9 +110,27 @@ def pixel_type(table: Table) -> str:
     return str(table.dtype).removeprefix("torch.")
 
 
-def as_source(table: Table, backend: Backend) -> Table:
-    """The table in the form that `mix` reads without converting it first: for what is mixed from at every batch."""
-    return _readonly(table) if _near(table) and backend in ("auto", "fused") and kernel(mix_rows) is not None else table
+def as_source(table: Table, backend: Backend, alone: bool) -> Table:
+    """The table in the form that `mix` reads fastest: for what is mixed from at every batch.
+
+    Args:
+        table: [n, d], floats in [0, 1].
+        alone: no other table is mixed with it. Floats that are all bytes over 255, as images that were read from files
+            mostly are, then become these bytes: a copy of a quarter of their size, and a quarter of what mixing waits
+            for. Mixes differ by the rounding of float32.
+    """
+    if not _near(table) or backend not in ("auto", "fused") or kernel(mix_rows) is None:
+        return table
+    plain = _readonly(table)
+    return _bytes_of(plain) if alone and plain.dtype == np.float32 else plain
+
+
+def _bytes_of(table: NDArray[np.float32]) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """uint8 where every value is a byte over 255, else what was given."""
+    made = np.empty(table.shape, np.uint8)
+    run = kernel(to_bytes)
+    fits = run is not None and run(table.reshape(-1), made.reshape(-1))
+    return _readonly(made) if fits else table
 
 
 def _readonly(table: Table) -> Any:

@@ -47,14 +47,6 @@ class Elimination:
         """How many of `seeds` go on after one elimination."""
         return max(1, math.ceil(self.keep * seeds))
 
-    def evaluations(self, seeds: int, steps: int) -> int:
-        """Iterations of single seeds in a whole run: by this number budgets are compared."""
-        spent = 0
-        for t in range(steps):
-            seeds = self.survivors(seeds) if self.due(t, steps) else seeds
-            spent += seeds
-        return spent
-
 
 PER_SEED = ("z", "rule", "best", "best_loss", "alive", "first_loss", "last_loss")
 """Fields of a state whose tensors have seeds first."""

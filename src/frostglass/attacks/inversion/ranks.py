@@ -211,11 +211,6 @@ def _tried(call: Callable[[], Any]) -> tuple[Any, tuple[str, ...] | None]:
         return None, refused.problems
 
 
-def agreed(stop: Callable[[], bool], world: World) -> Callable[[], bool]:
-    """`stop`, made one answer: all ranks stop if one of them would. Asked by all ranks at the same reports."""
-    return lambda: any(gathered(bool(stop()), world, "a report"))
-
-
 @dataclass
 class RankStore:
     """Checkpoints of one rank among several, as a `Store`.

@@ -57,11 +57,6 @@ def step_decay(start: float, *, at: Sequence[float], factor: float) -> Schedule:
     return lambda t, steps: start * factor ** sum(t >= share * steps for share in at)
 
 
-def geometric(start: float, end: float) -> Schedule:
-    """From `start` to `end`, by the same factor at every step."""
-    return lambda t, steps: start * (end / start) ** (t / max(1, steps - 1))
-
-
 def as_schedule(value: float | Schedule) -> Schedule:
     """A number becomes a constant schedule."""
     return value if callable(value) else constant(float(value))
