@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import sys
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -40,6 +41,12 @@ def _deterministic() -> None:
     """torch's own generator starts each test alike, whatever ran before and on whichever worker."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files(tmp_path_factory) -> None:
+    """Reports of calls without `out` are kept in temporary folders: here in pytest's, which it clears away later."""
+    tempfile.tempdir = str(tmp_path_factory.mktemp("temporary"))
 
 
 @pytest.fixture(scope="session")
