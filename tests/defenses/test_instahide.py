@@ -440,6 +440,21 @@ def test_forked_workers_do_not_share_keys(seed) -> None:
     assert int(enc.ledger.partner.sum()) == 3 * 85
 
 
+class Remembered(Encoding):
+    """What a worker has of its parent's encoder: keys, and the set as it was checked."""
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return torch.tensor([self.enc._ring is not None, self.enc._set is not None])
+
+
+def test_forked_workers_need_not_read_the_set_again_and_have_no_keys() -> None:
+    data = Remembered(InstaHide())
+    data.enc.encode_rows(data.x, data.y, range(5), num_classes=40)
+    assert data[0].tolist() == [True, True]
+    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="fork")
+    assert all(row.tolist() == [False, True] for row in loader)
+
+
 def test_workers_that_cannot_count_are_refused() -> None:
     data = Encoding(InstaHide())
     loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="fork")

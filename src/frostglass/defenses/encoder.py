@@ -116,14 +116,18 @@ class RowEncoder:
             raise BadInput(found)
 
     def forget(self) -> None:
-        """No keys, no private images: the state of a new, copied, forked or unpickled encoder."""
-        self._lock = threading.RLock()
-        self._ring: tuple[tuple[int, int, int], KeyRing] | None = None
+        """No keys, no private images: the state of a new, copied or unpickled encoder."""
+        self.forget_keys()
         self._set: tuple[Any, Any, int, PrivateSet] | None = None
         self._kept: list[Encoded] = []
         self._kept_of: tuple[PrivateSet, str] | None = None
         self._train_set: tuple[Any, tuple[Any, Any]] | None = None
         forget_on_fork(self)
+
+    def forget_keys(self) -> None:
+        """No keys, no lock that another thread may hold: the state of a forked encoder. The images are there anyway."""
+        self._lock = threading.RLock()
+        self._ring: tuple[tuple[int, int, int], KeyRing] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _NOT_KEPT}

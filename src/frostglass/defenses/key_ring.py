@@ -124,7 +124,7 @@ class KeyRing:
 class HoldsKeys(Protocol):
     """Something that must not carry keys into a forked process."""
 
-    def forget(self) -> None:
+    def forget_keys(self) -> None:
         """Drops all key material."""
 
 
@@ -132,13 +132,13 @@ _HOLDERS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def forget_on_fork(holder: HoldsKeys) -> None:
-    """Calls `holder.forget()` in every process forked from here: parent and worker must not share a keystream."""
+    """Calls `holder.forget_keys()` in every process forked from here: parent and worker must not share a keystream."""
     _HOLDERS.add(holder)
 
 
 def _forget_all() -> None:
     for holder in list(_HOLDERS):
-        holder.forget()
+        holder.forget_keys()
 
 
 os.register_at_fork(after_in_child=_forget_all)
