@@ -378,9 +378,9 @@ def test_nvflare_filters(file: Write) -> None:
     assert "in scope public" in site.findings[0].where
 
 
-def _chains(*chains: tuple[Any, Any]) -> str:
+def _chains(*chains: tuple[Any, Any], taken: Any = ("train", "submit_model")) -> str:
     filters = [{"tasks": tasks, "filters": [{"path": "own.GaussianNoise", "args": args}]} for tasks, args in chains]
-    return json.dumps({"executors": [{"tasks": ["train", "submit_model"]}], "task_result_filters": filters}, indent=1)
+    return json.dumps({"executors": [{"tasks": list(taken)}], "task_result_filters": filters}, indent=1)
 
 
 def test_nvflare_chains_cover_each_others_tasks(file: Write) -> None:
@@ -390,6 +390,44 @@ def test_nvflare_chains_cover_each_others_tasks(file: Write) -> None:
     assert len(set(at(both, "accounting"))) == 2, "each chain has a line of its own"
     one = check_file(file("one.json", _chains((["train"], {"sigma": 1.0}))))
     assert ["submit_model" in f.found for f in one.findings if f.rule == "order"] == [True]
+
+
+@pytest.mark.parametrize(
+    ("taken", "filtered", "bare"),
+    [
+        (["*"], ["train"], ["'submit_model'"]),
+        (["*"], ["train", "submit_model"], []),
+        (["tr*"], ["train"], []),
+        (["train_*"], ["validate"], ["'train_*'"]),
+        (["train_*"], ["train_a"], []),
+        (["t?ain", "validate"], ["validate"], []),
+        (["train"], ["*"], ["'train'", "'*'"]),
+        (["train"], ["train", "train_*"], ["'train_*'"]),
+    ],
+)
+def test_nvflare_executors_take_patterns_and_filters_do_not(
+    file: Write, taken: list[str], filtered: list[str], bare: list[str]
+) -> None:
+    """A task is routed by fnmatch where a name has "*"; a filter is found by the task's exact name alone."""
+    found = check_file(file("config.json", _chains((filtered, {"sigma": 1.0}), taken=taken)))
+    order = [f.found for f in found.findings if f.rule == "order"]
+    assert len(order) == len(bare)
+    assert all(any(task in sentence for sentence in order) for task in bare)
+
+
+def test_nvflare_itself_matches_tasks_so() -> None:
+    """What the rules about patterns rest on."""
+    task_utils = pytest.importorskip("nvflare.apis.utils.task_utils")
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.private.fed.client.client_runner import TaskRouter
+
+    router = TaskRouter()
+    router.add_executor(["train_*"], "executor")
+    router.add_executor(["t?ain"], "other")
+    assert [router.route(t) for t in ("train_a", "train")] == ["executor", None]
+    for name, found in (("*", []), ("tr*", []), ("train", ["filter"])):
+        table = {f"{name}/out": ["filter"]}
+        assert task_utils.get_filters("task_result_filters", FLContext(), table, "train", "out") == found
 
 
 @pytest.mark.parametrize("tasks", [None, 5, ["train"]])

@@ -1,12 +1,14 @@
 """NVFlare's filter configurations: config_fed_client.json, and the scopes of a site's privacy.json.
 
-The filters' names, parameters and behaviour are those of nvflare.app_common.filters.
+The filters' names, parameters and behaviour are those of nvflare.app_common.filters. Executors take patterns of tasks
+(a name with "*", matched by fnmatch); filters are looked up by a task's exact name, so a pattern there applies to none.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ HEURISTIC = {
 
 RESULTS = "task_result_filters"
 
+MODEL_TASKS = ("train", "submit_model")
+"""Tasks whose results hold something of the model."""
+
 
 def nvflare_facts(path: Path, text: str, values: Any) -> list[Facts] | None:
     """Every filter on what leaves a client; None if the file has no place for filters."""
@@ -34,7 +39,8 @@ def nvflare_facts(path: Path, text: str, values: Any) -> list[Facts] | None:
     found: list[Facts] = []
     line = 0
     for scope, tasks, filters in lists:
-        bare = tuple(t for t in _tasks_sent(values) if tasks and t not in tasks and t not in covered)
+        bare = [f"results of the task {t!r}" for t in _tasks_sent(values) if tasks and not _met(t, {*tasks, *covered})]
+        bare += [f"results of the task {t!r} (NVFlare applies filters by exact name)" for t in tasks if "*" in t]
         for entry in filters:
             named = _named(entry)
             if not named:
@@ -77,19 +83,26 @@ def _filter_lists(node: Any, scope: str) -> Iterator[tuple[str, tuple[str, ...],
             yield from _filter_lists(value, here)
 
 
-def _tasks_sent(values: Any) -> tuple[str, ...]:
-    """Tasks of the executors: those of them that return something of the model."""
-    if isinstance(values, Mapping):
-        executors = [e for e in _listed(values.get("executors")) if isinstance(e, Mapping)]
-        tasks = [t for e in executors for t in _listed(e.get("tasks"))]
-        return tuple(str(t) for t in tasks if t in ("train", "submit_model"))
-    return ()
+def _tasks_sent(values: Any) -> list[str]:
+    """Tasks that the executors take and that return something of the model: by name, or a pattern of such names."""
+    if not isinstance(values, Mapping):
+        return []
+    executors = [e for e in _listed(values.get("executors")) if isinstance(e, Mapping)]
+    taken = [t for e in executors for t in _listed(e.get("tasks")) if isinstance(t, str)]
+    found = [t for t in MODEL_TASKS if t in taken or any("*" in p and fnmatch(t, p) for p in taken)]
+    further = [p for p in taken if "*" in p and p.startswith(MODEL_TASKS) and not any(fnmatch(t, p) for t in found)]
+    return found + further
 
 
-def _facts(named: str, args: Mapping[str, Any], scope: str, bare: tuple[str, ...], text: str, line: int) -> Facts:
+def _met(task: str, names: Iterable[str]) -> bool:
+    """Whether a filter on these tasks is on this one, or on some of those that this pattern stands for."""
+    return any(n == task or fnmatch(n, task) for n in names if "*" not in n)
+
+
+def _facts(named: str, args: Mapping[str, Any], scope: str, bare: list[str], text: str, line: int) -> Facts:
     kind = named.rpartition(".")[2]
     number = {k: v for k, v in ((k, as_number(v)) for k, v in args.items()) if v is not None}
-    unnoised = [f"results of the task {t!r}" for t in bare]
+    unnoised = list(bare)
     if kind == "PercentilePrivacy" and not (number.get("gamma", 0.01) > 0 and 0 <= number.get("percentile", 10) <= 100):
         unnoised.append("all values (with gamma <= 0 or a percentile outside 0 to 100 this filter passes everything)")
     if kind in ("SVTPrivacy", "PercentilePrivacy"):
