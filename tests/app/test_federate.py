@@ -80,6 +80,12 @@ def test_what_encodings_and_privacy_cost_is_said(plan, tmp_path, capsys) -> None
     assert "privacy spent: epsilon up to" in text
     assert "per image at delta 1e-05" in text
     assert "INSECURE" in text
+    plan.write_text(SMALL + '[[defense]]\nname = "dp_instahide"\nk = 2\nstd = 0.5\n')
+    code, text, err = call(capsys, "federate", plan, "--out", tmp_path / "noisy")
+    assert code == 0, err
+    assert "for the pixels of an image at delta 1e-05" in text
+    assert "labels are not private" in text
+    assert "for the pixels of an image" in err
 
 
 def test_a_federation_in_which_nothing_worked_fails_and_says_why(plan, tmp_path, capsys) -> None:

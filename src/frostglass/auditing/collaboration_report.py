@@ -16,6 +16,8 @@ from frostglass.auditing.recorded_words import update_labels
 from frostglass.auditing.report import templates
 from frostglass.core.errors import BadInput
 from frostglass.core.files import write_text
+from frostglass.defenses.dp_instahide import PIXELS
+from frostglass.federated.history import UNITS
 
 RESULTS = "collaboration.json"
 
@@ -42,9 +44,10 @@ def render(value: Mapping[str, Any]) -> str:
     rows = [summary(m) for m in value["methods"]]
     functions = [update_labels, told_game]
     page = templates([wording.number, wording.plural, wording.flat], functions).get_template("collaboration.html.j2")
-    return (
-        page.render(value=value, rows=rows, svg=accuracy_svg(value["methods"]), headline=headline(rows)).lstrip() + "\n"
+    told = page.render(
+        value=value, rows=rows, svg=accuracy_svg(value["methods"]), headline=headline(rows), units=UNITS, pixels=PIXELS
     )
+    return told.lstrip() + "\n"
 
 
 def best(row: Mapping[str, Any]) -> float:

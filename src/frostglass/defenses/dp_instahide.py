@@ -26,6 +26,9 @@ from frostglass.numerics.mixing import mix_torch
 
 Weights = Literal["equal", "random"]
 
+PIXELS = "pixels of one image; labels are not private"
+"""What its epsilon is about."""
+
 
 @dataclass(frozen=True)
 class NoisyMixer:
@@ -109,13 +112,12 @@ def spent_on(batch: Batch, k: int, std: float, law: Law, c_max: float, delta: fl
     if std == 0:
         return None
     d = batch.images[0].numel()
-    unit = "pixels of one image; labels are not private"
     if law == "laplace":
         sensitivity = c_max * d * k  # L1 norms of k encodings add up
         scale = std / math.sqrt(2)
         about = "pure DP, replace one image, k encodings of each"
-        return PrivacySpent(sensitivity / scale, 0.0, std / sensitivity, sensitivity, about, unit, "replace_one")
+        return PrivacySpent(sensitivity / scale, 0.0, std / sensitivity, sensitivity, about, PIXELS, "replace_one")
     sensitivity = c_max * math.sqrt(d * k)
     sigma = std / sensitivity
     about = "Opacus RDP, one release, replace one image, k encodings of each"
-    return PrivacySpent(epsilon_of(sigma, delta, 1), delta, sigma, sensitivity, about, unit, "replace_one")
+    return PrivacySpent(epsilon_of(sigma, delta, 1), delta, sigma, sensitivity, about, PIXELS, "replace_one")

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from frostglass.core.files import write_json
+from frostglass.defenses.dp_instahide import PIXELS
 from frostglass.federated.federation import Federation
 from frostglass.federated.global_accuracy import Accuracy
 
 HISTORY = "history.json"
+
+UNITS = {"image": "per image", "update": "per update", PIXELS: "for the pixels of an image"}
+"""What an epsilon is about, and how that is said behind it."""
 
 
 class History:
@@ -74,7 +78,7 @@ def line(row: dict[str, Any], rounds: int) -> str:
     epsilons = [c["epsilon"] for c in row["clients"] if c.get("epsilon") is not None]
     if epsilons:
         unit = next((c["unit"] for c in row["clients"] if c.get("unit")), "image")
-        words.append(f"epsilon up to {max(epsilons):.2f} per {unit}")
+        words.append(f"epsilon up to {max(epsilons):.2f} {UNITS[unit]}")
     exposures = [c["exposure-max"] for c in row["clients"] if c.get("exposure-max") is not None]
     if exposures:
         words.append(f"images in up to {max(exposures)} encodings")

@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,9 @@ class LocalClient:
         batch, order = self._held(key)
         batch = batch.to(device)
         done = computed_step(self.model, batch, self.plan, self.defense, key, order)
+        if self.defense.account is not None:
+            done = replace(done, update=replace(done.update, spent=self.defense.account(batch)))
+        epsilon = self._account(done.update)  # also of a round that fails below: its reply tells that it did
         if not all(bool(g.isfinite().all()) for g in done.update.gradients.values()):
             raise BadInput(f"client {self.name}: training diverged (lr = {self.plan.lr}); lower client.lr.")
         names = names_of(self.model)
@@ -138,7 +141,7 @@ class LocalClient:
         insecure = self.seed is not None or (self.encoder is not None and self.encoder.insecure)
         return Trained(
             applied(state, done.update.gradients, carried, names.tied), done.update, len(self.images), done.loss,
-            self._account(done.update), insecure,
+            epsilon, insecure,
         )  # fmt: skip
 
     def randomness(self, round: int, purpose: str) -> Randomness:
@@ -149,7 +152,7 @@ class LocalClient:
 
     @property
     def steps_spent(self) -> dict[tuple[float, float, float], int]:
-        """{(noise multiplier, delta, sampling rate): private steps so far}, for an engine that keeps it."""
+        """{(noise multiplier, delta, sampling rate): private releases so far}, for an engine that keeps it."""
         return dict(self._steps)
 
     def goes_on_from(self, steps: Mapping[tuple[float, float, float], int]) -> None:
@@ -176,14 +179,19 @@ class LocalClient:
         return Batch(images.float(), targets, domain, names), order
 
     def _account(self, update: Update) -> float | None:
-        """Epsilon of all rounds so far; each one's steps are as many draws at the same rate."""
+        """Epsilon of all rounds so far; each one's steps are as many draws at the same rate.
+
+        Noisy encodings are made anew in every round, of all images: one release, however many steps see them.
+        """
         spent = update.spent
         if spent is None:
             return None
         n = len(self.images)
-        rate = self.plan.sampling_rate(n)
+        rate, steps = (1.0, 1) if self.defense.encodes else (self.plan.sampling_rate(n), self.plan.steps_for(n))
         setting = (spent.noise_multiplier, spent.delta, rate)
-        self._steps[setting] = self._steps.get(setting, 0) + self.plan.steps_for(n)
+        self._steps[setting] = self._steps.get(setting, 0) + steps
+        if spent.delta == 0:  # Laplace noise: the epsilons of its releases add up
+            return spent.epsilon * self._steps[setting]
         kind = "prv" if "PRV" in spent.accountant else "rdp"
         total = epsilon_of(spent.noise_multiplier, spent.delta, self._steps[setting], kind, rate)  # type: ignore[arg-type]
         return total if math.isfinite(total) else None

@@ -137,6 +137,13 @@ def test_what_a_client_says_about_itself_may_be_anything(tmp_path) -> None:
     assert [c["client"] for c in row["clients"]] == ["0", "1", "2"]
     assert row["clients"][1] == {"client": "1", "examples": 67}
     assert math.isfinite(row["loss"])
+    for said in ({}, {"delta": 1e-5}, {"unit": "image"}, {"delta": 1e-5, "unit": "u"}):
+
+        def bare(reply, said=said) -> None:
+            reply.content["frostglass"] = ConfigRecord({"epsilon": 1.0, **said})
+
+        row = federate(ONE, tmp_path / f"epsilon {said}", mods=[spoiling(1, bare)])["rounds"][1]
+        assert "epsilon" not in row["clients"][1]  # of what, and at which delta?
     for value in (1e308, -1e308):
 
         def enormous(reply, value=value) -> None:

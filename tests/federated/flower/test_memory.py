@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import pytest
@@ -13,6 +14,7 @@ from flwr.app import Context, RecordDict
 
 from federations import federate, plan, weights
 from frostglass.defenses.accounting import epsilon_of
+from frostglass.defenses.dp_instahide import PIXELS
 from frostglass.federated.federation import federation_of
 from frostglass.federated.flower import LocalGrid, plan_client_app
 from frostglass.federated.flower.memory import keep, restore
@@ -110,6 +112,20 @@ def test_the_epsilon_of_dp_sgd_grows_as_the_accountant_says(tmp_path) -> None:
     assert again["rounds"][1]["clients"] == history["rounds"][1]["clients"]
     left, right = weights(tmp_path), weights(tmp_path / "again")
     assert not torch.equal(left["head.weight"], right["head.weight"]), "its noise came from the plan's seed"
+
+
+@pytest.mark.parametrize("law", ["gaussian", "laplace"])
+def test_the_epsilon_of_noisy_encodings_grows_by_a_release_a_round(tmp_path, law) -> None:
+    """One encoding of all images a round, whatever the steps: k means hold an image, each moved by 1 / k at most."""
+    text = plan(f'[[defense]]\nname = "dp_instahide"\nk = 2\nstd = 0.5\nlaw = "{law}"\ndelta = 1e-3\n')
+    history = federate(text, tmp_path, grid=Remembering)
+    gauss = 0.5 / (math.sqrt(2) * math.sqrt(64) / 2)
+    for r in (1, 2):
+        due = epsilon_of(gauss, 1e-3, r) if law == "gaussian" else r * 64 / (0.5 / math.sqrt(2))
+        for client in history["rounds"][r]["clients"]:
+            assert client["epsilon"] == pytest.approx(due)
+            assert client["delta"] == (1e-3 if law == "gaussian" else 0)
+            assert client["unit"] == PIXELS
 
 
 def test_a_client_that_lives_on_is_not_counted_twice(tmp_path) -> None:

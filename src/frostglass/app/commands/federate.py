@@ -157,6 +157,9 @@ def _history(out: Path, engine: str) -> dict[str, Any]:
 
 def summary(history: dict[str, Any], out: Path, recorded: str | None, model: str = "") -> str:
     """What a person wants to know at the end."""
+    from frostglass.defenses.dp_instahide import PIXELS
+    from frostglass.federated.history import UNITS
+
     last = history["rounds"][-1]
     encoded = last["accuracy_encoded"]
     lines = [
@@ -169,8 +172,10 @@ def summary(history: dict[str, Any], out: Path, recorded: str | None, model: str
     if spent:
         worst = max(spent, key=lambda c: c["epsilon"])
         lines.append(
-            f"privacy spent: epsilon up to {worst['epsilon']:.2f} per {worst['unit']} at delta {worst['delta']:g}"
+            f"privacy spent: epsilon up to {worst['epsilon']:.2f} {UNITS[worst['unit']]} at delta {worst['delta']:g}"
         )
+        if worst["unit"] == PIXELS:
+            lines.append("its neighbours differ in one image, exchanged for another; labels are not private")
     exposures = [c["exposure-max"] for row in history["rounds"] for c in row["clients"] if c.get("exposure-max")]
     if exposures:
         lines.append(

@@ -19,7 +19,7 @@ from frostglass.federated.flower.client_apps import plan_text
 from frostglass.federated.flower.strategy import Answer, AuditedFedAvg
 from frostglass.federated.flower.wire import ARRAYS, record_of, state_of
 from frostglass.federated.global_accuracy import accuracy_of
-from frostglass.federated.history import History, line
+from frostglass.federated.history import UNITS, History, line
 from frostglass.federated.recording import Recorder
 
 MODEL = "model.safetensors"
@@ -143,6 +143,8 @@ def _row(answer: Answer) -> dict[str, Any]:
         value = answer.about.get(key)
         if isinstance(value, int | float) and math.isfinite(value):
             found[key] = value
-    if answer.about.get("unit") in ("image", "update"):
+    if answer.about.get("unit") in UNITS:
         found["unit"] = answer.about["unit"]
+    if "delta" not in found or "unit" not in found:
+        found.pop("epsilon", None)  # says nothing without them
     return found | ({"reason": answer.reason} if answer.reason else {})
