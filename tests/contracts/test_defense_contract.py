@@ -133,3 +133,11 @@ def test_mixing_images_under_per_example_clipping_is_refused() -> None:
         for clipper in clippers:
             with pytest.raises(BadInput, match="sensitivity"):
                 stack(mixer, clipper)
+
+
+def test_noise_on_encodings_is_accounted_for_images_and_never_for_mixtures() -> None:
+    """An image in several rows of Mixup moves more encodings than the k that its proof counts; noise first is fine."""
+    noisy, mixup = DEFENSES["dp_instahide"].make(), DEFENSES["mixup"].make()
+    with pytest.raises(BadInput, match="'mixup' mixes images before 'dp_instahide'"):
+        stack(mixup, noisy)
+    assert stack(noisy, mixup).account is noisy.account

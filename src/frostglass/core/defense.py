@@ -101,8 +101,9 @@ def stack(*defenses: Defense) -> Defense:
     Each part draws from a key of its own, so that two of one kind do not repeat each other's noise.
 
     Raises:
-        BadInput: two of them replace the client step, or an encoding is combined with per-example clipping
-            (a mixed row holds several images, so one image would count more than once and the epsilon be false).
+        BadInput: two of them replace the client step, or an encoding is combined with per-example clipping, or comes
+            before one that is accounted for (a mixed row holds several images, so one image would count more than once
+            and the epsilon be false).
     """
     flat = [part for d in defenses for part in (d.parts or (d,))]
     if len(flat) == 1:
@@ -151,6 +152,12 @@ def _refuse_clashes(flat: Sequence[Defense]) -> None:
         raise BadInput(
             f"defense: {mixer.name!r} mixes images, so the per-example sensitivity of {steps[0].name!r} and its "
             "epsilon would be false; use one of them."
+        )
+    proven = next((d for d in flat if d.encodes and d.account is not None), None)
+    if mixer is not None and proven is not None and mixer.account is None:
+        raise BadInput(
+            f"defense: {mixer.name!r} mixes images before {proven.name!r} does, so the sensitivity of the latter and "
+            "its epsilon would be false; use one of them, or put the latter first."
         )
 
 
