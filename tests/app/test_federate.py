@@ -16,6 +16,7 @@ from frostglass.core.errors import BadInput
 from frostglass.federated import global_accuracy
 from frostglass.federated.federate_plan import FederatePlan, plan_of
 from frostglass.federated.federation import federation_of
+from frostglass.federated.lone_images import caution_of
 from frostglass.federated.recorded import read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution")
@@ -86,6 +87,28 @@ def test_what_encodings_and_privacy_cost_is_said(plan, tmp_path, capsys) -> None
     assert "for the pixels of an image at delta 1e-05" in text
     assert "labels are not private" in text
     assert "for the pixels of an image" in err
+
+
+def test_a_step_on_one_image_is_told_where_batchnorm_sees_it(plan, tmp_path, capsys) -> None:
+    """67, 67 and 66 images: one image is left over by 33, at the first two clients."""
+    alone = "leaves one image to a step of its own at clients 0 (67 images), 1 (67 images); BatchNorm"
+    for line, told in (("minibatch = 33", True), ("minibatch = 16", False), ('minibatch = 33\nmode = "eval"', False)):
+        plan.write_text(SMALL.replace("minibatch = 16", line))
+        out = tmp_path / line
+        code, text, err = call(capsys, "federate", plan, "--out", out, "--set", "server.rounds=1")
+        assert code == 0, err
+        assert (alone in text, alone in err) == (told, told)
+        assert any(alone in note for note in json.loads((out / "history.json").read_text())["notes"]) == told
+    plain = SMALL.replace("minibatch = 16", "minibatch = 33")
+    assert caution_of(*federation_of(plain).steps)
+    assert not caution_of(*federation_of(plain.replace("[model]", '[model]\nfix = "opacus"')).steps)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", ["federate-digits", "federate-digits-instahide"])
+def test_no_client_of_a_bundled_plan_has_a_step_on_one_image(name, seed) -> None:
+    made = federation_of(load_federate_plan(ROOT / "plans" / f"{name}.toml", [f"seed={seed}"]).to_toml())
+    assert not caution_of(*made.steps)
 
 
 def test_a_federation_in_which_nothing_worked_fails_and_says_why(plan, tmp_path, capsys) -> None:

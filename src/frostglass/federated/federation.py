@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from frostglass.core.batch import Batch, one_hot
 from frostglass.core.defense import Defense, stack
 from frostglass.core.errors import BadInput, close_match
-from frostglass.core.randomness import Insecure, OsKey, Randomness, Rng, global_draws
+from frostglass.core.randomness import Insecure, OsKey, Randomness, Rng
+from frostglass.core.update import LocalPlan
 from frostglass.defenses.encoder import encoded_domain
 from frostglass.defenses.instahide import InstaHide
 from frostglass.defenses.registry import DEFENSES
-from frostglass.federated.exchange import device_of
 from frostglass.federated.federate_plan import FederatePlan, plan_of
 from frostglass.federated.feeds import encoder_of, takes_encodings
 from frostglass.federated.held_out import images_of
 from frostglass.federated.local_client import NOTHING, LocalClient, dirichlet_split
+from frostglass.federated.lone_images import refuse_lone_images
 from frostglass.federated.named import named
 from frostglass.federated.outgoing import Decide
 from frostglass.federated.train_plan import TrainingPlan
@@ -82,6 +81,11 @@ class Federation:
         """(channels, height, width)."""
         c, h, w = self.train.images.shape[1:]
         return c, h, w
+
+    @property
+    def steps(self) -> tuple[nn.Module, LocalPlan, list[int]]:
+        """(the network, how clients train it, on how many images each)."""
+        return self.model, self.plan.client.local_plan(), [len(rows) for rows in self.rows]
 
     def described(self) -> dict[str, Any]:
         """The network for a record: enough to build it again."""
@@ -262,35 +266,14 @@ def _refuse(made: Federation) -> None:
         found.append(
             'data.test_limit: buffers = "keep" tests with batch statistics, and one image has none; test more.'
         )
-    found += _steps_of_one(made)
-    try:
-        made.gate_checks()
-    except BadInput as wrong:
-        found += wrong.problems
+    for looked_at in (lambda: refuse_lone_images(*made.steps, made.image_shape), made.gate_checks):
+        try:
+            looked_at()
+        except BadInput as wrong:
+            found += wrong.problems
     if found:
         raise BadInput(found)
     _first_step(made)
-
-
-def _steps_of_one(made: Federation) -> list[str]:
-    """A client whose last step sees one image, where BatchNorm of the network then has one value a channel."""
-    plan = made.plan.client.local_plan()
-    if plan.mode == "eval" or not made.has_batch_norm:
-        return []
-    sizes = [n if plan.whole_batches(n) else n % (plan.minibatch or n) or plan.minibatch for n in map(len, made.rows)]
-    if 1 not in sizes:
-        return []
-    number, model = sizes.index(1), copy.deepcopy(made.model).train()
-    one = torch.zeros(1, *made.image_shape, device=device_of(model))
-    try:
-        with torch.no_grad(), global_draws(Rng.from_seed(0, "a step of one"), one.device):
-            model(one)
-    except ValueError:  # torch's "Expected more than 1 value per channel when training"
-        return [
-            f"client.minibatch: {len(made.rows[number])} images of client {number} leave one to a step of its own, "
-            'where BatchNorm has no statistics; choose another size, or model.fix = "opacus".'
-        ]
-    return []
 
 
 def _first_step(made: Federation) -> None:

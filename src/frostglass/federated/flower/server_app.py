@@ -20,6 +20,7 @@ from frostglass.federated.flower.strategy import Answer, AuditedFedAvg
 from frostglass.federated.flower.wire import ARRAYS, record_of, state_of
 from frostglass.federated.global_accuracy import accuracy_of
 from frostglass.federated.history import UNITS, History, line
+from frostglass.federated.lone_images import caution_of
 from frostglass.federated.recording import Recorder
 
 MODEL = "model.safetensors"
@@ -67,6 +68,7 @@ class Serving:
     def __init__(self, made: Federation, folder: Path, engine: str, tell: Tell) -> None:
         self.made, self.folder, self.engine, self.tell = made, folder, engine, tell
         self.history = History(folder, made, engine)
+        self.caution = caution_of(*made.steps)
         self.recorder = self._recorder()
         self.begun = time.perf_counter()
 
@@ -74,6 +76,9 @@ class Serving:
         """All rounds; whatever ends them, what was recorded is on disk."""
         try:
             plan = self.made.plan
+            if self.caution:
+                self.history.note(self.caution)
+                self.tell(self.caution)
             self.strategy = self._strategy()
             self.strategy.start(
                 grid=grid,
