@@ -222,6 +222,25 @@ def test_where_to_run_is_checked_first(plan, tmp_path, capsys, arguments, senten
     assert not (tmp_path / "run").exists()
 
 
+def test_a_place_that_cannot_be_used_leaves_no_folder(plan, tmp_path, capsys) -> None:
+    place = ["--engine", "deployment", "--superlink", "127.0.0.1:1", "--root-certificates", plan]
+    (tmp_path / "empty").mkdir()
+    for out, left in (("run", False), ("empty", True)):
+        code, _, err = call(capsys, "federate", plan, "--out", tmp_path / out, *place)
+        assert code == 2
+        assert err.startswith("error: --root-certificates: ")
+        assert (tmp_path / out).exists() == left
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_encodings_of_more_images_than_a_client_has_are_refused_first(plan, tmp_path, capsys) -> None:
+    plan.write_text(SMALL + '[[defense]]\nname = "dp_instahide"\nk = 67\n')
+    code, _, err = call(capsys, "federate", plan, "--out", tmp_path / "run")
+    assert code == 2
+    assert "k = 67 is above the 66 images" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_and_broken_files(tmp_path, capsys) -> None:
     assert call(capsys, "federate", tmp_path / "none.toml", "--out", tmp_path / "run")[0] == 2
     (tmp_path / "bad.toml").write_text("name = ")

@@ -269,7 +269,7 @@ def test_its_constants_are_the_published_ones_and_labels_are_not_covered() -> No
 
 
 def test_a_batch_below_k_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"client.batch = 2 is below k = 4"):
+    with pytest.raises(BadInput, match=r"k = 4 is above the 2 images"):
         encodings(torch.zeros(2, 1, 8, 8))
 
 

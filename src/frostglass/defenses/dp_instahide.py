@@ -51,7 +51,7 @@ class NoisyMixer:
     def __call__(self, batch: Batch, randomness: Randomness) -> Batch:
         """[b, c, h, w] encodings in [-1, 1] with exact soft labels; pure given `Insecure(seed)`."""
         if len(batch) < self.k:
-            raise BadInput(f"dp_instahide: client.batch = {len(batch)} is below k = {self.k}; raise it or lower k.")
+            raise BadInput(f"dp_instahide: k = {self.k} is above the {len(batch)} images of a client; lower it.")
         unit = ((batch.images - batch.domain.low) / (batch.domain.high - batch.domain.low)).flatten(1)
         mixing = MixLaw(self.k, self.k, 1.0 if self.equal else self.c1)
         ring = KeyRing(Secret.draw(randomness), mixing, "permutation", len(batch), 0, ahead=0)

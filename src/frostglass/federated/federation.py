@@ -282,6 +282,8 @@ def _first_step(made: Federation) -> None:
     smallest = min(sizes, key=lambda i: sizes[i])
     client = made.client(smallest)
     client.begin()
+    if made.inside.encodes:
+        made.inside.encode(made.private(smallest), Insecure(Rng.from_seed(0, "first step")))
     if made.inside.gradient is not None:
         few = Batch(client.images[:2], one_hot(client.labels[:2], client.classes), domain_of(made.model), ("a", "b"))
         plan = replace(client.plan, epochs=1, minibatch=None, local_steps=1)

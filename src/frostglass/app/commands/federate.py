@@ -13,6 +13,8 @@ from frostglass.core.errors import BadInput, FrostglassError
 
 ENGINES = ("local", "ray", "deployment")
 
+_OPTIONS = {"address": "--superlink", "root_certificates": "--root-certificates"}
+
 
 @click.command("federate")
 @click.argument("plan", type=click.Path(path_type=Path))
@@ -46,9 +48,13 @@ def command(
     made = _prepared(text)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"--out: {out} is not empty; choose another folder.")
+    new = not out.exists()
     try:
         write_text(out / "plan.toml", text)
         _run(text, out, engine, place, asked, verbose)
+    except BadInput as wrong:
+        _withdraw(out, new)
+        raise BadInput([_as_option(p) for p in wrong.problems]) from None
     except OSError as wrong:
         raise BadInput(f"--out: {out} cannot be written ({wrong.strerror or wrong}).") from None
     history = _history(out, engine)
@@ -141,6 +147,20 @@ def _run(text: str, out: Path, engine: str, place: tuple[str, Path] | None, plan
         on_ray(text, out, tell, verbose=verbose)
     else:
         on_local(text, out, tell, verbose=verbose)
+
+
+def _withdraw(out: Path, new: bool) -> None:
+    """Takes the plan out of a run folder in which nothing has begun, so that the corrected command can have it."""
+    if [p.name for p in out.iterdir()] == ["plan.toml"]:
+        (out / "plan.toml").unlink()
+        if new:
+            out.rmdir()
+
+
+def _as_option(problem: str) -> str:
+    """What the deployment calls by its own names, by those of the command."""
+    field, colon, rest = problem.partition(":")
+    return f"{_OPTIONS.get(field, field)}{colon}{rest}"
 
 
 def _history(out: Path, engine: str) -> dict[str, Any]:
