@@ -82,6 +82,38 @@ def test_a_folder_is_held_by_one_process_until_that_ends_however_it_does(tmp_pat
         pass
 
 
+FORKS = """
+import os, signal, sys
+from pathlib import Path
+from frostglass.core.files import alone_in
+with alone_in(Path(sys.argv[1])):
+    if os.fork() == 0:
+        print("forked", flush=True)
+        signal.pause()
+    if sys.argv[2] == "killed":
+        signal.pause()
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "leaves"])
+def test_a_forked_worker_that_lives_on_holds_no_folder(tmp_path: Path, how: str) -> None:
+    """It would hold up a resume; and while its parent lives, the parent's hold is not touched by it."""
+    other = subprocess.Popen([sys.executable, "-c", FORKS, str(tmp_path), how], stdout=subprocess.PIPE, text=True,
+                             env=os.environ | {"PYTHONPATH": source()}, start_new_session=True)  # fmt: skip
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "forked\n"
+        if how == "killed":
+            with pytest.raises(BadInput, match="another process is at work"), alone_in(tmp_path):
+                pass
+            other.kill()
+        other.wait()
+        with alone_in(tmp_path):
+            pass
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)  # the worker
+
+
 def refused(out: Path, leaves: str) -> None:
     with claimed(out, "plan.toml", "mine"):
         (out / "empty").mkdir()

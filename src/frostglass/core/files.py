@@ -31,11 +31,30 @@ def alone_in(folder: Path, option: str = "--out") -> Iterator[None]:
         BadInput: it is held.
     """
     handle = os.open(folder, os.O_RDONLY)
+    _HELD.add(handle)
     try:
         _lock(handle, folder, option)
         yield
     finally:
-        os.close(handle)
+        if handle in _HELD:  # a child that was forked has let go already, and the number may be another file's there
+            _HELD.remove(handle)
+            os.close(handle)
+
+
+_HELD: set[int] = set()
+"""Handles of the folders that this process holds."""
+
+
+def _let_go() -> None:
+    """In a child that was forked: the workers of a DataLoader outlive a killed run by seconds, and its lock with them.
+
+    Closing frees nothing for the parent, which holds the same lock by a handle of its own.
+    """
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock(handle: int, folder: Path, option: str) -> None:
