@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_bad_pools_and_sources(pictures, tmp_path) -> None:
         open_pool(tmp_path / "pool")
     with pytest.raises(BadInput, match="none of"):
         make_pool(f"folder:{pictures}", tmp_path / "none", PoolSettings(size=8, cut=8, crops=4), RNG)
-    assert not list((tmp_path / "none").iterdir())
+    assert not (tmp_path / "none").exists()
     with pytest.raises(BadInput) as caught:
         PoolSettings(size=1, crops=0, cut=0, channels=2)
     with pytest.raises(BadInput, match="tries: 100000000000 must be at most 100000"):
@@ -116,6 +117,16 @@ def test_bad_pools_and_sources(pictures, tmp_path) -> None:
     assert small.kept == 1
 
 
+def test_a_pool_whose_description_cannot_be_written_leaves_nothing(pictures, tmp_path, monkeypatch) -> None:
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("frostglass.defenses.public_pool.write_json", full)
+    with pytest.raises(BadInput, match="cannot be written"):
+        make_pool(f"folder:{pictures}", tmp_path / "a" / "pool", PoolSettings(size=32, cut=64, crops=4), RNG)
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.fixture
 def broken(pictures) -> Path:
     (pictures / "b.png").write_bytes((pictures / "b.png").read_bytes()[:200])
@@ -125,6 +136,10 @@ def broken(pictures) -> Path:
 
 def test_images_that_do_not_decode_stop_or_are_skipped_and_named(broken, tmp_path) -> None:
     source = f"folder:{broken}"
+    with pytest.raises(BadInput, match=r"b\.png|c\.png"):
+        make_pool(source, tmp_path / "pool", PoolSettings(size=32, cut=64, crops=4), RNG)
+    assert not (tmp_path / "pool").exists()
+    (tmp_path / "pool").mkdir()
     with pytest.raises(BadInput, match=r"b\.png|c\.png"):
         make_pool(source, tmp_path / "pool", PoolSettings(size=32, cut=64, crops=4), RNG)
     assert not list((tmp_path / "pool").iterdir())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -129,6 +130,7 @@ def make_pool(
         raise BadInput(f"public-pool: {out} holds a pool already; name another folder.")
     found = PoolStatistics()
     broken: list[str] = []
+    made = [place for place in (out, *out.parents) if not place.exists()]
     try:
         with written_beside(out / PIXELS) as beside, beside.open("wb") as held:
             for _ in _kept(source, settings, rng, found, broken, held):
@@ -137,7 +139,6 @@ def make_pool(
                     break
         found.broken = tuple(broken)
         if not found.kept:
-            (out / PIXELS).unlink(missing_ok=True)
             if not found.tried and found.too_small:
                 raise BadInput(
                     f"public-pool: all {found.too_small} images of {source!r} are smaller than a cut of "
@@ -156,8 +157,14 @@ def make_pool(
             "statistics": asdict(found),
         }
         write_json(out / POOL, about)
-    except OSError as wrong:
-        raise BadInput(f"public-pool: {out} cannot be written ({wrong.strerror or wrong}).") from None
+    except BaseException as wrong:  # no pixels without a description, and no folder that was not there
+        with suppress(OSError):
+            (out / PIXELS).unlink(missing_ok=True)
+            for place in made:
+                place.rmdir()
+        if isinstance(wrong, OSError):
+            raise BadInput(f"public-pool: {out} cannot be written ({wrong.strerror or wrong}).") from None
+        raise
     return found
 
 
