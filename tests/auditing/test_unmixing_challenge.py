@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from skimage.metrics import structural_similarity
 
 from encoded_scenes import crops
@@ -196,6 +197,18 @@ def test_folders_that_cannot_be_written_are_named(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="cannot be written"):
         make(tmp_path, "file/c")
+
+
+def test_a_file_that_becomes_too_large_is_no_fault_of_the_program(tmp_path, monkeypatch) -> None:
+    """safetensors says so in an error of its own, which is no OSError."""
+
+    def too_large(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", too_large)
+    with pytest.raises(BadInput, match=r"cannot be written .*File too large"):
+        make(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_generator_of_2020_can_be_had_for_the_seed_search(tmp_path) -> None:

@@ -161,6 +161,8 @@ def make_challenge(
         np.zeros((len(encodings), 0), np.uint8) if keys.bits is None else keys.bits, law.private, os.urandom(32),
     )  # fmt: skip
     about = _about(settings, encodings, classes, pool, made)
+    from safetensors import SafetensorError
+
     try:
         made.save(opening)
         with written_beside(out / ENCODINGS) as beside, beside.open("wb") as held:
@@ -172,8 +174,9 @@ def make_challenge(
         with suppress(OSError):
             opening.unlink()
         shutil.rmtree(out, ignore_errors=True)
-        if isinstance(wrong, OSError):
-            raise BadInput(f"challenge: {out} or {opening} cannot be written ({wrong.strerror or wrong}).") from None
+        if isinstance(wrong, OSError | SafetensorError):
+            why = getattr(wrong, "strerror", None) or wrong
+            raise BadInput(f"challenge: {out} or {opening} cannot be written ({why}).") from None
         raise
     return about
 
