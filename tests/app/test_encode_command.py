@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,17 @@ def test_generator_states_are_found(make, legacy, tmp_path, capsys) -> None:
     assert "generator state" in out
     if make is not hugging_face:
         assert "5056 bytes" in out
+
+
+def test_states_are_not_counted_where_one_shows_in_several_lines(tmp_path, capsys) -> None:
+    """Beside an object a file is read and not loaded: an entry's name, its kind and its words are one state."""
+    torch.save({"numpy_rng_state": np.random.get_state(), "args": Path()}, tmp_path / "held.pt")
+    code, out, _ = call(capsys, "check-checkpoint", tmp_path / "held.pt")
+    assert code == 1
+    *lines, last = out.splitlines()
+    assert len(lines) == 3
+    assert last.startswith("held.pt: keys that were drawn from such a generator")
+    assert not re.search(r"\d generator state", last)
 
 
 @pytest.mark.parametrize("hidden", [
