@@ -488,6 +488,21 @@ def test_two_states_are_read_as_the_record_of_the_same_client(tmp_path: Path) ->
     assert (one.examples, one.mode, one.messages[0].kind) == (other.examples, other.mode, other.messages[0].kind)
 
 
+def test_outputs_are_told_by_the_classifier_whatever_the_order_of_the_file(tmp_path: Path) -> None:
+    made = Federation(tmp_path, network="mlp", options={"hidden": [12, 16]})
+    made.run()
+    before, after = states(made)
+    backwards = {n: before[n] for n in sorted(before, reverse=True)}
+    assert [len(t) for t in backwards.values() if t.ndim == 2] == [10, 16, 12]
+    torch.save(backwards, tmp_path / "before.pt")
+    torch.save(after, tmp_path / "after.pt")
+    plan = UpdatesPlan(
+        before=str(tmp_path / "before.pt"), after=str(tmp_path / "after.pt"), model="mlp", options=made.options,
+        channels=1, size=8, examples=4, local={"lr": 0.1, "mode": "train"},
+    )  # fmt: skip
+    assert observed(plan).gradients.keys() == dict(made.model.named_parameters()).keys()
+
+
 def test_raw_gradients_give_what_audit_gives_on_the_same_batch(tmp_path: Path) -> None:
     made = Federation(tmp_path, **MLP)
     x, y = made.data.images[:4], made.data.labels[:4]

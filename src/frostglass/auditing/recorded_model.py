@@ -124,15 +124,22 @@ def _image_shape(plan: UpdatesPlan, source: Source, about: Mapping[str, Any]) ->
 
 
 def _outputs_sent(source: Source) -> int:
-    """Outputs by the last matrix that was sent: the classifier of any ordinary network."""
+    """Outputs by the last matrix that was sent and that feeds no other one: the classifier of any ordinary network.
+
+    Files may name tensors in the order of the alphabet, so the last one may lie before the classifier.
+    """
     for one in source.updates:
         try:
             sent = source.tensors(one).sent
         except BadInput:
             continue
-        matrices = [t for t in sent.values() if t.ndim == 2]
-        if matrices:
-            return int(matrices[-1].shape[0])
+        shapes = [tuple(t.shape) for t in sent.values() if t.ndim == 2]
+        last = [
+            rows for i, (rows, _) in enumerate(shapes)
+            if rows not in [columns for j, (_, columns) in enumerate(shapes) if j != i]
+        ]  # fmt: skip
+        if shapes:
+            return int(last[-1] if last else shapes[-1][0])
     raise BadInput("updates.classes: neither the record nor what was sent tells it; give --classes.")
 
 
