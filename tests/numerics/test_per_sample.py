@@ -11,7 +11,7 @@ from torch import nn
 from frostglass.core.randomness import Rng
 from frostglass.core.update import LocalPlan
 from frostglass.numerics.local_update import local_update
-from frostglass.numerics.per_sample import products, streamable
+from frostglass.numerics.per_sample import agrees, products, streamable
 from frostglass.vision import networks
 
 CASES: list[tuple[str, dict[str, Any], str, bool]] = [
@@ -32,6 +32,10 @@ def model_of(name: str, options: dict[str, Any], size: int = 8) -> nn.Module:
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(0.5, 2)
     return made
+
+
+def images_and_targets() -> tuple[torch.Tensor, torch.Tensor]:
+    return Rng.from_seed(3).uniform((2, 3, 8, 8)).double(), torch.eye(5).double()[:2]
 
 
 def compared(model: nn.Module, mode: str, alone: bool, channels: int = 3, size: int = 8) -> None:
@@ -62,6 +66,8 @@ def test_products_are_those_of_single_gradients(name: str, options: dict[str, An
     compared(model, mode, alone)
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())
     assert training == [m.training for m in model.modules()]
+    assert agrees(model, *images_and_targets(), mode, alone=alone)
+    assert agrees(model.float(), *(t.float() for t in images_and_targets()), mode, alone=alone)
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -112,3 +118,43 @@ def test_networks_whose_images_mix_are_not_streamed() -> None:
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
     assert not streamable(tied, "eval", alone=True)
+
+
+class Reused(nn.Module):
+    """A weight that is used outside of its layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(192, 8), nn.Linear(192, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.inner(x.flatten(1)))
+        return self.head(torch.tanh(nn.functional.linear(hidden, self.inner.weight.t())))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose forward is its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, w / w.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Compared(nn.Module):
+    """A network that takes the mean of the batch off every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.flatten(1) - x.flatten(1).mean(0))
+
+
+def test_what_is_no_layer_of_its_own_is_found_by_comparing() -> None:
+    torch.manual_seed(1)
+    standardised = nn.Sequential(Standardised(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    for model in (Reused(), standardised, Compared()):
+        assert streamable(model, "eval", alone=False)  # by its layers it is one
+        assert not agrees(model.double(), *images_and_targets(), "eval", alone=False)
+    assert agrees(Odd().double(), *images_and_targets(), "train", alone=False)

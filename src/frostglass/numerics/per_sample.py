@@ -14,11 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from frostglass.core.update import Gradients
-from frostglass.numerics.local_update import in_mode, trainable
+from frostglass.core.update import Gradients, LocalPlan
+from frostglass.numerics.local_update import in_mode, local_update, trainable
 
 BUDGET = 2**25
 """Entries of one layer's single gradients that are held at a time."""
+
+CLOSE = 1e-3
+"""Part of the norms by which `agrees` lets products differ: float32 leaves about 1e-6, a wrong form far more."""
 
 _Captured = list[tuple[nn.Module, Tensor, Tensor]]
 
@@ -46,6 +49,32 @@ def streamable(model: nn.Module, mode: str, *, alone: bool) -> bool:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             return False  # it normalises by the batch in eval mode too
     return all(count == 1 for count in owners.values())
+
+
+def agrees(
+    model: nn.Module,
+    images: Float[Tensor, "n c h w"],
+    targets: Float[Tensor, "n k"],
+    mode: str,
+    *,
+    alone: bool,
+) -> bool:
+    """Whether `products` finds on these few images what autograd finds for each by itself, up to rounding.
+
+    What `streamable` cannot see: a weight that is used outside of its layer too, a layer whose forward is its own, or
+    images that a network compares with each other.
+    """
+    plan = LocalPlan(mode="train" if mode == "train" else "eval")
+    pairs = zip(images.split(1), targets.split(1), strict=True)
+    single = [local_update(model, x, y, plan, statistics=False).gradients for x, y in pairs]
+    exact = images.new_zeros(len(images), len(images), dtype=torch.float64)
+    for name in single[0]:
+        rows = torch.stack([own[name].flatten() for own in single]).double()
+        exact += rows @ rows.T
+    dots, squares = products(model, images, targets, single, mode, alone=alone)
+    sizes = exact.diagonal().sqrt()
+    dots_off, squares_off = (dots - exact).abs(), (squares - exact.diagonal()).abs()
+    return bool((dots_off <= CLOSE * sizes[:, None] * sizes).all() and (squares_off <= CLOSE * sizes.square()).all())
 
 
 def products(

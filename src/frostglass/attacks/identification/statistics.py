@@ -19,7 +19,7 @@ from frostglass.core.threat import Gallery, GradientMessage, Observation
 from frostglass.core.update import LocalPlan
 from frostglass.numerics.compress import clipped
 from frostglass.numerics.local_update import local_update, trainable
-from frostglass.numerics.per_sample import products, streamable
+from frostglass.numerics.per_sample import agrees, products, streamable
 
 Gradients = Mapping[str, Tensor]
 
@@ -114,7 +114,9 @@ def evidence_of(seen: Observation, run: Runtime) -> Evidence:
     per_image = mechanism is not None and mechanism.unit == "image"
     if kind != "gradient" and per_image:  # clipped at every local step: only the direction is used
         mechanism, simulate = None, as_they_are
-    streams = set(weights) == set(observed) and streamable(model, plan.mode, alone=not len(g.other_images))
+    alone = not len(g.other_images)
+    streams = set(weights) == set(observed) and streamable(model, plan.mode, alone=alone)
+    streams = streams and agrees(model, moved.images[:2], moved.targets[:2], plan.mode, alone=alone)
     setting = Setting(model, observed, moved, plan, mechanism, simulate, streams)
     if seen.defence is not None and seen.defence.encodes:
         found = unmixed(seen, moved, run)
