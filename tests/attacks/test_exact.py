@@ -137,6 +137,41 @@ def test_spear_reads_the_zeros_of_a_relu_however_it_is_written(activation: nn.Mo
     assert worst_error(found.images, private.images) < 1e-3
 
 
+def times(seen: Observation, factor: float) -> Observation:
+    """The update of a loss that was multiplied."""
+    sent = {n: factor * g for n, g in seen.gradients.items()}
+    return replace(seen, messages=(GradientMessage(sent, "gradient"),))
+
+
+@pytest.mark.parametrize("factor", [4.0, 65536.0, 0.01], ids=["a sum", "a loss scale", "clipped"])
+@pytest.mark.parametrize("name", ["spear", "linear_exact"])
+def test_a_loss_that_is_no_mean_is_proved_with_its_factor_and_its_labels(name: str, factor: float) -> None:
+    seen, private = observe("mlp", size=16, batch=4, knows=ONLY_COUNT, hidden=(256, 64))
+    found = drive(ATTACKS[name].make(), times(seen, factor), RUN)
+    assert found.proved.tolist() == [True] * 4
+    assert found.info["loss_factor"] == pytest.approx(factor, rel=1e-5)
+    assert found.targets is not None
+    assert torch.equal(found.targets[assign(found.images, private.images)], private.targets)
+    assert "loss_factor" not in drive(ATTACKS[name].make(), seen, RUN).info
+
+
+def test_soft_labels_are_proved_from_a_mean_and_from_a_sum_and_not_from_any_factor() -> None:
+    seen, private = observe("mlp", size=16, batch=4, knows=ONLY_COUNT, hidden=(256, 64))
+    mixed = 0.6 * private.targets + 0.4 * private.targets.roll(1, 1)
+    sent = local_update(seen.model, private.images, mixed, LocalPlan()).gradients
+    seen = replace(seen, messages=(GradientMessage(sent, "gradient"),))
+    for factor in (1.0, 4.0):
+        proof = prove(times(seen, factor), private.images)
+        assert proof is not None
+        assert proof.holds
+        assert proof.factor == factor
+        torch.testing.assert_close(proof.targets, mixed)
+    for factor in (100.0, -1.0):
+        proof = prove(times(seen, factor), private.images)
+        assert proof is not None
+        assert not proof.holds
+
+
 def test_labels_of_known_images_are_solved_exactly_and_a_wrong_image_is_noticed() -> None:
     seen, private = observe("mlp", size=16, batch=6, hidden=(64, 32))
     targets = solve_targets(seen, private.images)

@@ -251,3 +251,11 @@ def test_missing_grants_and_sizes_are_refused() -> None:
     assert any("was not sent" in p for p in left)
     delta = replace(seen, messages=(GradientMessage(seen.gradients, "delta"),), local_plan=None)
     assert any("one step" in p for p in attack.check(delta))
+
+
+def test_a_loss_that_is_no_mean_is_said_to_end_the_algebra() -> None:
+    seen, _ = observe("small_bn_cnn", batch=2, knows=SEEN_STATISTICS)
+    found = peeled(changed(seen, lambda _, g: 2 * g), steps=2)
+    assert not found.proved.any()
+    assert "no mean over the batch" in str(found.info["warning"])
+    assert found.info["labels"] == "restored; nothing certifies them"

@@ -81,7 +81,13 @@ class ImprintAttack:
             proved=torch.full((len(images),), holds, dtype=torch.bool),
             objective=proof.error if proof is not None else float("nan"),
             targets=proof.targets if proof is not None and holds else None,
-            info={"layer": layer.name, "bins": len(layer.weight), "bins_filled": len(images), "malicious": True},
+            info={
+                "layer": layer.name,
+                "bins": len(layer.weight),
+                "bins_filled": len(images),
+                "malicious": True,
+                **({} if proof is None else proof.told),
+            },
         )
 
 

@@ -75,7 +75,7 @@ class LinearExact:
         holds = proof is not None and proof.holds
         info: dict[str, float | int | str | bool] = {"layer": layer.name, "rows": len(images)}
         if proof is not None:
-            info["recomputed_gradient_error"] = proof.error
+            info.update(proof.told)
         if len(state.units):
             info["units_agreeing_least"] = int(state.units.min())
         return Reconstruction(

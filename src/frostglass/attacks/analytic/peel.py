@@ -135,7 +135,7 @@ class Peel:
             proof, agreeing = prove(seen, images), agreement(problem, state, images)
             told["activations_agreeing"] = agreeing
             if proof is not None:
-                told["recomputed_gradient_error"] = proof.error
+                told.update(proof.told)
                 holds = proof.holds and agreeing == 1.0
         return Reconstruction(
             images=images.float().cpu(),

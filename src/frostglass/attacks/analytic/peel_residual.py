@@ -127,7 +127,7 @@ class PeelResidual:
         told = {**state.told, "pixel_loss": float(state.best_loss.mean())}
         proof = prove(seen, images) if told["certificate"] else None
         if proof is not None:
-            told["recomputed_gradient_error"] = proof.error
+            told.update(proof.told)
         return Reconstruction(
             images=images.float().cpu(),
             proved=torch.full((len(images),), proof is not None and proof.holds, dtype=torch.bool),

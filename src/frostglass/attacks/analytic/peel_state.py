@@ -62,7 +62,6 @@ def info(problem: Problem, state: PeelState) -> dict[str, float | int | str | bo
         "heads_residual": state.heads_residual,
         "peel_residual": state.peel_residual,
         "pixel_loss": loss,
-        "labels": "granted" if problem.granted else "restored; the certificate covers them",
     }
     told = {k: v for k, v in told.items() if not isinstance(v, float) or math.isfinite(v)}
     told["certificate"] = (
@@ -70,14 +69,19 @@ def info(problem: Problem, state: PeelState) -> dict[str, float | int | str | bo
         and state.peel_residual < CERTIFIED
         and loss < (FITTED_GROUP if grouped else FITTED)
     )
+    told["labels"] = (
+        "granted" if problem.granted
+        else "restored; the certificate covers them" if told["certificate"]
+        else "restored; nothing certifies them"
+    )  # fmt: skip
     if problem.free_contrast:
         told["contrast"] = (
             f"a norm hides the contrast of every {problem.free_contrast}; shown is that of a typical photograph"
         )
     if state.fell_back:
         told["warning"] = (
-            "the gradient does not follow from the network exactly (noise, rounding, wrong labels or another batch "
-            "size): shown are images by gradient matching, without a certificate"
+            "the gradient does not follow from the network exactly (noise, rounding, wrong labels, another batch size "
+            "or a loss that is no mean over the batch): shown are images by gradient matching, without a certificate"
         )
     elif not told["certificate"]:
         told["warning"] = "the residuals do not certify these images"

@@ -11,7 +11,7 @@ from torch import Tensor
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import LocalPlan
 from frostglass.numerics.distance import relative_error
-from frostglass.numerics.label_solve import labels_from
+from frostglass.numerics.label_solve import SolvedLabels, labels_from
 from frostglass.numerics.labels import classifier_layer
 from frostglass.numerics.local_update import in_mode, local_update
 
@@ -29,15 +29,28 @@ class Proof:
     Args:
         targets: [b, k] solved from the classifier's gradient.
         error: relative error of the re-computed gradient, all layers together.
+        factor: of the loss, beside the mean over the batch: b for a sum, or the loss scale of mixed precision.
     """
 
     targets: Tensor
     error: float
+    factor: float = 1.0
 
     @property
     def holds(self) -> bool:
         """The re-computed gradient equals the observed one to `TOLERANCE`."""
         return self.error <= TOLERANCE
+
+    @property
+    def whole(self) -> bool:
+        """Every image has one label."""
+        return bool((self.targets.amax(1) == 1).all())
+
+    @property
+    def told(self) -> dict[str, float | int | str | bool]:
+        """For the report; a factor only where there is one."""
+        factor = {} if self.factor == 1 else {"loss_factor": self.factor}
+        return {"recomputed_gradient_error": self.error, **factor}
 
 
 def solve_targets(seen: Observation, images: Tensor) -> Tensor | None:
@@ -51,6 +64,51 @@ def solve_targets(seen: Observation, images: Tensor) -> Tensor | None:
         [b, classes], rounded to one-hot rows where they are within 0.05 of it; None if there is no classifier layer
         with a gradient, or its features are not linearly independent.
     """
+    solved = _solved(seen, images)
+    return None if solved is None else _targets(*solved, 1.0)
+
+
+def prove(seen: Observation, images: Tensor) -> Proof | None:
+    """Re-computes the gradient of a recovered batch, in float64, and compares it with the observation.
+
+    Where it is not that of a mean over the batch, it may be that of a sum, or of a loss that was multiplied: one factor
+    for all layers, found from the classifier's gradient. Then all the others must agree as well.
+
+    Args:
+        seen: its model and gradients.
+        images: [b, c, h, w] in the bounds of the domain, on any device.
+
+    Returns:
+        None if the observation is no single gradient, or the labels cannot be solved.
+    """
+    if any(not isinstance(m, GradientMessage) or m.kind != "gradient" for m in seen.messages):
+        return None
+    images = images.to(next(seen.model.parameters()))
+    solved = _solved(seen, images)
+    if solved is None:
+        return None
+    model = copy.deepcopy(seen.model).double()
+    plan = replace(LocalPlan(), mode="train" if seen.mode == "train" else "eval")
+
+    def with_factor(factor: float) -> Proof:
+        targets = _targets(*solved, factor)
+        trace = local_update(model, images.double(), targets.to(images.device).double(), plan)
+        shared = [n for n in trace.gradients if n in seen.gradients]
+        own = [factor * trace.gradients[n] for n in shared]
+        return Proof(targets, relative_error(own, [seen.gradients[n] for n in shared]), factor)
+
+    mean = with_factor(1.0)
+    if mean.holds and mean.whole:
+        return mean
+    tried = [mean, *(with_factor(f) for f in (float(len(images)), _factor(*solved)) if f > 0)]
+    holding = [proof for proof in tried if proof.holds]
+    # a shorter gradient (clipping) is also that of soft labels near the posteriors: whole ones are likelier
+    whole = [proof for proof in holding if proof.whole and proof.error <= 3 * min(p.error for p in holding)]
+    return (whole or holding or [mean])[0]
+
+
+def _solved(seen: Observation, images: Tensor) -> tuple[SolvedLabels, Tensor] | None:
+    """(labels of a mean over the batch, [b, k] posteriors) on the CPU; None as in `solve_targets`."""
     name = classifier_layer(seen.model, seen.classes, seen.image_shape)
     if name is None or f"{name}.weight" not in seen.gradients:
         return None
@@ -65,36 +123,24 @@ def solve_targets(seen: Observation, images: Tensor) -> Tensor | None:
     finally:
         handle.remove()
     gradient, bias = seen.gradients[f"{name}.weight"].cpu(), seen.gradients.get(f"{name}.bias")
+    posteriors = torch.softmax(logits, 1).cpu()
     try:
-        solved = labels_from(
-            gradient, None if bias is None else bias.cpu(), kept[0].cpu(), torch.softmax(logits, 1).cpu()
-        )
+        return labels_from(gradient, None if bias is None else bias.cpu(), kept[0].cpu(), posteriors), posteriors
     except ValueError:
         return None  # repeated images or too few features: the labels are not determined
-    hard = torch.nn.functional.one_hot(solved.labels, seen.classes).double()
-    whole = (solved.targets - hard).abs().amax(1, keepdim=True) < 0.05
-    return torch.where(whole, hard, solved.targets.clamp_min(0)).float()
 
 
-def prove(seen: Observation, images: Tensor) -> Proof | None:
-    """Re-computes the gradient of a recovered batch, in float64, and compares it with the observation.
+def _targets(solved: SolvedLabels, posteriors: Tensor, factor: float) -> Tensor:
+    """[b, k] of a loss that was multiplied by `factor`, rounded where they are nearly one-hot."""
+    targets = posteriors.double() - (posteriors.double() - solved.targets) / factor
+    hard = torch.nn.functional.one_hot(targets.argmax(1), targets.shape[1]).double()
+    whole = (targets - hard).abs().amax(1, keepdim=True) < 0.05
+    return torch.where(whole, hard, targets.clamp_min(0)).float()
 
-    Args:
-        seen: its model and gradients.
-        images: [b, c, h, w] in the bounds of the domain, on any device.
 
-    Returns:
-        None if the observation is no single gradient, or the labels cannot be solved.
-    """
-    if any(not isinstance(m, GradientMessage) or m.kind != "gradient" for m in seen.messages):
-        return None
-    images = images.to(next(seen.model.parameters()))
-    targets = solve_targets(seen, images)
-    if targets is None:
-        return None
-    model = copy.deepcopy(seen.model).double()
-    plan = replace(LocalPlan(), mode="train" if seen.mode == "train" else "eval")
-    trace = local_update(model, images.double(), targets.to(images.device).double(), plan)
-    shared = [n for n in trace.gradients if n in seen.gradients]
-    error = relative_error([trace.gradients[n] for n in shared], [seen.gradients[n] for n in shared])
-    return Proof(targets, error)
+def _factor(solved: SolvedLabels, posteriors: Tensor) -> float:
+    """Of the loss, under which the labels come nearest to whole ones; the gradient is negative at the label alone."""
+    slopes = posteriors.double() - solved.targets  # factor (p - y)
+    labels = torch.nn.functional.one_hot(slopes.argmin(1), slopes.shape[1])
+    expected = posteriors.double() - labels
+    return float((slopes * expected).sum() / expected.square().sum().clamp_min(1e-300))

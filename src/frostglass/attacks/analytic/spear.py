@@ -96,7 +96,7 @@ class Spear:
             "layer": layer.name,
         }
         if proof is not None:
-            info["recomputed_gradient_error"] = proof.error
+            info.update(proof.told)
         return Reconstruction(
             images=shown,
             proved=proved[keep].cpu(),
