@@ -18,6 +18,7 @@ from frostglass.auditing.run import run_plan
 from frostglass.auditing.store import RunFolder
 from frostglass.core.errors import BadInput
 from frostglass.core.events import Event
+from frostglass.core.reconstruction import Reconstruction
 from scenes import outcome_of, same_outcome, small
 
 PLAN = parse_plan(
@@ -181,3 +182,14 @@ def test_a_damaged_mark_is_another_plan(tmp_path: Path) -> None:
     (tmp_path / ".run.json").write_text("{")
     with pytest.raises(BadInput, match="another plan"):
         RunFolder(tmp_path).check("0", resume=True)
+
+
+def test_a_finished_repetition_leaves_no_checkpoint_of_any_number_of_ranks(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    own, other = ("01-thaw-1.safetensors", "01-thaw-1.rank0of2a.safetensors"), "01-thaw-11.rank1of2b.safetensors"
+    for name in (*own, other):
+        (tmp_path / "checkpoints" / name).touch()
+    blank = Reconstruction(torch.zeros(1, 1, 4, 4), torch.zeros(1, dtype=torch.bool), 0.0)
+    folder.save_result("01-thaw", 1, blank, {})
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"01-thaw-1.done.safetensors", other}

@@ -324,7 +324,6 @@ def _attack_unit(
         ranked.call_others(unit, world)
         slots = ranked.slots_of(folder, cell.id, unit, run)
         result = ranked.drive_share(attack, played.seen, run, slots, save_every=every, emit=listen, film=film)
-        ranked.drop(slots)
     else:
         store = folder.checkpoint(cell.id, unit, prepared.device)
         result = drive(attack, played.seen, run, emit=listen, store=store, save_every=every, film=film)

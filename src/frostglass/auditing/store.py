@@ -162,10 +162,13 @@ class RunFolder:
         return self.path / "checkpoints" / f"{cell}-{unit}.done.safetensors"
 
     def save_result(self, cell: str, unit: int, result: Reconstruction, about: Mapping[str, Any]) -> None:
-        """Keeps a finished repetition and drops its checkpoint."""
+        """Keeps a finished repetition and drops its checkpoints, also those of a run on another number of ranks."""
         tensors, skeleton = pack(result)
-        save_tensors(self.result_path(cell, unit), tensors, {"skeleton": skeleton, **about})
-        (self.path / "checkpoints" / f"{cell}-{unit}.safetensors").unlink(missing_ok=True)
+        done = self.result_path(cell, unit)
+        save_tensors(done, tensors, {"skeleton": skeleton, **about})
+        of_ranks = done.parent.glob(f"{cell}-{unit}.rank*.safetensors")
+        for path in (done.with_name(f"{cell}-{unit}.safetensors"), *of_ranks):
+            path.unlink(missing_ok=True)
 
     def load_result(self, cell: str, unit: int) -> tuple[Reconstruction, dict[str, Any]] | None:
         """A finished repetition, None if it is not there."""
