@@ -100,6 +100,13 @@ def test_own_objects_replace_what_a_plan_names(tmp_path: Path) -> None:
     assert only_model.cells[0].settings["data"]["source"] == "photos"
 
 
+def test_device_and_emit_of_none_are_the_defaults() -> None:
+    report = frostglass.audit(model=net(), images=X, labels=Y, attacks=QUICK, device=None, emit=None)
+    assert not report.scorecard.failed
+    report = frostglass.audit(model=net(), images=X, labels=Y, attacks=QUICK, device=torch.device("cpu"))
+    assert not report.scorecard.failed
+
+
 def test_names_may_stand_alone() -> None:
     report = frostglass.audit(
         model=net(), images=X, labels=Y, attacks="spear", defenses="none", grants="examples", metrics=("psnr", "ssim")
@@ -149,6 +156,13 @@ def test_a_run_with_other_objects_is_another_run(tmp_path: Path) -> None:
         ({"model": net(), "images": X, "grants": 5}, "grants: 5 must be"),
         ({"model": net(), "images": X, "metrics": None}, "metrics: None must be"),
         ({"model": net(), "images": X, "out": 5}, "out: int is not taken"),
+        ({"model": net(), "images": 5}, "images: int is not taken"),
+        ({"model": net(), "images": []}, r"images: shape \(0,\) must be"),
+        ({"model": net(), "images": X, "device": 5}, "device: 5 is not a device"),
+        ({"model": net(), "images": X, "device": ["cpu"]}, r"device: \['cpu'\] is not a device"),
+        ({"model": net(), "images": X, "emit": "print"}, "emit: str is not taken"),
+        ({"model": net(), "images": X, "resume": True}, "resume: a run goes on in its own folder"),
+        ({"plan": small(QUICK), "labels": Y}, "labels: they belong to images"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_leaves_nothing(
@@ -178,6 +192,9 @@ def test_a_public_name_that_does_not_exist_is_an_attribute_error() -> None:
         ({"encoded": X, "attacks": [5]}, "attacks: 5 must be"),
         ({"encoded": X, "known": 5}, "known: 5 must be"),
         ({"encoded": X, "groups": X}, "groups: Tensor is not taken"),
+        ({"encoded": X, "device": 5}, "device: 5 is not a device"),
+        ({"encoded": X, "emit": 5}, "emit: int is not taken"),
+        ({"encoded": X, "resume": True}, "resume: a run goes on in its own folder"),
     ],
 )
 def test_unmix_names_an_argument_of_another_type(keywords: dict[str, Any], sentence: str) -> None:
@@ -194,6 +211,9 @@ def test_unmix_names_an_argument_of_another_type(keywords: dict[str, Any], sente
         ({"truth": X}, "truth: give a folder"),
         ({"truth": [X]}, "truth: give a folder"),
         ({"truth": {"0": X}}, "truth: give a folder"),
+        ({"truth": {}}, "truth: it is empty"),
+        ({"emit": 5}, "emit: int is not taken"),
+        ({"resume": True}, "resume: a run goes on in its own folder"),
         ({"attacks": None}, "attacks: None must be"),
         ({"local": 5}, "local: 5 must be"),
         ({"metrics": None}, "metrics: None must be"),

@@ -40,9 +40,9 @@ def audit(
     metrics: str | Sequence[str] = ("psnr", "ssim"),
     show_images: bool = False,
     out: str | Path | None = None,
-    device: str = "auto",
+    device: str | torch.device | None = "auto",
     resume: bool = False,
-    emit: Emit = silent,
+    emit: Emit | None = None,
     ranks: bool = False,
 ) -> AuditReport:
     """Attacks what a client would send, and writes a scorecard and a report.
@@ -67,8 +67,8 @@ def audit(
         show_images: put private images into the report.
         out: the run folder; a new temporary one if left out.
         device: "auto", "cpu" or "cuda".
-        resume: go on with a killed run in `out`.
-        emit: told of progress.
+        resume: go on with a killed run in `out`, which must be given.
+        emit: told of progress, if given.
         ranks: share the work among the ranks that `torchrun` started, or that have joined a process group already: all
             of them must call, with the same arguments, and `out` must be given; rank 0 alone writes and tells.
 
@@ -87,7 +87,7 @@ def audit(
                         "name": type(model).__name__,
                         "data": {"source": FROM_PYTHON},
                         "model": {"name": _called(model), "mode": mode},
-                        "client": {"batch": len(images) if batch is None else batch, "batches": batches},
+                        "client": {"batch": _rows_of(images) if batch is None else batch, "batches": batches},
                         "attack": tables_of(attacks, "attacks"),
                         "defense": tables_of(defenses, "defenses"),
                     }
@@ -102,16 +102,18 @@ def audit(
         checked = parse_plan(plan)
     else:
         checked = load_plan(Path(place_of(plan, "plan") or ""))
-    place_of(out, "out")
+    if labels is not None and images is None:
+        raise BadInput("labels: they belong to images given with them; give images too, or leave them out.")
+    tell = followed(out, resume, emit)
     inputs = Inputs(model, images, labels)
     changed = _with_inputs(checked, inputs)
     if not ranks:
-        return _run(changed, out, pick_device(device), resume, emit, inputs)
+        return _run(changed, out, pick_device(device), resume, tell, inputs)
     if out is None:
         raise BadInput("out: ranks that share a run need one folder; give it.")
     own = own_device(pick_device(device))
     with joined_world(device=own) as world:
-        return run_plan(changed, Path(out), device=own, resume=resume, emit=emit, inputs=inputs, world=world)
+        return run_plan(changed, Path(out), device=own, resume=resume, emit=tell, inputs=inputs, world=world)
 
 
 def _run(
@@ -140,6 +142,28 @@ def _with_inputs(plan: Plan, inputs: Inputs) -> Plan:
 
 def _called(model: Any) -> str:
     return f"{FROM_PYTHON}:{type(model).__name__}"
+
+
+def _rows_of(images: Any) -> int:
+    """How many there are; none counts as one, since what is wrong with their shape is said where they are read."""
+    try:
+        return max(1, len(images))
+    except TypeError:
+        raise BadInput(f"images: {type(images).__name__} is not taken here; give a tensor [n, c, h, w].") from None
+
+
+def followed(out: Any, resume: Any, emit: Any) -> Emit:
+    """Who is told of a run; nobody for None.
+
+    Raises:
+        BadInput: `out` is no path, `emit` is no function, or a run is to go on in no folder.
+    """
+    if place_of(out, "out") is None and resume:
+        raise BadInput("resume: a run goes on in its own folder; give it as out.")
+    if emit is not None and not callable(emit):
+        raise BadInput(f"emit: {type(emit).__name__} is not taken here; give a function of an event, or None.")
+    tell: Emit = silent if emit is None else emit
+    return tell
 
 
 def names_of(given: Any, what: str) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
-from frostglass.auditing.api import Entry, names_of, place_of, tables_of
+from frostglass.auditing.api import Entry, followed, names_of, place_of, tables_of
 from frostglass.auditing.plan import FROM_PYTHON, ReportPlan, Title
 from frostglass.auditing.plan_reading import read_values, sentences
 from frostglass.auditing.plan_verdict import Strict, VerdictPlan
@@ -123,9 +123,9 @@ def audit_updates(
     show_images: bool = False,
     seed: int = 0,
     out: str | Path | None = None,
-    device: str = "auto",
+    device: str | torch.device | None = "auto",
     resume: bool = False,
-    emit: Emit = silent,
+    emit: Emit | None = None,
 ) -> AuditReport:
     """Attacks what a federated engine sent, and writes a scorecard and a report.
 
@@ -149,13 +149,13 @@ def audit_updates(
         seed: of everything random.
         out: the run folder; a new temporary one if left out.
         device: "auto", "cpu" or "cuda".
-        resume: go on with a killed run in `out`.
-        emit: told of progress.
+        resume: go on with a killed run in `out`, which must be given.
+        emit: told of progress, if given.
 
     Raises:
         BadInput: something cannot be used as given; nothing was computed.
     """
-    place_of(out, "out")
+    tell = followed(out, resume, emit)
     network = model if isinstance(model, nn.Module) else None
     given = _given(truth)
     if isinstance(recorded, UpdatesRequest):
@@ -179,10 +179,10 @@ def audit_updates(
         request = parse_request({"seed": seed, "updates": table, "report": report}, Path.cwd())
     place = pick_device(device)
     if out is not None:
-        return run_request(request, Path(out), device=place, resume=resume, emit=emit, model=network, truth=given)
+        return run_request(request, Path(out), device=place, resume=resume, emit=tell, model=network, truth=given)
     folder = Path(tempfile.mkdtemp(prefix="frostglass-"))
     try:
-        return run_request(request, folder, device=place, emit=emit, model=network, truth=given)
+        return run_request(request, folder, device=place, emit=tell, model=network, truth=given)
     except BadInput:
         shutil.rmtree(folder)
         raise
@@ -197,6 +197,8 @@ def _given(truth: Any) -> Given | None:
     if truth is None or isinstance(truth, str | Path):
         return None
     given = truth if isinstance(truth, Mapping) else {"": truth}
+    if not given:
+        raise BadInput("truth: it is empty; give images and labels by client, or leave it out.")
     for pair in given.values():
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], Tensor):
             raise BadInput("truth: give a folder or a source, (images, labels) as tensors, or such pairs by client.")

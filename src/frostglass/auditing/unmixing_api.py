@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from frostglass.auditing.api import Entry, place_of, tables_of
+from frostglass.auditing.api import Entry, followed, place_of, tables_of
 from frostglass.auditing.unmixing import Given, UnmixReport, run_unmix
 from frostglass.auditing.unmixing_inputs import from_tensors
 from frostglass.auditing.unmixing_plan import UnmixPlan, anchored, load_unmix_plan, parse_unmix_plan
 from frostglass.core.errors import BadInput
-from frostglass.core.events import Emit, silent
+from frostglass.core.events import Emit
 from frostglass.core.runtime import pick_device
 
 
@@ -35,9 +36,9 @@ def unmix(
     seed: int = 0,
     show_images: bool = True,
     out: str | Path | None = None,
-    device: str = "auto",
+    device: str | torch.device | None = "auto",
     resume: bool = False,
-    emit: Emit = silent,
+    emit: Emit | None = None,
 ) -> UnmixReport:
     """Attacks an encoded set, and writes recovered images, a scorecard and a report.
 
@@ -62,18 +63,18 @@ def unmix(
         show_images: put pictures into the report and PNG files into the folder.
         out: the run folder; a new temporary one if left out.
         device: "auto", "cpu" or "cuda".
-        resume: go on with a killed run in `out`.
-        emit: told of progress.
+        resume: go on with a killed run in `out`, which must be given.
+        emit: told of progress, if given.
 
     Raises:
         BadInput: something cannot be used as given; nothing was computed.
     """
     place = pick_device(device)
-    place_of(out, "out")
+    tell = followed(out, resume, emit)
     if isinstance(encoded, UnmixPlan):
-        return _run(parse_unmix_plan(encoded.model_dump()), out, place, resume, emit, Given())
+        return _run(parse_unmix_plan(encoded.model_dump()), out, place, resume, tell, Given())
     if not isinstance(encoded, Tensor) and Path(place_of(encoded, "encoded") or "").suffix == ".toml":
-        return _run(load_unmix_plan(Path(encoded)), out, place, resume, emit, Given())
+        return _run(load_unmix_plan(Path(encoded)), out, place, resume, tell, Given())
     given = Given()
     if isinstance(encoded, Tensor):
         given = replace(given, encoded=from_tensors(encoded, targets))
@@ -99,7 +100,7 @@ def unmix(
             "report": {"show_images": show_images},
         }
     )
-    return _run(plan, out, place, resume, emit, given)
+    return _run(plan, out, place, resume, tell, given)
 
 
 def _placed(given: Any, what: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -38,14 +39,16 @@ class Runtime:
         return replace(self, rng=self.rng.at(*path))
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto", "cpu", "cuda" or "cuda:N" -> a device that exists.
+def pick_device(name: Any) -> torch.device:
+    """ "auto" (or None), "cpu", "cuda", "cuda:N" or a `torch.device` -> a device that exists.
 
     Raises:
-        BadInput: CUDA is asked for and absent, or the name is unknown.
+        BadInput: CUDA is asked for and absent, or it is nothing of these.
     """
-    if name == "auto":
+    if name is None or name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(name, str | torch.device):
+        raise BadInput(f"device: {name!r} is not a device; use auto, cpu or cuda.")
     try:
         device = torch.device(name)
     except RuntimeError:
