@@ -44,6 +44,16 @@ def test_an_entry_knows_its_summary_source_and_parameters() -> None:
     assert "other" not in THINGS
 
 
+def test_a_maker_checks_what_it_is_given_as_a_plan_does() -> None:
+    assert THINGS["widget"].make(needed="x", steps=5) == {"steps": 5, "needed": "x"}
+    with pytest.raises(BadInput, match=r"thing 'widget'\.steps: '5' is not a whole number"):
+        THINGS["widget"].make(needed="x", steps="5")
+    with pytest.raises(BadInput, match="did you mean 'steps'"):
+        THINGS["widget"].make(needed="x", stepps=5)
+    with pytest.raises(BadInput, match="needed: missing"):
+        THINGS["widget"].make()
+
+
 @pytest.mark.parametrize(
     "good",
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from frostglass.attacks.registry import ATTACKS
@@ -57,7 +56,7 @@ def make_attack(entry: Named) -> Attack[Any]:
     Raises:
         BadInput: unknown name or parameters.
     """
-    return _make(ATTACKS, entry.name, entry.settings, f"attack {entry.name!r}")
+    return ATTACKS[entry.name].make(**entry.settings)
 
 
 def make_defense(entry: DefensePlan) -> Defense:
@@ -66,15 +65,8 @@ def make_defense(entry: DefensePlan) -> Defense:
     Raises:
         BadInput: unknown name or parameters, or defences that do not go together.
     """
-    made = [_make(DEFENSES, part.name, part.settings, f"defense {part.name!r}") for part in entry.parts]
+    made = [DEFENSES[part.name].make(**part.settings) for part in entry.parts]
     return made[0] if len(made) == 1 else stack(*made)
-
-
-def _make(registry: Registry[Any], name: str, settings: Mapping[str, Any], where: str) -> Any:
-    wrong = registry[name].problems(settings, where)
-    if wrong:
-        raise BadInput(wrong)
-    return registry[name].make(**settings)
 
 
 def _metric_problems(plan: Plan) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import math
@@ -23,7 +24,7 @@ class Entry(Generic[T]):
 
     Args:
         name: as in a plan.
-        make: called with keyword parameters only.
+        make: called with keyword parameters only, which it checks as `problems` does.
         summary: the first line of its docstring.
         paper: its source, if it has one.
         about: further facts (what it needs, what it claims).
@@ -106,8 +107,17 @@ class Registry(Generic[T]):
             key = name or make.__name__
             if key in self._entries and self._entries[key].make.__module__ != make.__module__:
                 raise ValueError(f"two {self.noun}s are called {key!r}")
+
+            @functools.wraps(make)
+            def checked(**settings: Any) -> T:
+                wrong = entry.problems(settings, f"{self.noun} {key!r}")
+                if wrong:
+                    raise BadInput(wrong)
+                return make(**settings)
+
             doc = inspect.getdoc(make) or ""
-            self._entries[key] = Entry(key, make, doc.split("\n", 1)[0].rstrip("."), paper, about)
+            entry = Entry(key, checked, doc.split("\n", 1)[0].rstrip("."), paper, about)
+            self._entries[key] = entry
             return make
 
         return keep
