@@ -114,6 +114,27 @@ def test_names_may_stand_alone() -> None:
     assert report.cells[0].grants.count("examples") == 1
 
 
+@pytest.mark.parametrize("metrics", [["psnr"], [], ["fft2d"]])
+def test_a_threshold_on_what_is_always_computed_needs_no_naming(metrics: list[str]) -> None:
+    """SSIM decides the default event, and is computed whatever is asked for beside it."""
+    report = frostglass.audit(model=net(), images=X, labels=Y, attacks=["spear"], metrics=metrics)
+    (cell,) = report.cells
+    assert cell.summary is not None
+    assert (cell.summary.over_threshold.metric, cell.summary.over_threshold.count) == ("ssim", 4)
+    assert all(set(row.extra) == set(metrics) - {"psnr"} for row in cell.images)
+
+
+def test_a_threshold_without_a_value_for_such_images_is_refused() -> None:
+    """Rows of one pixel have no SSIM: recovered exactly, they would have been counted as not recognisable."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 3))
+    plan = small([{"name": "spear"}])
+    with pytest.raises(frostglass.BadInput, match="'ssim' has no value for images of 1 pixels a side"):
+        frostglass.audit(plan, model=model, images=X.reshape(12, 1, 1, 64), labels=Y * 3)
+    plan["report"] = {"threshold": {"metric": "psnr", "value": 30.0}}
+    report = frostglass.audit(plan, model=model, images=X.reshape(12, 1, 1, 64), labels=Y * 3)
+    assert report.cells[0].summary is not None
+
+
 def test_everything_is_random_from_the_seed(tmp_path: Path) -> None:
     for name in "ab":
         torch.manual_seed(ord(name))

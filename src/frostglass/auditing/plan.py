@@ -118,7 +118,7 @@ class ThreatPlan(Strict):
 class ThresholdPlan(Strict):
     """What counts as recognisable; fixed before the run."""
 
-    metric: str = Field("ssim", description="one of report.metrics")
+    metric: str = Field("ssim", description='"psnr", "ssim", or another of report.metrics')
     value: float = Field(0.5, description="score that counts as recognisable")
 
 

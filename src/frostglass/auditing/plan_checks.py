@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from frostglass.attacks.registry import ATTACKS
-from frostglass.auditing.metrics.registry import METRICS
+from frostglass.auditing.metrics.registry import ALWAYS_SCORED, METRICS
 from frostglass.auditing.plan import (
     FROM_PYTHON,
     ClientPlan,
@@ -76,7 +76,7 @@ def _metric_problems(plan: Plan) -> list[str]:
     chosen = plan.report.threshold.metric
     if chosen not in known:
         found.append(f"report.threshold.metric: {chosen!r} is not a metric; {close_match(chosen, known)}.")
-    elif chosen not in plan.report.metrics:
+    elif chosen not in (*ALWAYS_SCORED, *plan.report.metrics):
         found.append(f"report.threshold.metric: {chosen!r} is not among report.metrics; add it there.")
     return found
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from frostglass.auditing.metrics.registry import METRICS, MetricContext, NotAvailable
+from frostglass.auditing.metrics.registry import ALWAYS_SCORED, METRICS, MetricContext, NotAvailable
 from frostglass.auditing.nonmembers import NonMembers, null_rank
 from frostglass.auditing.plan import ReportPlan, ThresholdPlan
 from frostglass.auditing.scorecard import ImageScore, Labels, OverThreshold, Summary
@@ -167,7 +167,7 @@ def _values(
     hit = (order >= 0).nonzero().flatten()
     values: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
-    for name in dict.fromkeys(["psnr", "ssim", *metrics]):
+    for name in dict.fromkeys([*ALWAYS_SCORED, *metrics]):
         metric = METRICS[name].make()
         column = torch.full((len(goal),), math.nan, dtype=torch.float64)
         if metric.about is not None and context is not None:
@@ -229,7 +229,12 @@ def unfit(report: ReportPlan, images: Tensor, model: nn.Module) -> list[str]:
     if not found:
         probe = images[:1].double()
         try:
-            chosen.values(probe, probe, MetricContext(probe, torch.zeros(1, dtype=torch.long), model))
+            best = chosen.values(probe, probe, MetricContext(probe, torch.zeros(1, dtype=torch.long), model))
+            if bool(best.isnan()):
+                found.append(
+                    f"report.threshold.metric: {chosen.name!r} has no value for images of {side} pixels a side, so "
+                    "that nothing could reach it; choose another."
+                )
         except NotAvailable as why:
             found.append(f"report.threshold.metric: {chosen.name!r} is not available ({why}); choose another.")
     return found

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from frostglass.attacks.registry import ATTACKS
-from frostglass.auditing.metrics.registry import METRICS
+from frostglass.auditing.metrics.registry import ALWAYS_SCORED, METRICS
 from frostglass.auditing.plan import Named, Resolved, ThresholdPlan, Title
 from frostglass.auditing.plan_reading import read_values, sentences
 from frostglass.auditing.plan_verdict import Strict
@@ -170,6 +170,6 @@ def _metric_problems(plan: UnmixPlan) -> list[str]:
         for m in plan.report.metrics
         if m in names and METRICS[m].make().needs_context
     ]
-    if plan.report.threshold.metric not in plan.report.metrics:
+    if plan.report.threshold.metric not in (*ALWAYS_SCORED, *plan.report.metrics):
         found.append(f"report.threshold.metric: {plan.report.threshold.metric!r} is not among report.metrics; add it.")
     return found

@@ -68,3 +68,5 @@ class Metric:
 
 
 METRICS: Registry[Metric] = Registry("metric", "frostglass.auditing.metrics")
+ALWAYS_SCORED = ("psnr", "ssim")
+"""Computed whatever `report.metrics` names, so that a threshold may be on them."""
