@@ -183,6 +183,8 @@ def test_a_network_is_fitted_and_used(made, tmp_path, capsys) -> None:
         assert code == 2
         assert sentence in err, "said before the fit, not after it"
     assert call(capsys, "fit-similarity", others, "--out", tmp_path / "m.safetensors", "--limit", -5)[0] == 2
+    assert call(capsys, "fit-similarity", others, "--out", tmp_path / "new" / "n.safetensors", "--k", 0)[0] == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_size_that_is_not_possible_is_refused(made, tmp_path, capsys) -> None:

@@ -14,7 +14,16 @@ import torch
 
 from frostglass.core.errors import BadInput
 from frostglass.core.events import Event, broadcast, silent
-from frostglass.core.files import alone_in, claimed, placed, source_placed, write_json, write_text, written_beside
+from frostglass.core.files import (
+    alone_in,
+    check_writable,
+    claimed,
+    placed,
+    source_placed,
+    write_json,
+    write_text,
+    written_beside,
+)
 from frostglass.core.journal import Journal, json_ready, read_journal
 
 KILLED = """
@@ -25,6 +34,18 @@ with written_beside(Path(sys.argv[1])) as beside:
     beside.write_text("half of the new")
     os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_a_place_is_tried_before_the_work_and_left_as_it_is(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "deeper" / "file", "work")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "file", "work")
+    with pytest.raises(BadInput, match=r"work: .* is a folder; name a file"):
+        check_writable(tmp_path, "work")
+    for path in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(BadInput, match=r"work: .* cannot be written"):
+            check_writable(path, "work")
 
 
 def test_paths_of_a_plan_start_at_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

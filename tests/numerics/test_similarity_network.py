@@ -84,6 +84,14 @@ def test_a_saved_network_comes_back(tmp_path) -> None:
     assert torch.equal(embed(network, y), embed(load_network(tmp_path / "n.safetensors"), y))
 
 
+def test_a_network_is_written_to_the_same_bytes(tmp_path) -> None:
+    """Each of several entries of metadata would stand in an arbitrary place."""
+    network = SimilarityNetwork(Shape(3, 8, 4, features=8))
+    for i in range(6):
+        save_network(network, tmp_path / f"{i}.safetensors", k="2", private="2", steps="5", seed="0", auc="0.5")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_bad_files_and_shapes_are_refused(tmp_path) -> None:
     with pytest.raises(BadInput, match="does not exist"):
         load_network(tmp_path / "none.safetensors")

@@ -176,9 +176,21 @@ def test_the_command_writes_a_generator_that_loads(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.safetensors"
         done = CliRunner().invoke(command, ["photos", "--out", str(path), *settings], catch_exceptions=False)
         assert done.exit_code == 0, done.output
-        assert "dB" in done.output
+        assert "fewer than 20 images none was held out" in done.output
         files.append(path.read_bytes())
     assert files[0] == files[1]
     assert load_generator(tmp_path / "a.safetensors").image_shape == (3, 16, 16)
     with pytest.raises(BadInput, match="must end in"):
         CliRunner().invoke(command, ["photos", "--out", str(tmp_path / "a.pt")], catch_exceptions=False)
+    (tmp_path / "folder.safetensors").mkdir()
+    for out, words in (("folder.safetensors", "is a folder"), ("a.safetensors/b.safetensors", "cannot be written")):
+        with pytest.raises(BadInput, match=words):  # before the fit, not after it
+            CliRunner().invoke(
+                command, ["photos", "--out", str(tmp_path / out), "--steps", "9999999"], catch_exceptions=False
+            )
+
+
+def test_a_fit_says_whether_it_judges_images_that_it_did_not_see() -> None:
+    few = fit(photos(), TINY, Rng.from_seed(0))
+    many = fit(photos().repeat(3, 1, 1, 1)[:20], TINY, Rng.from_seed(0))
+    assert (few.held_out, many.held_out) == (0, 2)

@@ -87,6 +87,21 @@ def written_beside(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def check_writable(path: Path, command: str) -> None:
+    """Refuses a file that cannot be written, before the minutes of work that it is for; leaves nothing behind.
+
+    Raises:
+        BadInput: it is a folder, or no file can be made where it would lie.
+    """
+    try:
+        if path.is_dir():
+            raise BadInput(f"{command}: {path} is a folder; name a file.")
+        with tempfile.TemporaryFile(dir=next(p for p in path.absolute().parents if p.exists())):
+            pass
+    except OSError as wrong:
+        raise BadInput(f"{command}: {path} cannot be written ({wrong.strerror or wrong}); change --out.") from None
+
+
 def placed(text: str, folder: Path) -> str:
     """A path that a plan names, absolute: from the plan's `folder`, with ~ and $NAME from the environment.
 

@@ -101,7 +101,8 @@ def save_network(network: SimilarityNetwork, path: Path, **about: str) -> None:
 
     from frostglass.core.files import written_beside
 
-    note = {"format": FORMAT, "shape": json.dumps(asdict(network.shape)), **about}
+    # one entry: safetensors writes several in an arbitrary order, and the same fit should give the same file
+    note = {"frostglass": json.dumps({"format": FORMAT, "shape": asdict(network.shape), **about}, sort_keys=True)}
     with written_beside(path) as beside:
         save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, beside, metadata=note)
 
@@ -118,10 +119,10 @@ def load_network(path: Path) -> SimilarityNetwork:
         raise BadInput(f"network: {path} does not exist; fit one with `frostglass fit-similarity`.")
     try:
         with safe_open(path, framework="pt") as held:
-            note = held.metadata() or {}
+            note = json.loads((held.metadata() or {}).get("frostglass", "{}"))
             if note.get("format") != FORMAT:
                 raise BadInput(f"network: {path} is no similarity network; fit one with `frostglass fit-similarity`.")
-            network = SimilarityNetwork(Shape(**json.loads(note["shape"])))
+            network = SimilarityNetwork(Shape(**note["shape"]))
             network.load_state_dict({k: held.get_tensor(k) for k in held.keys()})  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as wrong:
         raise BadInput(f"network: {path} cannot be read ({wrong}); fit it anew.") from None

@@ -70,17 +70,19 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A decoder, and how well its VAE repeats images that it did not see while it was fitted.
+    """A decoder, and how well its VAE repeats images.
 
     Args:
         decoder: in eval mode.
         psnr: dB, mean over the images held out (over all images if there are fewer than 20).
         rate: nats of information a latent carries, mean.
+        held_out: images that it did not see, 0 if there are fewer than 20 in all.
     """
 
     decoder: Decoder
     psnr: float
     rate: float
+    held_out: int
 
 
 def fit(
@@ -106,7 +108,10 @@ def fit(
         BadInput: images of another shape, or values that stopped being finite.
     """
     if images.shape[-1] != images.shape[-2] or len(images) < 2:
-        raise BadInput(f"generator: images {tuple(images.shape)} must be square, and at least 2.")
+        raise BadInput(
+            f"generator: {len(images)} images of {images.shape[-2]} x {images.shape[-1]} must be square, and at least "
+            "2; add images, or give a size."
+        )
     shape = {"channels": int(images.shape[1]), "size": int(images.shape[-1])}
     sizes = {"latent": settings.latent, "width": settings.width, **shape}
     with torch_draws_from(rng.at("weights")):
@@ -117,7 +122,7 @@ def fit(
     encoder, decoder = encoder.to(device), decoder.to(device)
     _train(encoder, decoder, seen, settings, rng, progress)
     psnr, rate = _quality(encoder, decoder, kept)
-    return Fitted(decoder.cpu().eval().requires_grad_(False), psnr, rate)
+    return Fitted(decoder.cpu().eval().requires_grad_(False), psnr, rate, held)
 
 
 def _train(

@@ -44,6 +44,7 @@ def command(
     from tqdm import tqdm
 
     from frostglass.app.commands.encode import source_of
+    from frostglass.core.files import check_writable
     from frostglass.core.randomness import Rng
     from frostglass.core.runtime import pick_device
     from frostglass.vision import datasets
@@ -52,6 +53,7 @@ def command(
 
     if out.suffix != ".safetensors":
         raise BadInput(f"fit-generator: {out} must end in .safetensors; change --out.")
+    check_writable(out, "fit-generator")
     if limit < 2:
         raise BadInput(f"fit-generator: --limit {limit} must be from 2.")
     settings, place = FitSettings(latent, width, steps, batch), pick_device(device)
@@ -70,8 +72,10 @@ def command(
 
         found = fit(held.images, settings, rng, device=place, progress=show)
     about = {"fitted_on": f"{len(held)} images", "steps": str(steps), "seed": str(seed)}
-    save_generator(found.decoder, out, **about, held_out_psnr=f"{found.psnr:.2f}")
-    click.echo(
-        f"{out}: draws {size} x {size} images from {latent} numbers; images that it was not fitted to come back at "
-        f"{found.psnr:.1f} dB (the best that a projection onto it can give is near that)."
-    )
+    save_generator(found.decoder, out, **about, **{"held_out_psnr" if found.held_out else "psnr": f"{found.psnr:.2f}"})
+    judged = "images that it was not fitted to come back at"
+    means = "the best that a projection onto it can give is near that"
+    if not found.held_out:
+        judged = "with fewer than 20 images none was held out, and those that it was fitted to come back at"
+        means = "others will come back worse"
+    click.echo(f"{out}: draws {size} x {size} images from {latent} numbers; {judged} {found.psnr:.1f} dB ({means}).")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from pathlib import Path
 
 import click
@@ -44,6 +43,7 @@ def command(
     from tqdm import tqdm
 
     from frostglass.app.commands.encode import source_of
+    from frostglass.core.files import check_writable
     from frostglass.core.randomness import Rng
     from frostglass.core.runtime import pick_device
     from frostglass.numerics.key_rows import MixLaw
@@ -53,14 +53,7 @@ def command(
 
     if out.suffix != ".safetensors":
         raise BadInput(f"fit-similarity: {out} must end in .safetensors; change --out.")
-    if out.is_dir():
-        raise BadInput(f"fit-similarity: {out} is a folder; name a file.")
-    try:  # minutes later would be too late
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as wrong:
-        raise BadInput(f"fit-similarity: {out} cannot be written ({wrong.strerror or wrong}).") from None
+    check_writable(out, "fit-similarity")
     settings, place = FitSettings(steps=steps, batch=batch, width=width), pick_device(device)
     mixing = MixLaw(k, private, law=law)  # type: ignore[arg-type]
     mixing.check()
