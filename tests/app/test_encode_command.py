@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from frostglass.app.cli import main
+from frostglass.app.commands.encode import read_labels
+from frostglass.core.errors import BadInput
 from frostglass.defenses.sets.reading import EncodedFolder
 
 
@@ -141,6 +143,16 @@ def test_labels_from_a_table_or_none(images, tmp_path, capsys) -> None:
     assert "no label for 7 images" in err
     assert call(capsys, "encode", flat, tmp_path / "d", "--size", 8, "--labels", "none")[0] == 0
     assert EncodedFolder(tmp_path / "d")[0][1].numel() == 0
+
+
+def test_white_space_around_a_name_does_not_count(tmp_path) -> None:
+    """Names were read without it and looked up with it, so that a file ` b.png` could have no label."""
+    table = tmp_path / "labels.csv"
+    table.write_text("a.png, cat\n b.png,dog \n")
+    assert read_labels(table, ["a.png", " b.png"]) == ([0, 1], 2, ["cat", "dog"])
+    table.write_text("a.png,cat\n a.png,dog\n")
+    with pytest.raises(BadInput, match="both 'cat' and 'dog'"):
+        read_labels(table, ["a.png", " a.png"])
 
 
 @pytest.mark.parametrize(

@@ -176,8 +176,8 @@ def _labels(given: str | None, images: str, held: Any) -> tuple[Any, int, list[s
 def read_labels(path: Path, names: Sequence[str]) -> tuple[list[int], int, list[str] | None]:
     """(class index of each name, number of classes, their words) from a CSV of file name and label.
 
-    With or without a header. Whole numbers from 0 are class indices (then there are no words); other labels are
-    numbered in sorted order.
+    With or without a header; white space around names and labels does not count. Whole numbers from 0 are class
+    indices (then there are no words); other labels are numbered in sorted order.
 
     Raises:
         BadInput: the file is unreadable, a name is missing or has two labels, a label is empty or below 0, or there
@@ -191,10 +191,10 @@ def read_labels(path: Path, names: Sequence[str]) -> tuple[list[int], int, list[
                     raise BadInput(f"labels: {path} gives {name} both {table[name]!r} and {label!r}; keep one of them.")
     except (OSError, UnicodeDecodeError, csv.Error) as wrong:
         raise BadInput(f"labels: {path} cannot be read ({wrong}).") from None
-    missing = [name for name in names if name not in table]
+    missing = [name for name in names if name.strip() not in table]
     if missing:
         raise BadInput(f"labels: {path} has no label for {len(missing)} images, the first is {missing[0]}.")
-    words = [table[name] for name in names]
+    words = [table[name.strip()] for name in names]
     if "" in words:
         raise BadInput(f"labels: {path} has an empty label for {names[words.index('')]}; give it one.")
     if all(re.fullmatch(r"[+-]?\d+", word) for word in words):
