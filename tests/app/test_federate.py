@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -231,6 +234,29 @@ def test_a_place_that_cannot_be_used_leaves_no_folder(plan, tmp_path, capsys) ->
         assert err.startswith("error: --root-certificates: ")
         assert (tmp_path / out).exists() == left
     assert not list((tmp_path / "empty").iterdir())
+
+
+def test_sigterm_reaches_whoever_waits_for_a_superlink(plan, tmp_path, capsys, monkeypatch) -> None:
+    """So that the run is stopped there, as by Ctrl-C; a process that just ends would leave it to go on."""
+    ended = []
+
+    def waiting(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except SystemExit as wrong:
+            ended.append(wrong.code)
+            raise
+
+    monkeypatch.setattr("frostglass.federated.flower.engines.on_deployment", waiting)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        place = ["--engine", "deployment", "--superlink", "127.0.0.1:1", "--root-certificates", plan]
+        assert call(capsys, "federate", plan, "--out", tmp_path / "run", *place)[0] == 143
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == [143]
 
 
 def test_encodings_of_more_images_than_a_client_has_are_refused_first(plan, tmp_path, capsys) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +146,25 @@ def _run(text: str, out: Path, engine: str, place: tuple[str, Path] | None, plan
 
     if place is not None:
         limit = plan.server.wait + plan.server.rounds * plan.server.timeout
-        on_deployment(text, *place, tell, limit=limit)
+        with _ended_by_sigterm():
+            on_deployment(text, *place, tell, limit=limit)
     elif engine == "ray":
         on_ray(text, out, tell, verbose=verbose)
     else:
         on_local(text, out, tell, verbose=verbose)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what stands inside as Ctrl-C does: else the run would go on at the SuperLink with nobody waiting."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _withdraw(out: Path, new: bool) -> None:
