@@ -395,7 +395,7 @@ def test_nvflare_chains_cover_each_others_tasks(file: Write) -> None:
 @pytest.mark.parametrize(
     ("taken", "filtered", "bare"),
     [
-        (["*"], ["train"], ["'submit_model'"]),
+        (["*"], ["train"], ["'submit_model' (which an executor of '*' takes)"]),
         (["*"], ["train", "submit_model"], []),
         (["tr*"], ["train"], []),
         (["train_*"], ["validate"], ["'train_*'"]),

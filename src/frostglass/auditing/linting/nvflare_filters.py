@@ -39,7 +39,8 @@ def nvflare_facts(path: Path, text: str, values: Any) -> list[Facts] | None:
     found: list[Facts] = []
     line = 0
     for scope, tasks, filters in lists:
-        bare = [f"results of the task {t!r}" for t in _tasks_sent(values) if tasks and not _met(t, {*tasks, *covered})]
+        met = {*tasks, *covered}
+        bare = [f"results of the task {t!r}{how}" for t, how in _tasks_sent(values) if tasks and not _met(t, met)]
         bare += [f"results of the task {t!r} (NVFlare applies filters by exact name)" for t in tasks if "*" in t]
         for entry in filters:
             named = _named(entry)
@@ -83,15 +84,23 @@ def _filter_lists(node: Any, scope: str) -> Iterator[tuple[str, tuple[str, ...],
             yield from _filter_lists(value, here)
 
 
-def _tasks_sent(values: Any) -> list[str]:
-    """Tasks that the executors take and that return something of the model: by name, or a pattern of such names."""
+def _tasks_sent(values: Any) -> list[tuple[str, str]]:
+    """(a task that the executors take and that returns something of the model, by what they do if not by its name).
+
+    A pattern that stands for none of the known tasks stands for itself.
+    """
     if not isinstance(values, Mapping):
         return []
     executors = [e for e in _listed(values.get("executors")) if isinstance(e, Mapping)]
     taken = [t for e in executors for t in _listed(e.get("tasks")) if isinstance(t, str)]
-    found = [t for t in MODEL_TASKS if t in taken or any("*" in p and fnmatch(t, p) for p in taken)]
-    further = [p for p in taken if "*" in p and p.startswith(MODEL_TASKS) and not any(fnmatch(t, p) for t in found)]
-    return found + further
+    patterns = [p for p in taken if "*" in p]
+    found = []
+    for task in MODEL_TASKS:
+        pattern = next((p for p in patterns if fnmatch(task, p)), None)
+        if task in taken or pattern is not None:
+            found.append((task, "" if task in taken else f" (which an executor of {pattern!r} takes)"))
+    own = [p for p in patterns if p.startswith(MODEL_TASKS) and not any(fnmatch(t, p) for t in MODEL_TASKS)]
+    return found + [(p, "") for p in own]
 
 
 def _met(task: str, names: Iterable[str]) -> bool:
