@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.stats import norm
 
 from frostglass.app.cli import main
 
@@ -52,6 +53,14 @@ def test_bound_prints_table_and_assumptions(capsys: pytest.CaptureFixture[str]) 
         "holds if",
     ):
         assert part in text, part
+
+
+def test_a_small_bound_is_never_printed_as_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bound", "--sigma", "5", "--kappa", "1e-6", "--kappa", "0.5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    half, rare = (line.split() for line in lines if line.startswith(("  0.5", "  1e-06")))
+    assert half[1] == "0.5793"
+    assert rare[1] == f"{norm.cdf(norm.ppf(1e-6) + 1 / 5):.3g}"
 
 
 def test_bound_as_json_and_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +117,16 @@ def test_bound_refuses_in_one_sentence(arguments: list[str], sentence: str, caps
     assert sentence in out.err
     assert len(out.err.strip().splitlines()) == 1
     assert not out.out
+
+
+def test_check_says_how_far_a_simulated_gamma_may_be_off(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = ("check", "--clip", "1", "--sigma", "1", "--delta", "1e-5", "--steps", "2000")
+    assert run(*numbers) == 0
+    assert "±" not in capsys.readouterr().out
+    assert run(*numbers, "--rate", "0.01", "--sampling", "poisson") == 0
+    gammas = [line for line in capsys.readouterr().out.splitlines() if "gamma 0." in line]
+    assert len(gammas) == 3
+    assert all(line.endswith("(one standard error)") and " ± 0." in line for line in gammas)
 
 
 def test_check_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:

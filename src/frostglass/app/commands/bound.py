@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from frostglass.guarantees.summary import Bound, Setting
 
 KAPPAS = (0.1, 0.01, 0.001)
+LEAST_FIXED = 1e-3
+"""gamma below which four decimals are too few."""
 MOST_STEPS = 10**12
 """Releases beyond which floating point says nothing."""
 
@@ -137,7 +139,8 @@ def _text(
     for b in found:
         error = f" ± {b.standard_error:.1g}" if b.standard_error else ""
         note = f"   <- top-1 of {gallery}" if gallery and b.kappa == 1 / gallery else ""
-        lines.append(f"  {b.kappa:<16.4g}  {f'{b.gamma:.4f}{error}':<38}{b.gamma / b.kappa:>6.1f}x{note}")
+        gamma = f"{b.gamma:.4f}" if b.gamma >= LEAST_FIXED else f"{b.gamma:.3g}"  # no bound may read 0.0000
+        lines.append(f"  {b.kappa:<16.4g}  {f'{gamma}{error}':<38}{b.gamma / b.kappa:>6.1f}x{note}")
     lines += ["", f"  epsilon at delta = {setting.delta:g}:"]
     lines += [f"    {name:<14}{value:>12.4g}" for name, value in spent.items()]
     if shape is not None:

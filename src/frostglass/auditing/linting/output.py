@@ -12,6 +12,7 @@ from frostglass.auditing.linting.facts import Finding
 from frostglass.auditing.linting.recompute import Recomputed
 from frostglass.auditing.linting.rules import RULES
 from frostglass.guarantees.psnr_ceiling import SAY_BOTH
+from frostglass.guarantees.summary import Bound
 
 SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 WIDTH = 100
@@ -79,7 +80,7 @@ def _numbers(n: Recomputed) -> list[str]:
         f"    epsilon at delta = {n.delta:g}: {best:.4g} over {many}{said}; one release: {n.epsilon_release:.4g}",
         "      " + ", ".join(f"{name} {value:.4g}" for name, value in n.epsilon.items()),
         f"    gamma, the highest success of any attack, over {many}:",
-        *(f"      chance {b.kappa:<6g} gamma {b.gamma:.4f}" for b in n.gamma),
+        *(f"      chance {b.kappa:<6g} gamma {b.gamma:.4f}{_error(b)}" for b in n.gamma),
     ]
     if n.psnr is not None:
         size = f"{n.dimensions} values" if n.dimensions_given else "3 x 224 x 224 values (--image says another size)"
@@ -88,6 +89,11 @@ def _numbers(n: Recomputed) -> list[str]:
     else:
         lines.append("    PSNR ceiling: none; one image is only a part of a client's clipped update")
     return lines
+
+
+def _error(bound: Bound) -> str:
+    """Of a simulation, whose runs are few where releases are many."""
+    return f" ± {bound.standard_error:.1g} (one standard error)" if bound.standard_error else ""
 
 
 def as_json(checked: Checked) -> dict[str, Any]:
