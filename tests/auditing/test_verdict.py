@@ -24,6 +24,7 @@ from frostglass.auditing.wording import outcome
 from frostglass.core.errors import BadInput
 from frostglass.guarantees import rero
 from frostglass.guarantees.interval import clopper_pearson
+from frostglass.guarantees.summary import bounds
 from scenes import small
 
 
@@ -435,6 +436,21 @@ def test_every_message_that_a_claim_counts_has_all_its_local_steps() -> None:
     counts = np.arange(4)
     least = float((binom.pmf(counts, 3, q) * norm.sf(threshold - counts * 2 / 8 / math.sqrt(3))).sum())
     assert max(gamma(1.0)[0], least) <= gamma(q)[1] < total
+
+
+def test_a_claim_is_simulated_once_for_all_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulated: list[object] = []
+
+    def watched(*given: Any, **named: Any) -> Any:
+        simulated.append(given)
+        return bounds(*given, **named)
+
+    monkeypatch.setattr("frostglass.auditing.claims.bounds", watched)
+    claim = {"unit": "image", "adjacency": "add_remove", "noise_multiplier": 1.5, "releases": 7, "sampling_rate": 0.01}
+    plan = parse_plan(small(defense=[{"name": "noise"}, {"name": "sign"}], verdict={"claim": claim}))
+    first, second = (guarantee_of(plan, cell, 0.07) for cell in expand(plan))
+    assert first == second
+    assert len(simulated) == 1
 
 
 def test_a_claim_counts_for_all_releases_and_sampling_does_not_hide_one_message() -> None:
