@@ -12,6 +12,7 @@ import tomli_w
 from frostglass.app.cli import main
 from frostglass.auditing import collaboration
 from frostglass.auditing.collaboration_plan import BUNDLED_POOL, digits, load_collaboration, parse_collaboration
+from frostglass.auditing.collaboration_report import told_game
 from frostglass.core.errors import BadInput
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -217,6 +218,12 @@ def test_an_attack_that_broke_is_not_called_one_that_does_not_fit() -> None:
     }  # fmt: skip
     found = collaboration.leakage_of({"cells": [cell], "recorded": {"updates": [update]}, "headline": "h"})
     assert found["leakage"][0]["broken"] == ["peel failed: no memory."]
+
+
+def test_a_share_is_0_or_100_percent_only_where_none_or_all_is_meant() -> None:
+    """Among 300 candidates chance is not "0 %", and one game of 200 that was lost is not "100 %"."""
+    words = told_game({"share": 199 / 200, "chance": 1 / 300})
+    assert words == ">99 % of the images asked for; chance <1 %"
 
 
 def test_a_pool_left_by_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:

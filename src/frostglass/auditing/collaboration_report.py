@@ -13,7 +13,7 @@ from markupsafe import Markup
 from frostglass.auditing import wording
 from frostglass.auditing.plots import lines_svg
 from frostglass.auditing.recorded_words import update_labels
-from frostglass.auditing.report import templates
+from frostglass.auditing.report import Words, templates
 from frostglass.core.errors import BadInput
 from frostglass.core.files import write_text
 from frostglass.defenses.dp_instahide import PIXELS
@@ -42,8 +42,9 @@ def write_collaboration(folder: Path) -> Path:
 def render(value: Mapping[str, Any]) -> str:
     """The whole page as text."""
     rows = [summary(m) for m in value["methods"]]
-    functions = [update_labels, told_game]
-    page = templates([wording.number, wording.plural, wording.flat], functions).get_template("collaboration.html.j2")
+    filters: list[Words] = [wording.number, wording.percent, wording.plural, wording.flat]
+    functions: list[Words] = [update_labels, told_game]
+    page = templates(filters, functions).get_template("collaboration.html.j2")
     told = page.render(
         value=value, rows=rows, svg=accuracy_svg(value["methods"]), headline=headline(rows), units=UNITS, pixels=PIXELS
     )
@@ -105,7 +106,8 @@ def table(value: Mapping[str, Any]) -> str:
         named = "-" if r["named"] is None else f"{r['named']:.2f} ({r['chance']:.2f})"
         lines.append(f"{r['name']:<{width}}{accuracy:>17}{epsilon:>10}{exposure:>11}{labels:>13}{named:>14}")
     note = "In brackets: what guessing without the update scores. Attacks that fail prove nothing."
-    return "\n".join([*lines, f"{len(value['seeds'])} seeds; updates of the first are audited. {note}"])
+    seeds = wording.plural(len(value["seeds"]), "seed")
+    return "\n".join([*lines, f"{seeds}; updates of the first are audited. {note}"])
 
 
 def told_game(game: Mapping[str, Any] | None) -> str:
@@ -114,7 +116,7 @@ def told_game(game: Mapping[str, Any] | None) -> str:
         return "not played"
     if "share" not in game:
         return str(game["reason"])
-    return f"{100 * game['share']:.0f} % of the images asked for; chance {100 * game['chance']:.0f} %"
+    return f"{wording.percent(game['share'])} of the images asked for; chance {wording.percent(game['chance'])}"
 
 
 def accuracy_svg(methods: Sequence[Mapping[str, Any]]) -> Markup:
