@@ -164,7 +164,7 @@ def test_submissions_that_do_not_fit_are_refused(tmp_path, value, sentence) -> N
 def test_challenges_that_cannot_be_made_leave_nothing(tmp_path) -> None:
     for settings, sentence in (
         ({"images": 13}, "12 images are fewer"),
-        ({"images": 1}, "too few"),
+        ({"images": 1}, "too few; give at least 2 images"),
         ({"generator": "released"}, "--insecure-seed"),
         ({"generator": "other"}, "not known"),
     ):

@@ -63,7 +63,10 @@ class Settings:
         """Raises BadInput for settings that cannot be met."""
         self.law.check()
         if self.images < max(2, self.law.private) or self.rounds < 1:
-            raise BadInput(f"challenge: {self.images} images and {self.rounds} rounds are too few.")
+            raise BadInput(
+                f"challenge: {self.images} images and {self.rounds} rounds are too few; give at least "
+                f"{max(2, self.law.private)} images (--private-images) and 1 round."
+            )
         if self.generator not in ("frostglass", "released"):
             raise BadInput(f"challenge: generator {self.generator!r} is not known; use 'frostglass' or 'released'.")
         if self.generator == "released" and self.seed is None:

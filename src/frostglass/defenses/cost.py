@@ -72,7 +72,8 @@ class Cost:
         """The whole report for a person."""
         pool = f"{self.public} public images" if self.public else "no public pool"
         head = f"InstaHide, k = {self.k} ({self.private} private), {self.images} private images, {pool}"
-        return "\n".join([f"{head}, {self.rounds} rounds", WARNING, *(f"- {line}" for line in self.lines())])
+        often = f"{self.rounds} round{'s' if self.rounds > 1 else ''}"
+        return "\n".join([f"{head}, {often}", WARNING, *(f"- {line}" for line in self.lines())])
 
     def to_json(self) -> dict[str, Any]:
         """The same as values; tries beyond what a float holds are None, their logarithms never are."""
