@@ -256,6 +256,8 @@ class Answer(nn.Module):
         (Inputs(NET, X[..., :4]), "does not take images of shape"),
         (Inputs(lambda x: x, X), "no torch.nn.Module"),
         (Inputs(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double(), X), r"convert it with \.float\(\)"),
+        (Inputs(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), X), "'1.weight' of 'Sequential' has no values yet"),
+        (Inputs(nn.Sequential(nn.Flatten(), nn.Linear(192, 3, device="meta")), X), "has no values yet"),
         (Inputs(nn.Flatten(), X), "no parameter of the model requires a gradient"),
         (Inputs(Answer(lambda x: x.mean(1)), X), "must return logits"),
         (Inputs(Answer(lambda x: [x]), X), "must return logits"),

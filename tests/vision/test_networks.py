@@ -305,6 +305,7 @@ class TestFactories:
             ("def net(): raise RuntimeError('no luck')", ["raised RuntimeError: no luck"]),
             ("def net(depth): return nn.Identity()", ["model.depth: missing"]),
             ("def net(): return nn.Flatten()", ["(2, 3072)", "(2, 10)"]),
+            ("def net(): return nn.LazyLinear(10)", ["'weight'", "has no values yet"]),
             ("def net(): return nn.Linear(5, 10)", ["does not take images of 3 x 32 x 32"]),
             ("net = 3", ["is of type int"]),
             ("raise ValueError('at import')", ["does not import", "at import"]),

@@ -18,6 +18,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.numerics.local_update import trainable
 from frostglass.vision import datasets, networks, weights
+from frostglass.vision.borrowed import refuse_unset
 
 if TYPE_CHECKING:
     from frostglass.auditing.recorded_view import Recording
@@ -235,6 +236,7 @@ def _model(scenario: ScenarioPlan, inputs: Inputs, data: datasets.ImageSet, rng:
     spec = scenario.model
     if inputs.model is not None:
         model = _copied(inputs.model)
+        refuse_unset(model, type(model).__name__)
     elif spec.name.partition(":")[0] == FROM_PYTHON:
         raise BadInput(f"{scenario.name}: its model was given from Python; run frostglass.audit with it again.")
     else:

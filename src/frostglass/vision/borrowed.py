@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from frostglass.core.errors import BadInput, close_match
 from frostglass.numerics.local_update import in_mode
@@ -34,8 +35,24 @@ def build(name: str, *, shape: Mapping[str, int], options: Mapping[str, Any]) ->
         network = _from_torchvision(maker, shape, options)
     else:
         network = _from_factory(name, shape, options)
+    refuse_unset(network, name)
     _try_out(network, name, shape)
     return network
+
+
+def refuse_unset(network: nn.Module, name: str) -> None:
+    """Ends on parameters without values; those on the meta device may be wanted (`with torch.device("meta")`).
+
+    Raises:
+        BadInput: a lazy layer that has seen no input, or a parameter on the meta device.
+    """
+    wanted = torch.get_default_device().type == "meta"
+    unset = next((n for n, p in network.named_parameters() if is_lazy(p) or (p.is_meta and not wanted)), None)
+    if unset is not None:
+        raise BadInput(
+            f"model: {unset!r} of {name!r} has no values yet, as in a lazy layer or on the meta device; give it a size "
+            "and values where the network is made."
+        )
 
 
 def import_torchvision() -> types.ModuleType:
