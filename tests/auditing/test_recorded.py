@@ -503,6 +503,25 @@ def test_outputs_are_told_by_the_classifier_whatever_the_order_of_the_file(tmp_p
     assert observed(plan).gradients.keys() == dict(made.model.named_parameters()).keys()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "examples"), [(torch.float32, None), (torch.float32, 4), (torch.float16, 4), (torch.bfloat16, 4)]
+)
+def test_spear_is_chosen_for_rounded_values_and_without_the_number_of_images(
+    tmp_path: Path, dtype: torch.dtype, examples: int | None
+) -> None:
+    made = Federation(tmp_path, **MLP)
+    trace = local_update(made.model, made.data.images[:4], one_hot(made.data.labels[:4], 10), LocalPlan(mode="train"))
+    save_file({n: g.to(dtype) for n, g in trace.gradients.items()}, tmp_path / "g.safetensors")
+    save_file(made.model.state_dict(), tmp_path / "w.safetensors")
+    known = {"channels": 1, "size": 8} | ({} if examples is None else {"examples": examples})
+    report = audit_updates(
+        gradients=tmp_path / "g.safetensors", weights=tmp_path / "w.safetensors", model=made.model, known=known
+    )
+    proved = {c.attack: None if c.summary is None else c.summary.proved for c in report.cells}
+    assert proved["spear"] == 4
+    assert ("thaw" in proved) == (dtype != torch.float32)  # where rounding may end the proof a search stands beside it
+
+
 def test_raw_gradients_give_what_audit_gives_on_the_same_batch(tmp_path: Path) -> None:
     made = Federation(tmp_path, **MLP)
     x, y = made.data.images[:4], made.data.labels[:4]

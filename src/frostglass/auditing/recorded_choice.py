@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from frostglass.attacks.analytic.spear import Spear
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.plan import (
     ClientPlan,
@@ -23,16 +24,20 @@ from frostglass.auditing.plan import (
 )
 from frostglass.auditing.plan_checks import semantic_problems
 from frostglass.auditing.plan_verdict import VerdictPlan
-from frostglass.auditing.recorded_head import noisy
+from frostglass.auditing.recorded_head import QUIET, noise_share
 from frostglass.auditing.recorded_inputs import Sent
 from frostglass.auditing.recorded_plan import RecordedPlan, UpdatesPlan
 from frostglass.auditing.recorded_selection import chosen, unreadable
 from frostglass.auditing.recorded_view import Recording, known, mode_of, one_step, prepare_scenario
-from frostglass.core.errors import BadInput, close_match
+from frostglass.core.errors import AttackFailed, BadInput, close_match
 from frostglass.core.threat import Knows, Observation
 
 LEAST_CANDIDATES = 5
 """Of an identification game; with fewer, a right answer says little."""
+
+PROVABLE = 1e-2
+"""Noise over the size of the classifier's gradient, up to which spear may prove: float16 leaves about 3e-4, bfloat16
+2e-3. Noise itself ends the proof earlier, so that beyond `QUIET` a search stands beside it."""
 
 PLACEHOLDER = Named(name="thaw")
 
@@ -247,17 +252,30 @@ def _fitting(recording: Recording, sent: Sent, seen: Observation) -> list[Named]
     def named(name: str) -> Named:
         return Named(name=name, **budget.settings.get(name, {}))
 
-    n, grants = sent.header.examples, set(known(recording, sent))
+    grants = set(known(recording, sent))
     found = []
     single = sent.header.kind == "gradient" or one_step(sent)
-    exact = single and not noisy(seen)
-    if exact and n is not None and n <= 4 * budget.images and not _refusals(named("spear"), seen, grants):
-        found.append(named("spear"))
+    noise = noise_share(seen)
+    if single and noise <= PROVABLE and not _refusals(named("spear"), seen, grants):
+        found += [named("spear")] if _rows(named("spear"), seen) <= 4 * budget.images else []
     if single:
         found += [named(x) for x in ("peel", "peel_residual", "imprint") if not _refusals(named(x), seen, grants)][:1]
-    if not any(a.name in ("spear", "peel", "peel_residual") for a in found) or recording.plan.budget == "full":
+    settled = {"peel", "peel_residual"} | ({"spear"} if noise <= QUIET else set())
+    if not any(a.name in settled for a in found) or recording.plan.budget == "full":
         found += [named("thaw")] if not too_long(recording, sent) else []
     return found
+
+
+def _rows(entry: Named, seen: Observation) -> float:
+    """Images that spear would look for: those that were told, else the rank of what it reads."""
+    if seen.examples is not None:
+        return seen.examples
+    attack = ATTACKS[entry.name].make(**entry.settings)
+    assert isinstance(attack, Spear)
+    try:
+        return attack.rows(seen)
+    except AttackFailed:
+        return float("inf")
 
 
 def too_long(recording: Recording, sent: Sent) -> str:

@@ -88,13 +88,13 @@ def noise_level(weight: torch.Tensor) -> float:
     return float(weight.sum(0).square().mean().sqrt() / len(weight) ** 0.5)
 
 
-def noisy(seen: Observation) -> bool:
-    """Whether the classifier's gradient holds more than an honest client's: exact attacks then prove nothing."""
+def noise_share(seen: Observation) -> float:
+    """`noise_level` of the classifier's gradient over the size of its values; 0 where there is no linear classifier."""
     try:
         _, weight, _ = classifier_of(seen)
     except BadInput:
-        return False
-    return noise_level(weight) > QUIET * float(weight.square().mean().sqrt())
+        return 0.0
+    return noise_level(weight) / max(float(weight.square().mean().sqrt()), torch.finfo(weight.dtype).tiny)
 
 
 def turned(head: Head) -> bool:

@@ -106,6 +106,10 @@ class Spear:
             info=info,
         )
 
+    def rows(self, seen: Observation) -> int:
+        """Distinct images to be looked for: the number that was told, or the rank of the gradient."""
+        return self._prepared(seen)[1].size
+
     def _prepared(self, seen: Observation) -> tuple[FirstLinear, numerics.SpearProblem]:
         if seen not in self._problems:
             problems = self.check(seen)
