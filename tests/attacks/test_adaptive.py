@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,16 @@ def test_thaw_starts_where_the_inverter_ended() -> None:
     drive(attack, one.seen, RUN, emit=keep, film=[attack.first.steps, attack.steps])
     assert attack.steps == 1 + 20 + 3
     torch.testing.assert_close(frames[0], frames[1], atol=1e-4, rtol=0)
+
+
+def test_rehearsals_that_are_all_alike_end_in_a_picture() -> None:
+    """A single one has no spread to scale by: every value became infinite, and the run failed."""
+    (one,) = played({"name": "none"})
+    assert bool(drive(learned_inverter(rehearsals=1, training=1), one.seen, RUN).images.isfinite().all())
+    assert one.seen.auxiliary is not None
+    few = replace(one.seen, auxiliary=one.seen.auxiliary[:1])
+    (sentence,) = learned_inverter().check(few)
+    assert "auxiliary images are too few (1); give 2 at least" in sentence
 
 
 def test_no_grant_no_use_of_the_defence() -> None:

@@ -161,9 +161,13 @@ class LearnedInverter:
 
 
 def _standardised(features: Float[Tensor, "n d"], rehearsed: Float[Tensor, "r d"]) -> Float[Tensor, "n d"]:
-    """By mean and spread over the rehearsals: entries of different layers differ by orders of magnitude."""
+    """By mean and spread over the rehearsals: entries of different layers differ by orders of magnitude.
+
+    Rehearsals that are all alike (a single one, say) have no spread, and nothing to scale by.
+    """
     spread, mean = torch.std_mean(rehearsed, dim=0, correction=0)
-    return (features - mean) / (spread + 0.01 * spread.mean()).clamp_min(torch.finfo(spread.dtype).tiny)
+    scale = spread + 0.01 * spread.mean()
+    return (features - mean) / torch.where(scale > 0, scale, 1)
 
 
 def inverted(weights: Mapping[str, Tensor], features: Float[Tensor, "n d"]) -> Float[Tensor, "n p"]:

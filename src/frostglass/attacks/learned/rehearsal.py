@@ -130,10 +130,10 @@ def problems_of(seen: Observation) -> list[str]:
     found = []
     if seen.auxiliary is None:
         found.append("attack learned_inverter: it learns on other images; grant 'auxiliary'.")
-    elif seen.examples is not None and len(seen.auxiliary) < max(2, seen.examples):
+    elif seen.examples is not None and len(seen.auxiliary) < (least := max(2, seen.examples)):
         found.append(
-            f"attack learned_inverter: {len(seen.auxiliary)} auxiliary images do not fill a batch of {seen.examples}; "
-            "give more."
+            f"attack learned_inverter: auxiliary images are too few ({len(seen.auxiliary)}); give {least} at least, a "
+            "batch to learn from and more than one image."
         )
     elif tuple(seen.auxiliary.shape[1:]) != tuple(seen.image_shape):
         found.append(
