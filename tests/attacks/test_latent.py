@@ -53,6 +53,15 @@ def test_the_objective_falls(which: str, matching: str, file: str) -> None:
     assert bool(((found.images >= 0) & (found.images <= 1)).all())
 
 
+@pytest.mark.parametrize("which", ["untrained", "file"])
+def test_building_a_generator_leaves_the_users_random_numbers_alone(which: str, file: str) -> None:
+    before = torch.get_rng_state()
+    seen, _ = observe("small_bn_cnn", width=8)
+    assert torch.equal(before, torch.get_rng_state())
+    drive(latent_projection(generator=file if which == "file" else which, steps=1, width=8), seen, RUN)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 @pytest.mark.slow
 def test_a_projection_finds_what_its_generator_drew(tmp_path: Path) -> None:
     """The private image is one that the generator draws, so the projection can be exact where pixels are not."""

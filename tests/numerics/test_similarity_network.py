@@ -80,8 +80,9 @@ def test_it_learns_to_tell_encodings_of_one_image() -> None:
 def test_a_saved_network_comes_back(tmp_path) -> None:
     network = SimilarityNetwork(Shape(3, 8, 4, features=8)).eval()
     save_network(network, tmp_path / "n.safetensors", k="2")
-    y = crops(8, 5)
+    y, before = crops(8, 5), torch.get_rng_state()
     assert torch.equal(embed(network, y), embed(load_network(tmp_path / "n.safetensors"), y))
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_network_is_written_to_the_same_bytes(tmp_path) -> None:

@@ -129,6 +129,11 @@ class G(nn.Module):
     def forward(self, z):
         return torch.sigmoid(z)[:, :, None, None].expand(-1, -1, 8, 8)
 
+class Drawn(G):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3))
+
 class Signed(G):
     def forward(self, z):
         return super().forward(z) * 2 - 1 - 0.5
@@ -154,6 +159,10 @@ def test_a_factory_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     made = from_factory("my_generators:G")
     assert isinstance(made, nn.Module)
     assert from_factory("my_generators:G") is made  # large weights are read once
+    before = torch.get_rng_state()
+    drawn = [from_factory.__wrapped__("my_generators:Drawn").w for _ in range(2)]
+    assert torch.equal(*drawn)  # the same plan, the same result
+    assert torch.equal(before, torch.get_rng_state())
     for name, words in {
         "my_generators:Signed": r"\[0, 1\]",
         "my_generators:Flat": "images",

@@ -122,7 +122,8 @@ def load_network(path: Path) -> SimilarityNetwork:
             note = json.loads((held.metadata() or {}).get("frostglass", "{}"))
             if note.get("format") != FORMAT:
                 raise BadInput(f"network: {path} is no similarity network; fit one with `frostglass fit-similarity`.")
-            network = SimilarityNetwork(Shape(**note["shape"]))
+            with torch.random.fork_rng(devices=[]):  # what it draws is replaced at once
+                network = SimilarityNetwork(Shape(**note["shape"]))
             network.load_state_dict({k: held.get_tensor(k) for k in held.keys()})  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as wrong:
         raise BadInput(f"network: {path} cannot be read ({wrong}); fit it anew.") from None

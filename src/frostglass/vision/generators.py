@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from frostglass.core.errors import BadInput, close_match
 from frostglass.core.files import written_beside
+from frostglass.core.randomness import Rng
+from frostglass.vision.networks import torch_draws_from
 
 KIND = "frostglass generator 1"
 """What the metadata of a generator's file says; the number grows with the architecture."""
@@ -162,7 +164,8 @@ def load_generator(path: str | Path) -> Decoder:
             tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 (it is no dict)
         if metadata.get("kind") != KIND:
             raise BadInput(f"generator: {path} is no {KIND!r} file; fit one with `frostglass fit-generator`.")
-        decoder = Decoder(**{name: int(metadata[name]) for name in _SHAPE})
+        with torch.random.fork_rng(devices=[]):  # what it draws is replaced at once: the generator stays as it was
+            decoder = Decoder(**{name: int(metadata[name]) for name in _SHAPE})
         decoder.load_state_dict(tensors)
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as problem:
         line = (str(problem).splitlines() or [type(problem).__name__])[0]
@@ -176,13 +179,15 @@ def load_generator(path: str | Path) -> Decoder:
 def from_factory(name: str) -> nn.Module:
     """The generator that "package.module:factory" returns, called without arguments; in eval mode, frozen.
 
-    The current directory is searched too.
+    The current directory is searched too. Weights that the factory draws follow from its name, so that the same plan
+    gives the same result, and torch's global generator is left as it was.
 
     Raises:
         BadInput: it does not import, raises, or returns something that is no generator of images in [0, 1].
     """
     try:
-        made: Any = _found(name)()
+        with torch_draws_from(Rng.from_seed(0, "generator", name)):
+            made: Any = _found(name)()
     except BadInput:
         raise
     except Exception as problem:

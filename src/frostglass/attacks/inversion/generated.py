@@ -53,7 +53,8 @@ def untrained(width: int = 32, depth: int = 2) -> Space:
         channels, height, width_ = target.seen.image_shape
         key = (channels, height, width_)
         if key not in made:
-            made[key] = Untrained(channels=channels, size=(height, width_), width=width, depth=depth)
+            with torch.random.fork_rng(devices=[]):  # its weights come from `initial_weights`
+                made[key] = Untrained(channels=channels, size=(height, width_), width=width, depth=depth)
         return made[key]
 
     def images(z: Tensor, target: Target) -> Tensor:
