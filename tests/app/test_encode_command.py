@@ -240,6 +240,25 @@ def test_generator_states_are_found(make, legacy, tmp_path, capsys) -> None:
         assert "5056 bytes" in out
 
 
+def test_a_checkpoint_cannot_write_lines_of_its_own_nor_steer_the_terminal(tmp_path, capsys) -> None:
+    name = "a\x1b]0;owned\x07\nheld.pt: no generator state found."
+    torch.save({name: torch.get_rng_state()}, tmp_path / "held.pt")
+    code, out, _ = call(capsys, "check-checkpoint", tmp_path / "held.pt")
+    assert code == 1
+    assert len(out.splitlines()) == 2
+    assert not {"\x1b", "\x07"} & set(out)
+
+
+def test_names_of_files_in_errors_do_not_steer_the_terminal(tmp_path, capsys) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x\x1b]0;owned\x07\n.png").write_bytes(b"no image")
+    code, _, err = call(capsys, "encode", tmp_path, tmp_path / "set", "--k", "2")
+    assert code == 2
+    assert "is not an image" in err
+    assert len(err.splitlines()) == 1
+    assert not {"\x1b", "\x07"} & set(err)
+
+
 def test_states_are_not_counted_where_one_shows_in_several_lines(tmp_path, capsys) -> None:
     """Beside an object a file is read and not loaded: an entry's name, its kind and its words are one state."""
     torch.save({"numpy_rng_state": np.random.get_state(), "args": Path()}, tmp_path / "held.pt")

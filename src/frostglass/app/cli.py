@@ -19,6 +19,7 @@ import click
 import frostglass
 from frostglass.app import commands
 from frostglass.core.errors import BadInput, FrostglassError
+from frostglass.core.printable import plain
 
 OK, INTERNAL, BAD_INPUT = 0, 1, 2
 
@@ -302,8 +303,8 @@ def _told(wrong: Exception) -> int:
         return BAD_INPUT
     if isinstance(wrong, FrostglassError):
         for problem in wrong.problems if isinstance(wrong, BadInput) else [str(wrong)]:
-            click.echo(f"error: {problem}", err=True)
+            click.echo(f"error: {plain(problem)}", err=True)  # it may quote the name of a file, or a file's content
         return BAD_INPUT if isinstance(wrong, BadInput) else INTERNAL
-    text = str(wrong).splitlines()[0] if str(wrong) else ""
+    text = plain(str(wrong).splitlines()[0]) if str(wrong) else ""
     click.echo(f"internal error: {type(wrong).__name__}: {text}; run with --debug for the traceback.", err=True)
     return INTERNAL

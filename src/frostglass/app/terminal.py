@@ -8,6 +8,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from frostglass.core.events import Emit, Event
+from frostglass.core.printable import plain
 
 
 def listener(*, verbose: int = 0, stream: TextIO | None = None) -> Emit:
@@ -68,13 +69,13 @@ def _stage(event: Event) -> str | None:
     v = event.values
     if event.kind == "run_started":
         cells = v.get("cells", 0)
-        return f"{event.where}: {cells} cell{'s' if cells != 1 else ''}"
+        return f"{plain(event.where)}: {cells} cell{'s' if cells != 1 else ''}"
     if event.kind == "cell_started":
-        return f"  {v.get('title', event.where)}"
+        return f"  {plain(str(v.get('title', event.where)))}"
     if event.kind == "cell_finished":
-        return f"    {v.get('outcome', 'done')} in {v.get('seconds', 0):.1f} s"
+        return f"    {plain(str(v.get('outcome', 'done')))} in {v.get('seconds', 0):.1f} s"
     if event.kind == "cell_failed":
-        return f"    FAILED: {v.get('error', '')}"
+        return f"    FAILED: {plain(str(v.get('error', '')))}"
     if event.kind == "note":
-        return f"    {v.get('text', '')}"
+        return f"    {plain(str(v.get('text', '')))}"
     return None

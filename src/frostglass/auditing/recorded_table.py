@@ -9,8 +9,8 @@ from typing import Any
 
 from frostglass.auditing.recorded_words import update_labels
 from frostglass.auditing.scorecard import Cell, Scorecard
-from frostglass.auditing.table import _plain
 from frostglass.auditing.wording import MISSING, number, outcome
+from frostglass.core.printable import plain
 
 MOST_PASSED_OVER = 8
 
@@ -22,10 +22,10 @@ def updates_text(card: Scorecard, width: int | None = None) -> str:
         return ""
     room = max(60, width if width is not None else shutil.get_terminal_size((100, 24)).columns)
     lines = [
-        f"{_plain(recorded['source'])}: {recorded['engine']}, {recorded['network']}",
+        plain(f"{recorded['source']}: {recorded['engine']}, {recorded['network']}"),
         f"truth: {recorded['truth']}",
     ]
-    lines += [f"! {p}" for p in recorded["problems"]]
+    lines += [f"! {plain(p)}" for p in recorded["problems"]]
     cells = {c.id: c for c in card.cells}
     passed = [r for r in recorded["updates"] if r["status"] == "passed over"]
     for row in recorded["updates"]:
@@ -33,7 +33,7 @@ def updates_text(card: Scorecard, width: int | None = None) -> str:
             lines += ["", *_update(row, cells)]
     if passed:
         lines += ["", f"passed over: {len(passed)}"]
-        lines += [f"- {title_of(r)}: {_plain(r['reason'])}" for r in passed[:MOST_PASSED_OVER]]
+        lines += [f"- {title_of(r)}: {plain(r['reason'])}" for r in passed[:MOST_PASSED_OVER]]
         lines += [f"- and {len(passed) - MOST_PASSED_OVER} more"] if len(passed) > MOST_PASSED_OVER else []
     for t in recorded["trials"]:
         lines += ["", f"round {t['round']}, {t['attack']}, {t['clients']} clients: {t['verdict']}. {t['text']}"]
@@ -43,7 +43,7 @@ def updates_text(card: Scorecard, width: int | None = None) -> str:
 
 def title_of(row: Mapping[str, Any]) -> str:
     """`round 1, client a`."""
-    return f"round {row['round']}, client {_plain(str(row['client']))}"
+    return f"round {row['round']}, client {plain(str(row['client']))}"
 
 
 def _update(row: Mapping[str, Any], cells: Mapping[str, Cell]) -> list[str]:
@@ -57,14 +57,14 @@ def _update(row: Mapping[str, Any], cells: Mapping[str, Cell]) -> list[str]:
         lines.append(f"  {cells[id_].attack}: {cell_words(cells[id_])}")
     if row["reason"]:
         lines.append(f"  not attacked: {row['reason']}")
-    lines += [f"  {f['severity']}, {f['about']}: {_plain(f['text'])}" for f in row["findings"]]
-    return lines + [f"  linter, {f['severity']}: {_plain(f['found'])} {_plain(f['meaning'])}" for f in row["linter"]]
+    lines += [f"  {f['severity']}, {f['about']}: {plain(f['text'])}" for f in row["findings"]]
+    return lines + [f"  linter, {f['severity']}: {plain(f['found'])} {plain(f['meaning'])}" for f in row["linter"]]
 
 
 def cell_words(cell: Cell) -> str:
     """What an attack came to, in the words of all reports."""
     if cell.status == "failed":
-        return f"failed: {_plain(cell.error or '')}"
+        return f"failed: {plain(cell.error or '')}"
     if cell.summary is None:
         objective = "" if cell.objective is None else f", objective {cell.objective:.3g}"
         return f"done{objective}; " + (

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from frostglass.auditing.scorecard import Cell, Scorecard
 from frostglass.auditing.wording import MISSING, NOTHING, clock, number, outcome, spread, threshold
+from frostglass.core.printable import plain
 
 GAP = "  "
 LEAST_NAME = 11
@@ -52,7 +53,7 @@ def verdict_text(scorecard: Scorecard, width: int | None = None) -> str:
     if scorecard.verdict is None:
         return ""
     room = max(40, width if width is not None else shutil.get_terminal_size((100, 24)).columns)
-    return textwrap.fill(f"Verdict: {_plain(scorecard.verdict.text)}", room, subsequent_indent="  ")
+    return textwrap.fill(f"Verdict: {plain(scorecard.verdict.text)}", room, subsequent_indent="  ")
 
 
 def _columns(cells: Sequence[Cell]) -> list[_Column]:
@@ -70,9 +71,9 @@ def _columns(cells: Sequence[Cell]) -> list[_Column]:
     judged = [c.verdict.verdict + ("" if c.verdict.role == "test" else " °") if c.verdict else MISSING for c in cells]
     verdicts = [_Column("verdict", judged)] if any(c.verdict for c in cells) else []
     return [
-        _Column("scenario", [_plain(c.scenario) for c in cells], name=True),
-        _Column("defence", [_plain(c.defense) for c in cells], name=True),
-        _Column("attack", [_plain(c.attack) + (" *" if c.upper_bound else "") for c in cells], name=True),
+        _Column("scenario", [plain(c.scenario) for c in cells], name=True),
+        _Column("defence", [plain(c.defense) for c in cells], name=True),
+        _Column("attack", [plain(c.attack) + (" *" if c.upper_bound else "") for c in cells], name=True),
         _Column("recovered", [recovered(c) for c in cells]),
         _Column("proved", [str(s.proved) if s else MISSING for s in done]),
         _Column(
@@ -138,16 +139,10 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
         if coded and cell.status == "done":
             hits = f"{coded.over_threshold.count} of {coded.images} recovered, {coded.proved} proved"
             psnr = _psnr(coded.psnr_median, coded.psnr_worst, coded.psnr_best)
-            notes.append(f"encodings of {_plain(cell.title)}: {hits}, PSNR {psnr}")
+            notes.append(f"encodings of {plain(cell.title)}: {hits}, PSNR {psnr}")
         if cell.status != "done" and cell.error:
-            notes.append(f"{cell.status}: {_plain(cell.title)}: {_plain(cell.error.strip().splitlines()[-1])}")
+            notes.append(f"{cell.status}: {plain(cell.title)}: {plain(cell.error.strip().splitlines()[-1])}")
     return notes
-
-
-def _plain(text: str) -> str:
-    """One line without control characters: a name must not steer the terminal."""
-    shown = "".join(" " if c in "\n\t" else c for c in text)
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in shown).strip()
 
 
 def _char_width(char: str) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from frostglass.core.errors import BadInput
+from frostglass.core.printable import plain
 
 MOST_CLASSES = 100_000
 """Columns of the targets at the most: each encoding takes four bytes for every one of them."""
@@ -127,7 +128,7 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
         )  # fmt: skip
     notes = [n for n in held.notes if settings["labels"] is None or ARBITRARY not in n]
     for sentence in (*notes, *(f"skipped: {s}" for s in held.skipped)):
-        click.echo(sentence, err=True)
+        click.echo(plain(sentence), err=True)
     labels, classes, class_names = _labels(settings["labels"], images, held)
     # stored as the rows of the pool are: an array beside a memory map, a tensor beside fresh crops
     pixels = held.images.numpy() if pool is not None and not pool.crop else held.images

@@ -35,6 +35,7 @@ def command(
     from tqdm import tqdm
 
     from frostglass.app.commands.encode import source_of
+    from frostglass.core.printable import plain
     from frostglass.core.randomness import OsKey, Rng
     from frostglass.defenses.public_pool import PoolSettings, make_pool
     from frostglass.vision.datasets import catalogue
@@ -46,7 +47,7 @@ def command(
     with tqdm(total=crops, desc="patches", unit="patch", disable=None) as bar:
         found = make_pool(source, pool, settings, rng, bar.update)
     for sentence in found.broken:
-        click.echo(f"skipped: {sentence}", err=True)
+        click.echo(f"skipped: {plain(sentence)}", err=True)
     click.echo("\n".join([*found.lines(), f"{found.kept} patches of {size} x {size} in {pool}"]))
     if found.kept < crops:
         click.echo(
