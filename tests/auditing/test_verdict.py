@@ -110,6 +110,16 @@ def test_an_upper_limit_is_quoted_only_where_nothing_is_lacking() -> None:
     assert "at most 0.0362 (two-sided" in free.text
 
 
+@pytest.mark.parametrize("lacking", [(), ("No positive control passed.",)])
+def test_an_attack_that_beats_guessing_is_not_called_unsuccessful_below_the_tolerance(lacking) -> None:
+    found = decide(evidence(30, 30, tolerance=1.0, lacking=lacking))
+    assert (found.verdict, found.unsuccessful) == ("INCONCLUSIVE", False)
+    assert "more often than guessing" in found.text
+    assert "at least 0.884" in found.text
+    assert "Nothing is shown" not in found.text
+    assert "at most" not in found.text
+
+
 def test_nothing_is_ever_called_safe() -> None:
     for made in (evidence(), evidence(guarantee=bound(0.01)), evidence(successes=50), evidence(1, 1, proved=1)):
         assert "safe" not in decide(made).text.lower()

@@ -79,7 +79,7 @@ class Decision:
         holds: all that hold, in order.
         lower, upper: limits of the success rate; None without a trial.
         text: sentences for a person.
-        unsuccessful: whether it may be said that the attack did not succeed, and the upper limit be quoted.
+        unsuccessful: whether it may be said that the attack did no better than guessing, and the upper limit be quoted.
     """
 
     verdict: Kind
@@ -118,7 +118,7 @@ def decide(e: Evidence) -> Decision:
         holds.append("BOUNDED")
     if not holds:
         holds.append("INCONCLUSIVE")
-    unsuccessful = counts and not e.lacking and "INCONCLUSIVE" in holds
+    unsuccessful = counts and not e.lacking and "INCONCLUSIVE" in holds and floor <= e.kappa
     words = [_words(kind, e, floor, upper, unsuccessful) for kind in holds]
     return Decision(holds[0], tuple(holds), lower, upper, " ".join(words), unsuccessful)
 
@@ -145,12 +145,21 @@ def _words(kind: Kind, e: Evidence, lower: float, upper: float | None, unsuccess
             f"Under the assumptions listed, no attack of this event succeeds more often than "
             f"{max(g.observed, g.total):.3g} ({g.basis}); tolerated is {e.tolerance:g}, guessing reaches {e.kappa:.3g}."
         )
-    return _inconclusive(e, seen, sure, upper, unsuccessful)
+    return _inconclusive(e, seen, sure, (lower, upper), unsuccessful)
 
 
-def _inconclusive(e: Evidence, seen: str, sure: str, upper: float | None, unsuccessful: bool) -> str:
+def _inconclusive(
+    e: Evidence, seen: str, sure: str, limits: tuple[float, float | None], unsuccessful: bool
+) -> str:
+    lower, upper = limits
+    beats_guessing = lower > e.kappa
     parts = ["Nothing is shown, neither that images are at risk nor that they are not"]
-    if e.recognisable:  # such pictures are shown; what is not is how often there is one of the image that was drawn
+    if beats_guessing:
+        parts = [
+            f"The attack succeeds more often than guessing, which reaches {e.kappa:.3g}, but not surely more often than "
+            f"the {e.tolerance:g} tolerated: {seen}, a rate of at least {lower:.3g} ({sure})"
+        ]
+    elif e.recognisable:  # such pictures are shown; what is not is how often there is one of the image that was drawn
         parts = [f"{e.recognisable}, but how often that happens is not shown"]
     parts += [x.rstrip(".") for x in e.about]
     if not e.trials:
@@ -159,7 +168,7 @@ def _inconclusive(e: Evidence, seen: str, sure: str, upper: float | None, unsucc
         parts.append(f"{seen}, and this cannot be counted: {'; '.join(_lowered(x) for x in e.invalid)}")
     elif unsuccessful:
         parts.append(f"{seen}; for the attack that was run, the rate is at most {upper:.3g} (two-sided, {sure})")
-    else:
+    elif not beats_guessing:
         parts.append(f"{seen}; that says nothing against the attack, as {'; '.join(_lowered(x) for x in e.lacking)}")
     if e.guarantee is not None:
         g = e.guarantee
