@@ -121,7 +121,7 @@ def test_every_defence_can_be_carried(name, tmp_path) -> None:
     assert len(row["clients"]) == 3, row["left_out"]
     assert not torch.equal(weights(tmp_path)["head.weight"], federation_of(text).model.state_dict()["head.weight"])
     proved = "epsilon" in row["clients"][0]
-    assert proved is (name in ("dp_sgd", "clip_and_noise"))
+    assert proved is (name in ("dp_sgd", "clip_and_noise", "dp_instahide"))
 
 
 # ---- at the client
