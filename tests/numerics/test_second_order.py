@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frostglass.core.randomness import Rng
 from frostglass.numerics import distance
+from frostglass.numerics.many_clients import many_clients
 from frostglass.numerics.second_order import first_order_layers, second_order_layers
 from frostglass.numerics.second_order_norm import channel_statistics
 from frostglass.numerics.tiled_convolution import Kept
@@ -247,3 +248,18 @@ def test_without_a_graph_convolutions_are_pytorchs_own() -> None:
     x, w = drawn((1, 2, 5, 5), (3, 2, 3, 3))
     with torch.no_grad(), second_order_layers():
         assert torch.equal(F.conv2d(x, w), torch.conv2d(x, w))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layers", [second_order_layers, lambda: many_clients((), 1)])
+def test_a_hard_sigmoid_is_differentiated_twice(layers: Any, inplace: bool) -> None:
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64).add(0.1).requires_grad_(True)
+    w = torch.linspace(0.5, 2, 9, dtype=torch.float64)
+    with layers():
+        y = torch.nn.functional.hardsigmoid(x * w, inplace=inplace)
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((slope * w).sum(), x)
+    torch.testing.assert_close(y, torch.nn.functional.hardsigmoid(x * w))
+    inside = ((x * w).abs() < 3).double()
+    torch.testing.assert_close(slope, 2 * y * w / 6 * inside)
+    torch.testing.assert_close(second, 2 * w.pow(3) / 36 * inside)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from frostglass.numerics.second_order import convolution
+from frostglass.numerics.second_order import convolution, hard_sigmoid
 from frostglass.numerics.second_order_norm import batch_norm_of_clients
 
 
@@ -51,6 +51,8 @@ class many_clients(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return _batch_norm(self._clients, *args, **kwargs)
+        if func is F.hardsigmoid:
+            return hard_sigmoid(*args, **kwargs)
         if not any(id(x) in self._weights for x in _leaves((args, kwargs))):
             return func(*args, **kwargs)
         if func not in _REPLACED:

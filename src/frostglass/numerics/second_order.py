@@ -31,7 +31,7 @@ from frostglass.numerics.tiled_layer import tiled_convolution, wanted
 
 class second_order_layers(TorchFunctionMode):
     """In the block, `conv2d` and `batch_norm` have gradients that are cheap to differentiate once more, to their input
-    and to weights that are themselves results.
+    and to weights that are themselves results; so has `hardsigmoid`, which has none otherwise.
 
     Weights that are leaves get a gradient where a graph is kept (`create_graph=True`) and none in the pass after it: an
     attack's derivative goes to the images. Third derivatives are refused.
@@ -47,11 +47,13 @@ class second_order_layers(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Replaces batch normalisation and convolutions of explicit padding; everything else passes."""
+        """Replaces these layers, convolutions where their padding is explicit; everything else passes."""
         if not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))
         if func is F.batch_norm:
             return batch_norm(*args, **(kwargs or {}))
+        if func is F.hardsigmoid:
+            return hard_sigmoid(*args, **(kwargs or {}))
         if func is torch.conv2d:
             return _conv2d(lambda x, w, form: convolution(x, w, *form, self._kept), *args, **(kwargs or {}))
         return _called(func, args, kwargs or {})
@@ -96,6 +98,11 @@ def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         if args[0].is_contiguous():
             raise
         return func(args[0].contiguous(), *args[1:], **kwargs)
+
+
+def hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: ARG001 - never in place
+    """`F.hardsigmoid`, of which PyTorch has no second derivative."""
+    return F.relu6(input + 3) / 6
 
 
 class _Form(NamedTuple):
