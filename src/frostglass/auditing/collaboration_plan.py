@@ -108,7 +108,7 @@ def digits(overrides: Sequence[str] = ()) -> CollaborationPlan:
         "job": {
             "data": {"source": "digits"},
             "split": {"clients": 4, "alpha": 1.0},
-            "client": {"epochs": 2, "minibatch": 32, "lr": 0.05},
+            "client": {"epochs": 2, "minibatch": 33, "lr": 0.05},
             "server": {"rounds": 10},
         },
         "method": [
