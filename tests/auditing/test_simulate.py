@@ -281,6 +281,14 @@ def test_own_objects_are_copied_and_missing_labels_are_said_to_be_arbitrary() ->
     assert any("arbitrary" in note for note in prepared.data.notes)
 
 
+def test_a_compiled_or_parallel_network_is_attacked_as_what_it_wraps() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    for wrapped in (torch.compile(net), nn.DataParallel(net), nn.DataParallel(torch.compile(net))):
+        model = ready(plan_of(), Inputs(wrapped, X)).model
+        assert type(model) is nn.Sequential
+        assert torch.equal(model[1].weight, net[1].weight)
+
+
 def test_what_was_given_from_python_cannot_be_rerun_from_the_plan() -> None:
     for part in ({"data": {"source": "python"}}, {"model": {"name": "python:Net"}}):
         with pytest.raises(BadInput, match=r"given from Python; run frostglass\.audit"):

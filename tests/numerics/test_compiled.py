@@ -81,6 +81,22 @@ def test_code_compiled_with_other_instructions_is_not_loaded(tmp_path: Path, mon
     assert loaded() == 0
 
 
+def test_a_full_disk_keeps_no_kernel_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    import numba
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    run = inspect.unwrap(kernel)(counts)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # files may be made, and nothing be written to them
+    try:
+        assert run(1) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob("*.nb?"))
+
+
 def test_the_edition_is_that_of_all_files_with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the kernel's own calls: mixing has nothing to do with tiles."""
     from frostglass.numerics import fused_mixing, mixing_lanes, tile_kernels

@@ -18,7 +18,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.numerics.local_update import trainable
 from frostglass.vision import datasets, networks, weights
-from frostglass.vision.borrowed import refuse_unset
+from frostglass.vision.borrowed import refuse_unset, unwrapped
 
 if TYPE_CHECKING:
     from frostglass.auditing.recorded_view import Recording
@@ -264,7 +264,7 @@ def _copied(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise BadInput(f"model: {type(model).__name__} is no torch.nn.Module.")
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(unwrapped(model))
     except Exception as wrong:
         text = f"{type(wrong).__name__}: {wrong}".splitlines()[0]
         raise BadInput(f"model: {type(model).__name__} cannot be copied ({text}).") from wrong

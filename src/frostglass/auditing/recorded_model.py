@@ -19,6 +19,7 @@ from frostglass.federated.exchange import State
 from frostglass.federated.feeds import takes_encodings
 from frostglass.numerics.local_update import in_mode, trainable
 from frostglass.vision import networks
+from frostglass.vision.borrowed import refuse_unset, unwrapped
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def network_of(plan: UpdatesPlan, source: Source, given: nn.Module | None = None
     shape = _image_shape(plan, source, about)
     own = given is None and plan.model in (None, about.get("name"))
     if given is not None:
-        module, name = copy.deepcopy(given), f"{FROM_PYTHON}:{type(given).__name__}"
+        module, name = copy.deepcopy(unwrapped(given)), f"{FROM_PYTHON}:{type(given).__name__}"
+        refuse_unset(module, type(given).__name__)
         options: dict[str, Any] = {}
     else:
         name = plan.model or about.get("name", "")

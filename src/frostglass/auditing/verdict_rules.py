@@ -148,16 +148,14 @@ def _words(kind: Kind, e: Evidence, lower: float, upper: float | None, unsuccess
     return _inconclusive(e, seen, sure, (lower, upper), unsuccessful)
 
 
-def _inconclusive(
-    e: Evidence, seen: str, sure: str, limits: tuple[float, float | None], unsuccessful: bool
-) -> str:
+def _inconclusive(e: Evidence, seen: str, sure: str, limits: tuple[float, float | None], unsuccessful: bool) -> str:
     lower, upper = limits
     beats_guessing = lower > e.kappa
     parts = ["Nothing is shown, neither that images are at risk nor that they are not"]
     if beats_guessing:
         parts = [
-            f"The attack succeeds more often than guessing, which reaches {e.kappa:.3g}, but not surely more often than "
-            f"the {e.tolerance:g} tolerated: {seen}, a rate of at least {lower:.3g} ({sure})"
+            f"The attack succeeds more often than guessing, which reaches {e.kappa:.3g}, but not surely more often "
+            f"than the {e.tolerance:g} tolerated: {seen}, a rate of at least {lower:.3g} ({sure})"
         ]
     elif e.recognisable:  # such pictures are shown; what is not is how often there is one of the image that was drawn
         parts = [f"{e.recognisable}, but how often that happens is not shown"]

@@ -12,9 +12,10 @@ import hashlib
 import inspect
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,12 +114,22 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
     found = inspect.unwrap(function)  # tests wrap every function in shape checks
     plain = FunctionType(found.__code__, found.__globals__, found.__name__, found.__defaults__)
     plain.__qualname__ = f"{found.__qualname__}_{_edition(found)}"
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-    try:
-        made: Callable[..., Any] = numba.njit(cache=True, **options)(plain)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        made = numba.njit(**options)(plain)
-    return made
+    made: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(plain)
+    with suppress(RuntimeError):  # neither the package's folder nor the user's cache can be written
+        made._cache = _disk_cache()(plain)  # what njit(cache=True) does, with a cache of its own kind
+    return cast(Callable[..., Any], made)
+
+
+def _disk_cache() -> Any:
+    """numba's cache on disk, which a full disk leaves without this kernel instead of ending the run."""
+    from numba.core.caching import FunctionCache
+
+    class Cache(FunctionCache):  # type: ignore[misc, unused-ignore]
+        def save_overload(self, sig: Any, data: Any) -> None:
+            with suppress(OSError):
+                super().save_overload(sig, data)  # type: ignore[no-untyped-call, unused-ignore]
+
+    return Cache
 
 
 def _edition(function: FunctionType) -> str:

@@ -35,9 +35,20 @@ def build(name: str, *, shape: Mapping[str, int], options: Mapping[str, Any]) ->
         network = _from_torchvision(maker, shape, options)
     else:
         network = _from_factory(name, shape, options)
+    network = unwrapped(network)
     refuse_unset(network, name)
     _try_out(network, name, shape)
     return network
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside of `torch.compile`, DataParallel and DistributedDataParallel: they compute the same.
+
+    Compiled passes cannot be differentiated twice, and wrapped layers are not found by what is read off them.
+    """
+    parallel = isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    inner = network.module if parallel else getattr(network, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else network
 
 
 def refuse_unset(network: nn.Module, name: str) -> None:
