@@ -237,6 +237,10 @@ class Answer(nn.Module):
         return self.out(x)
 
 
+DIVERGED = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+DIVERGED[1].bias.data[0] = float("nan")
+
+
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
@@ -258,6 +262,7 @@ class Answer(nn.Module):
         (Inputs(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double(), X), r"convert it with \.float\(\)"),
         (Inputs(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), X), "'1.weight' of 'Sequential' has no values yet"),
         (Inputs(nn.Sequential(nn.Flatten(), nn.Linear(192, 3, device="meta")), X), "has no values yet"),
+        (Inputs(DIVERGED, X), "'1.bias' of the model has values that are not finite"),
         (Inputs(nn.Flatten(), X), "no parameter of the model requires a gradient"),
         (Inputs(Answer(lambda x: x.mean(1)), X), "must return logits"),
         (Inputs(Answer(lambda x: [x]), X), "must return logits"),

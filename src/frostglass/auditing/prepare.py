@@ -254,6 +254,9 @@ def _model(scenario: ScenarioPlan, inputs: Inputs, data: datasets.ImageSet, rng:
     others = sorted({str(p.dtype) for p in model.parameters() if p.dtype != torch.float32})
     if others:
         raise BadInput(f"{scenario.name}: the model has {', '.join(others)} parameters; convert it with .float().")
+    broken = next((n for n, p in model.named_parameters() if not bool(p.isfinite().all())), None)
+    if broken is not None:
+        raise BadInput(f"{scenario.name}: {broken!r} of the model has values that are not finite; give a trained one.")
     if not trainable(model):
         raise BadInput(f"{scenario.name}: no parameter of the model requires a gradient, so a client sends nothing.")
     return model.train(spec.mode == "train")

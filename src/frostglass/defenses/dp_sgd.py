@@ -166,13 +166,13 @@ def _refuse_unsuitable(model: nn.Module, batch: Batch, plan: LocalPlan, expected
         layers = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         named = f": layer {layers[0]!r} is BatchNorm, which mixes the images of a batch" if layers else ""
         raise BadInput(
-            f"defense dp_sgd: Opacus refuses this model ({_first_line(errors[0])}){named}; set model.fix = "
+            f"defense dp_sgd: Opacus refuses this model ({_first_sentence(errors[0])}){named}; set model.fix = "
             '"opacus" to replace such layers (BatchNorm becomes GroupNorm).'
         )
 
 
-def _first_line(error: object) -> str:
-    return str(error).splitlines()[0].rstrip(".")
+def _first_sentence(error: object) -> str:
+    return str(error).splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 def _accounted(

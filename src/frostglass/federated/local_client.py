@@ -224,7 +224,9 @@ def dirichlet_split(labels: Int64[Tensor, " n"], clients: int, alpha: float, rng
     if not alpha > 0 or not math.isfinite(alpha):
         raise BadInput(f"split.alpha: {alpha} must be above 0.")
     if clients < 1 or clients * least > len(labels):
-        raise BadInput(f"clients: {clients} with {least} images each are more than the {len(labels)} images; lower it.")
+        raise BadInput(
+            f"split.clients: {clients} with {least} images each are more than the {len(labels)} images; lower it."
+        )
     labels, draws = labels.cpu(), rng.at("shares").numpy()
     held: list[list[int]] = [[] for _ in range(clients)]
     for c in sorted(set(labels.tolist())):
