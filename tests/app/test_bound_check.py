@@ -120,7 +120,7 @@ def test_bound_refuses_in_one_sentence(arguments: list[str], sentence: str, caps
 
 
 def test_check_says_how_far_a_simulated_gamma_may_be_off(capsys: pytest.CaptureFixture[str]) -> None:
-    numbers = ("check", "--clip", "1", "--sigma", "1", "--delta", "1e-5", "--steps", "2000")
+    numbers = ("check", "--clip", "1", "--sigma", "1", "--delta", "1e-5", "--steps", "900")
     assert run(*numbers) == 0
     assert "±" not in capsys.readouterr().out
     assert run(*numbers, "--rate", "0.01", "--sampling", "poisson") == 0

@@ -11,7 +11,8 @@ from scipy.special import ndtr
 
 from frostglass.core.errors import BadInput
 from frostglass.guarantees.accounting import accounted_epsilon
-from frostglass.guarantees.exchange import _Exchange, exchanged_epsilon
+from frostglass.guarantees.composed import ExchangedLoss
+from frostglass.guarantees.exchange import exchanged_epsilon
 from frostglass.guarantees.summary import Setting, epsilons
 
 PAIRS = [(1.0, 0.01), (1.0, 0.1), (0.5, 0.3), (2.0, 0.5), (1.0, 0.9)]
@@ -49,10 +50,10 @@ def test_the_privacy_loss_has_the_distribution_of_drawn_ones(sigma: float, q: fl
     x = sigma * made.normal(size=20_000) + (made.random(20_000) < q)
     losses = np.array([loss(v, sigma, q) for v in x])
     levels = np.quantile(losses, [0.01, 0.2, 0.5, 0.8, 0.99])
-    assert _Exchange(sigma, q).cdf(levels) == pytest.approx([0.01, 0.2, 0.5, 0.8, 0.99], abs=0.012)
+    assert ExchangedLoss(sigma, q).cdf(levels) == pytest.approx([0.01, 0.2, 0.5, 0.8, 0.99], abs=0.012)
     # E_P[(P/Q)^2] is the divergence of order 3, E_P of e^(2 loss)
     if sigma >= 1:
-        assert np.exp(2 * losses).mean() == pytest.approx(math.exp(2 * _Exchange(sigma, q).rdp(3.0)), rel=0.2)
+        assert np.exp(2 * losses).mean() == pytest.approx(math.exp(2 * ExchangedLoss(sigma, q).rdp(3.0)), rel=0.2)
 
 
 def test_many_steps_are_below_their_renyi_account_and_above_one_step() -> None:

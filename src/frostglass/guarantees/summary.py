@@ -10,10 +10,13 @@ from typing import Any
 from frostglass.core.randomness import Rng
 from frostglass.guarantees import conversions, rero
 from frostglass.guarantees.accounting import Accountant, accounted_epsilon
+from frostglass.guarantees.composed import composed_gammas
 from frostglass.guarantees.domain import SENSITIVITY, Adjacency, check
 from frostglass.guarantees.exchange import exchanged_epsilon
 from frostglass.guarantees.psnr_ceiling import psnr_ceiling
 
+MANY = 1000
+"""Releases from which the bound under sampling is composed numerically, where a grid can be had, and not simulated."""
 MOST_SAMPLED = 10**6
 """Releases that are simulated at the most; of more, the bound without sampling is given, which holds too."""
 PRV_GRID = 30_000
@@ -94,11 +97,6 @@ class Bound:
         return min(1.0, self.gamma + 3 * self.standard_error)
 
 
-def simulated(setting: Setting) -> bool:
-    """Whether `bounds` takes a simulation: under sampling, up to `MOST_SAMPLED` releases."""
-    return setting.rate < 1 and setting.steps <= MOST_SAMPLED
-
-
 def bounds(
     setting: Setting,
     kappas: Sequence[float],
@@ -106,14 +104,25 @@ def bounds(
     samples: int | None = None,
     tick: Callable[[int], object] = lambda runs: None,
 ) -> list[Bound]:
-    """gamma at each kappa: in closed form, or simulated (`simulated`; `samples` and `tick` as in `rero.subsampled`).
+    """gamma at each kappa: in closed form; under sampling composed numerically from `MANY` releases on, else simulated.
+
+    Args:
+        setting: the mechanism.
+        kappas: levels in (0, 1).
+        rng: of the simulation.
+        samples, tick: of the simulation, if there is one, as in `rero.subsampled`; `tick` is told of 0 runs first.
 
     Raises:
         BadInput: a kappa outside (0, 1).
     """
     s = setting
-    if not simulated(s):
+    if s.rate < 1 and s.steps >= MANY:
+        composed = composed_gammas(kappas, s.noise_multiplier, s.steps, s.rate, s.adjacency)
+        if composed is not None:
+            return [Bound(k, g) for k, g in zip(kappas, composed, strict=True)]
+    if s.rate == 1 or s.steps > MOST_SAMPLED:
         return [Bound(k, rero.gaussian(k, s.noise_multiplier, s.steps, s.adjacency)) for k in kappas]
+    tick(0)
     found = rero.subsampled(
         kappas, s.noise_multiplier, s.steps, s.rate, rng, adjacency=s.adjacency, samples=samples, tick=tick
     )  # fmt: skip

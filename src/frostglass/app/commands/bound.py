@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -35,7 +37,7 @@ MOST_STEPS = 10**12
     "--unit", type=click.Choice(["image", "client"]), default="image", show_default=True, help="Clipped unit."
 )
 @click.option("--image", metavar="CxHxW", help="Shape for the PSNR ceiling, as 3x32x32.")
-@click.option("--samples", type=int, help="Simulated runs if --rate < 1.  [default: 2e5, 1e6 for kappa <= 1e-3]")
+@click.option("--samples", type=int, help="Runs, where gamma is simulated.  [default: 2e5, 1e6 for kappa <= 1e-3]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the simulation.")
 @click.option("--format", "style", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw gamma against kappa (.png, .svg, .pdf).")
@@ -60,7 +62,7 @@ def command(
     from frostglass.core.randomness import Rng
     from frostglass.guarantees.domain import LEAST_NOISE
     from frostglass.guarantees.rero import samples_for
-    from frostglass.guarantees.summary import MOST_SAMPLED, Setting, bounds, epsilons, simulated, to_json
+    from frostglass.guarantees.summary import MOST_SAMPLED, Setting, bounds, epsilons, to_json
 
     if 0 < sigma < LEAST_NOISE:
         raise BadInput(
@@ -78,9 +80,14 @@ def command(
     if samples is not None and samples < 1000:
         raise BadInput(f"--samples: {samples} is too few for a standard error; give at least 1000.")
     rng = Rng.from_seed(seed, "bound")
-    runs, quiet = samples or samples_for(levels), None if simulated(setting) else True  # None: shown on a terminal
-    with tqdm(total=runs, desc="simulating", unit="run", unit_scale=True, disable=quiet) as bar:
-        found = bounds(setting, levels, rng, samples, bar.update)
+    with ExitStack() as held:
+
+        @functools.cache
+        def bar() -> Any:  # once something is simulated, and on a terminal
+            total = samples or samples_for(levels)
+            return held.enter_context(tqdm(total=total, desc="simulating", unit="run", unit_scale=True, disable=None))
+
+        found = bounds(setting, levels, rng, samples, lambda runs: bar().update(runs))
     spent = epsilons(setting)
     if style == "json":
         click.echo(json.dumps(to_json(setting, found, spent, shape), indent=2))
@@ -149,6 +156,8 @@ def _text(
     lines += ["", "This holds if:", *(f"  - {a}" for a in setting.assumptions())]
     if any(b.standard_error for b in found):
         lines.append("± is one standard error of the simulation.")
+    elif setting.rate < 1:
+        lines.append("Composed numerically and rounded up, by about 1 %.")
     return "\n".join(lines)
 
 
