@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from frostglass.core.files import write_json
+from frostglass.core.printable import plain
 from frostglass.defenses.dp_instahide import PIXELS
 from frostglass.federated.federation import Federation
 from frostglass.federated.global_accuracy import Accuracy
@@ -75,15 +76,16 @@ def line(row: dict[str, Any], rounds: int) -> str:
         return f"start: {words[0]}"
     if row["loss"] is not None:
         words.append(f"loss {row['loss']:.4f}")
-    epsilons = [c["epsilon"] for c in row["clients"] if c.get("epsilon") is not None]
-    if epsilons:
-        unit = next((c["unit"] for c in row["clients"] if c.get("unit")), "image")
-        words.append(f"epsilon up to {max(epsilons):.2f} {UNITS[unit]}")
+    spent = [c for c in row["clients"] if c.get("epsilon") is not None]
+    if spent:
+        worst = max(spent, key=lambda c: float(c["epsilon"]))
+        words.append(f"epsilon up to {worst['epsilon']:.2f} {UNITS[worst['unit']]}")
     exposures = [c["exposure-max"] for c in row["clients"] if c.get("exposure-max") is not None]
     if exposures:
         words.append(f"images in up to {max(exposures)} encodings")
     words.append(f"{len(row['clients'])} clients")
-    lost = "".join(f"\n  left out: client {c['client']}: {c['reason']}" for c in row["left_out"])
+    # clients give the reasons, and are not trusted
+    lost = "".join(f"\n  left out: client {plain(c['client'])}: {plain(c['reason'])}" for c in row["left_out"])
     if not row["clients"]:
         lost += "\n  no update could be used: the weights stay as they are"
     return f"round {n}/{rounds}: {', '.join(words)}{lost}"

@@ -178,6 +178,16 @@ def test_a_client_without_images_says_so(tmp_path) -> None:
     ]
 
 
+def test_the_reason_that_a_client_gives_steers_no_terminal(tmp_path) -> None:
+    def lying(reply) -> None:
+        raise RuntimeError("gone\x1b[2J\nround 1/1: accuracy 1.0000")
+
+    history = federate(ONE, tmp_path, mods=[spoiling(1, lying)])
+    (said,) = [text for text in history["said"] if "left out: client 1" in text]
+    assert "\x1b" not in said
+    assert [part.strip().partition(" ")[0] for part in said.splitlines()] == ["round", "left"]
+
+
 def test_a_round_without_a_good_update_keeps_the_weights_and_says_so(tmp_path) -> None:
     history = federate(plan(), tmp_path, mods=[spoiling(i, changed(nan)) for i in range(3)])
     start, end = federation_of(plan()).model.state_dict(), weights(tmp_path)
