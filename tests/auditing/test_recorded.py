@@ -644,6 +644,12 @@ def test_a_network_of_the_users_own_and_truth_as_tensors(tmp_path: Path) -> None
     assert report.cells[0].summary.psnr_worst is not None
     assert report.cells[0].summary.psnr_worst > 60
     assert any(f["about"] == "normalisation" for f in rows(report)[0]["findings"])
+    for unset in (Tiny().to("meta"), torch.nn.Sequential(torch.nn.LazyBatchNorm2d(affine=False), Tiny())):
+        with pytest.raises(BadInput, match="has no values yet"):
+            audit_updates(
+                gradients=tmp_path / "g.safetensors", weights=tmp_path / "w.safetensors", model=unset,
+                known={"channels": 1, "size": 8},
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,10 @@ DIVERGED[1].bias.data[0] = float("nan")
         (Inputs(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), X), "'1.weight' of 'Sequential' has no values yet"),
         (Inputs(nn.Sequential(nn.Flatten(), nn.Linear(192, 3, device="meta")), X), "has no values yet"),
         (Inputs(DIVERGED, X), "'1.bias' of the model has values that are not finite"),
+        (
+            Inputs(nn.Sequential(nn.BatchNorm2d(3, affine=False, device="meta"), nn.Flatten(), nn.Linear(192, 3)), X),
+            "'0.running_mean' of 'Sequential' has no values yet",
+        ),
         (Inputs(nn.Flatten(), X), "no parameter of the model requires a gradient"),
         (Inputs(Answer(lambda x: x.mean(1)), X), "must return logits"),
         (Inputs(Answer(lambda x: [x]), X), "must return logits"),

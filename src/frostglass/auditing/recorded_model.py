@@ -76,8 +76,8 @@ def network_of(plan: UpdatesPlan, source: Source, given: nn.Module | None = None
     shape = _image_shape(plan, source, about)
     own = given is None and plan.model in (None, about.get("name"))
     if given is not None:
+        refuse_unset(given, type(given).__name__)  # some of these cannot even be copied
         module, name = copy.deepcopy(unwrapped(given)), f"{FROM_PYTHON}:{type(given).__name__}"
-        refuse_unset(module, type(given).__name__)
         options: dict[str, Any] = {}
     else:
         name = plan.model or about.get("name", "")

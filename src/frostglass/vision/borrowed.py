@@ -52,13 +52,14 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 
 def refuse_unset(network: nn.Module, name: str) -> None:
-    """Ends on parameters without values; those on the meta device may be wanted (`with torch.device("meta")`).
+    """Ends on parameters and buffers without values; the meta device may be wanted (`with torch.device("meta")`).
 
     Raises:
-        BadInput: a lazy layer that has seen no input, or a parameter on the meta device.
+        BadInput: a lazy layer that has seen no input, or a tensor on the meta device.
     """
     wanted = torch.get_default_device().type == "meta"
-    unset = next((n for n, p in network.named_parameters() if is_lazy(p) or (p.is_meta and not wanted)), None)
+    held = (*network.named_parameters(), *network.named_buffers())
+    unset = next((n for n, t in held if is_lazy(t) or (t.is_meta and not wanted)), None)
     if unset is not None:
         raise BadInput(
             f"model: {unset!r} of {name!r} has no values yet, as in a lazy layer or on the meta device; give it a size "
