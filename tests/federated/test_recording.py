@@ -15,6 +15,7 @@ from torch import Tensor
 
 from frostglass.core.errors import BadInput
 from frostglass.core.update import LocalPlan
+from frostglass.federated.gradient_tap import GradientTap
 from frostglass.federated.record_header import HEADERS, INFO, digest
 from frostglass.federated.recorded import read_record
 from frostglass.federated.recording import Received, Recorder
@@ -90,6 +91,51 @@ def test_a_slow_disk_drops_tensors_and_never_waits(tmp_path: Path, monkeypatch: 
     assert len(dropped) >= 2  # one in the writer's hands, two in the queue
     assert all(h.reason == "the disk is slower than the clients" and h.sha256 for h in dropped)
     assert {h.number for h in (u.header for u in held.updates)} == {1, 2, 3, 4, 5}
+
+
+def test_a_tap_in_a_training_loop_waits_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are chosen and bounded, so that none of them may be missing because they came quickly."""
+    tap = GradientTap(tmp_path / "r", engine="test", note="own", most=30)
+    save = tap.recorder._save
+
+    def slow(name: str, tensors: dict[str, Tensor]) -> None:
+        time.sleep(0.05)  # many steps of this loop; the test holds however long it is
+        save(name, tensors)
+
+    monkeypatch.setattr(tap.recorder, "_save", slow)
+    net = torch.nn.Linear(3, 2)
+    for step in range(30):
+        torch.nn.init.constant_(net.weight, float(step))
+        tap.take(net, {"weight": torch.full((2, 3), float(step))})
+    tap.close()
+    held = read_record(tmp_path / "r").updates
+    assert [u.header.round for u in held] == list(range(1, 31))
+    for step, got in enumerate(held):
+        assert float(got.payload()[0]["weight"][0, 0]) == float(got.sent()["weight"][0, 0]) == step
+
+
+def test_a_disk_that_does_not_answer_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, waits = threading.Event(), []
+    record = Recorder(tmp_path / "r", engine="test", in_flight=1, patience=0.01)
+    save, put = record._save, record._queue.put
+
+    def hanging(name: str, tensors: dict[str, Tensor]) -> None:
+        gate.wait(30)
+        save(name, tensors)
+
+    def counted(item: object, block: bool = True, timeout: float | None = None) -> None:
+        waits.append(block)
+        put(item, block, timeout)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(record, "_save", hanging)
+    monkeypatch.setattr(record._queue, "put", counted)
+    for i in range(8):
+        record.received(Received(1, str(i), update(i)))
+    gate.set()
+    record.close()
+    dropped = [u.header for u in read_record(tmp_path / "r").updates if u.header.file is None]
+    assert len(dropped) >= 5
+    assert waits[-2] is False  # the last update; then comes the end
 
 
 def test_nothing_that_breaks_reaches_the_training(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from frostglass.federated.recording import DEFAULT_BYTES, Received, Recorder
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 120.0
+"""Seconds that training waits, once, for a disk that does not answer."""
+
 OWN = "this process's own gradient, before anything is averaged"
 ACCUMULATED = "with gradient accumulation, that of all micro-batches of the step together"
 
@@ -28,8 +31,8 @@ ACCUMULATED = "with gradient accumulation, that of all micro-batches of the step
 class GradientTap:
     """Writes down every n-th gradient of a training loop, up to a limit; never raises into it.
 
-    The gradient is copied where it is taken; files are written by the recorder's thread, save for the weights, which
-    are written while training waits: `every` and `most` bound that.
+    Gradient and weights are copied where they are taken, and written by the recorder's thread. Where that is behind by
+    some steps, training waits for the disk, and nothing is left out: `every` and `most` bound that.
 
     Args:
         folder: of the record: new or empty.
@@ -68,8 +71,9 @@ class GradientTap:
         if every < 1 or most < 1:
             raise BadInput(f"record: every = {every} and most = {most} must be at least 1.")
         self.recorder = Recorder(
-            folder, engine=engine, model=model, image_shape=image_shape, max_bytes=max_bytes, note=note
-        )
+            folder, engine=engine, model=model, image_shape=image_shape, max_bytes=max_bytes, note=note,
+            patience=PATIENCE,
+        )  # fmt: skip
         self.client, self.clients, self.every, self.most = client, clients, every, most
         self.defence, self.loss_scale = defence, loss_scale
         self.steps = self.recorded = 0

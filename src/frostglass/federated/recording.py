@@ -1,7 +1,8 @@
 """Writes down what a server received: headers and hashes of all updates, tensors as far as there is room for them.
 
-A recorder never raises into the training that it watches and never holds it up: tensors are written by a thread of its
-own, from a queue that holds one update a client; when the queue or the disk is full the tensors are dropped and named.
+A recorder never raises into the training that it watches: tensors are written by a thread of its own, from a queue that
+holds one update a client; when the disk is full the tensors are dropped and named. So they are when the queue is full,
+unless the recorder was made to wait: then training goes at the pace of the disk.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Recorder:
         max_bytes: of all tensors together; later ones are dropped and named.
         in_flight: updates that wait for the disk at the most; one per client of a round.
         note: what is seen here.
+        patience: seconds that a full queue may hold up whoever records; used up once, by a disk that hangs.
 
     Raises:
         BadInput: the folder holds something, or cannot be written.
@@ -100,6 +102,7 @@ class Recorder:
         max_bytes: int = DEFAULT_BYTES,
         in_flight: int = 8,
         note: str = "",
+        patience: float = 0.0,
     ) -> None:
         self.folder = Path(folder)
         if max_bytes < 1 or in_flight < 1:
@@ -118,7 +121,7 @@ class Recorder:
             raise BadInput(
                 f"record: {self.folder} cannot be written ({wrong.strerror}); name another folder."
             ) from None
-        self.max_bytes = max_bytes
+        self.max_bytes, self._patience = max_bytes, patience
         self.problems: list[str] = []
         self._used = self._number = 0
         self._sent: dict[int, tuple[str | None, str]] = {}
@@ -149,7 +152,7 @@ class Recorder:
             self._note(f"round {round}: the weights that were sent are not kept ({wrong})")
 
     def received(self, got: Received) -> None:
-        """One update; returns at once."""
+        """One update; returns at once, or when there is room in the queue."""
         if self._closed:
             return
         try:
@@ -212,9 +215,11 @@ class Recorder:
             return f"the record is full ({self.max_bytes} bytes)"
         # a copy: whoever sends may go on to change its weights in place
         own = {n: t.clone() if header is None else t for n, t in tensors.items()}
+        patience = self._patience if self._thread.is_alive() else 0.0  # in a forked process nobody empties the queue
         try:
-            self._queue.put_nowait((header, name, own))
+            self._queue.put((header, name, own), block=patience > 0, timeout=patience)
         except queue.Full:
+            self._patience = 0.0  # a disk that hangs holds training up once, not at every step
             self._give_back(size)
             return "the disk is slower than the clients"
         return ""
