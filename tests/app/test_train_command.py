@@ -120,6 +120,29 @@ def test_a_killed_plain_run_ends_as_the_straight_one(plan, tmp_path, capsys, mon
     assert len(right) == 3
 
 
+def test_dropout_follows_the_seed_and_leaves_the_generator_of_torch(plan, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "drops.py").write_text(
+        "from torch import nn\n\n\ndef make():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plan.write_text(
+        '[data]\nsource="digits"\nlimit=300\n[model]\nname="drops:make"\n'
+        '[[method]]\nkind="plain"\n[training]\nepochs=3\nbatch=50\n'
+    )
+    before = torch.get_rng_state()
+    assert call(capsys, "train", plan, "--out", tmp_path / "straight")[0] == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)  # another state of torch's own generator, as in another process
+    with monkeypatch.context() as cut:
+        kill_after(2, cut)
+        with pytest.raises(Killed):
+            main(["train", str(plan), "--out", str(tmp_path / "cut")])
+    assert call(capsys, "train", plan, "--out", tmp_path / "cut", "--resume")[0] == 0
+    weights = [(tmp_path / name / "plain-0" / "model.safetensors").read_bytes() for name in ("straight", "cut")]
+    assert weights[0] == weights[1]
+
+
 def kill_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real = training.Run._epoch
 

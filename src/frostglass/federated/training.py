@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from frostglass.core.errors import BadInput
 from frostglass.core.files import write_json, write_text, written_beside
-from frostglass.core.randomness import Rng
+from frostglass.core.randomness import Rng, global_draws
 from frostglass.defenses.honesty import RESUMED, caution
 from frostglass.defenses.sets.owner import Progress, load_progress
 from frostglass.federated.feeds import EncodedFeed, Feed, feed_of, takes_encodings
@@ -129,7 +129,10 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(self.model(images), targets)
+            # of the forward pass alone: what an encoder draws must not follow from the plan's seed
+            with global_draws(self.rng.at("dropout", epoch, number), self.device):
+                outputs = self.model(images)
+            loss = nn.functional.cross_entropy(outputs, targets)
             loss.backward()
             self.optimizer.step()
             summed += loss.detach().double() * len(images)
