@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import stat
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +310,32 @@ def test_bad_plans_are_refused_in_words(plan, tmp_path, capsys, override, senten
         assert not list((tmp_path / "run").rglob("*.*"))
     else:
         assert not (tmp_path / "run").exists(), "a refused run keeps its folder from the corrected command"
+
+
+@pytest.mark.parametrize(
+    ("network", "batch", "sentence"),
+    [
+        ("nn.Linear(64, 10).requires_grad_(False)", 50, "no parameter that is trained"),
+        ("nn.Linear(64, 10).bfloat16()", 50, "cannot be trained on float32 images"),
+        ("nn.Linear(64, 10), nn.BatchNorm1d(10)", 50, "training.batch: 50 leaves one of 201 images"),
+        ("nn.Linear(64, 10), nn.BatchNorm1d(10)", 1, "training.batch: 1 leaves one of 201 images"),
+    ],
+)
+def test_a_network_that_cannot_make_a_step_is_refused(
+    plan, tmp_path, capsys, monkeypatch, network: str, batch: int, sentence: str
+) -> None:
+    (tmp_path / "odd.py").write_text(
+        f"from torch import nn\n\n\ndef make():\n    return nn.Sequential(nn.Flatten(), {network})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd", raising=False)
+    plan.write_text(
+        f'[data]\nsource="digits"\nlimit=251\n[model]\nname="odd:make"\n'
+        f'[[method]]\nkind="plain"\n[training]\nepochs=1\nbatch={batch}\n'
+    )
+    code, _, said = call(capsys, "train", plan, "--out", tmp_path / "run")
+    assert (code, sentence in said) == (2, True), said
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_belongs_to_its_plan(plan, tmp_path, capsys) -> None:

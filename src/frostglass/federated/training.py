@@ -21,6 +21,7 @@ from frostglass.core.randomness import Rng, global_draws
 from frostglass.defenses.honesty import RESUMED, caution
 from frostglass.defenses.sets.owner import Progress, load_progress
 from frostglass.federated.feeds import EncodedFeed, Feed, feed_of, takes_encodings
+from frostglass.federated.first_step import refuse_untrainable
 from frostglass.federated.train_plan import MethodPlan, TrainingPlan, TrainPlan
 from frostglass.vision.byte_images import ByteImages
 from frostglass.vision.networks import build
@@ -116,7 +117,10 @@ class Run:
             self.plan.model.name, classes=self.train.classes, channels=channels, size=size,
             options=self.plan.model.options, rng=self.rng.at("model"),
         )  # fmt: skip
-        return (model if self.method.kind == "plain" else takes_encodings(model, self.method.sees)).to(self.device)
+        model = (model if self.method.kind == "plain" else takes_encodings(model, self.method.sees)).to(self.device)
+        shape, batch = tuple(self.train.images.shape[1:]), self.plan.training.batch
+        refuse_untrainable(model, self.plan.model.name, shape, len(self.train), batch)
+        return model
 
     def _epoch(self, epoch: int) -> dict[str, float]:
         t = self.plan.training
