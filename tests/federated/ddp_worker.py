@@ -55,7 +55,7 @@ def own_gradient(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict
 
 def train(
     rank: int, folder: Path, name: str, *, tapped: bool, accumulate: int = 1, own_hook: bool = False,
-    broken: bool = False, taps: dict[str, Any] | None = None, **settings: Any,
+    broken: bool = False, synchronised: bool = False, taps: dict[str, Any] | None = None, **settings: Any,
 ) -> None:  # fmt: skip
     """Trains and saves weights; with a tap also the gradients that it should have seen."""
     ddp = DistributedDataParallel(network(), **settings)
@@ -74,7 +74,7 @@ def train(
             save_file(own_gradient(ddp.module, batches), folder / f"{name}-own-{rank}-{step + 1}.safetensors")
         optimizer.zero_grad()
         for i, (x, y) in enumerate(batches):
-            with ddp.no_sync() if i < accumulate - 1 else nullcontext():
+            with ddp.no_sync() if i < accumulate - 1 and not synchronised else nullcontext():
                 nn.functional.cross_entropy(ddp(x), y).backward()
         optimizer.step()
     if tap is not None:
@@ -131,6 +131,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         train(rank, folder, "one_bucket", tapped=tapped)
         train(rank, folder, "buckets", tapped=tapped, bucket_cap_mb=0.01)
         train(rank, folder, "accumulated", tapped=tapped, accumulate=2, bucket_cap_mb=0.01)
+        train(rank, folder, "carried", tapped=tapped, accumulate=2, synchronised=True, bucket_cap_mb=0.01)
         train(rank, folder, "fp16", tapped=tapped, own_hook=True)
         train(rank, folder, "broken", tapped=tapped, broken=tapped)
         train(rank, folder, "chosen", tapped=tapped, taps={"every": 2, "most": 1, "loss_scale": lambda: 4.0})

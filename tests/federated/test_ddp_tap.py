@@ -51,7 +51,7 @@ def record(folder: Path, name: str, rank: int) -> Record:
     return read_record(folder / f"{name}-record" / f"rank-{rank}")
 
 
-@pytest.mark.parametrize("name", ["one_bucket", "buckets", "accumulated", "fp16", "broken", "chosen"])
+@pytest.mark.parametrize("name", ["one_bucket", "buckets", "accumulated", "carried", "fp16", "broken", "chosen"])
 def test_training_gives_the_same_weights_to_the_last_bit(done: Path, name: str) -> None:
     for rank in range(WORLD):
         plain, tapped = (load_file(done / f"{name}-{how}-{rank}.safetensors") for how in ("plain", "tapped"))
@@ -99,6 +99,16 @@ def test_headers_say_what_was_seen(done: Path) -> None:
     assert plan is not None
     assert (plan.kind, plan.mode) == ("gradient", "train")
     assert record(done, "one_bucket", 0).updates[0].header.examples == 4
+
+
+def test_a_pass_on_top_of_an_average_is_not_said_to_be_an_own_gradient(done: Path) -> None:
+    """Accumulation without `no_sync`: the second pass sends the average of the first with its own gradient."""
+    held = record(done, "carried", 1)
+    assert [u.header.round for u in held.updates] == list(range(1, 9))
+    for got in held.updates:
+        told = [p for p in got.header.problems if "no own gradient" in p]
+        assert len(told) == (got.header.round % 2 == 0)
+    assert not any(u.header.problems for u in record(done, "accumulated", 1).updates)
 
 
 def test_steps_are_chosen_and_bounded_and_unscaled(done: Path) -> None:

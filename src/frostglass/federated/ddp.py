@@ -37,7 +37,9 @@ class LocalGradients:
     """The communication hook: copies each bucket's gradients, then reduces as DDP would have, or as another hook does.
 
     Buckets hold parameters in an order of their own, which DDP changes after the first pass: gradients are named by
-    the identity of the parameter. Under `no_sync` no hook is called; the next synchronised pass holds the sum.
+    the identity of the parameter. Under `no_sync` no hook is called; the next synchronised pass holds the sum. Where
+    two passes are synchronised and gradients not zeroed between them, the second sends the average of the first with
+    its own gradient: no own gradient can be seen then, and the record says so.
 
     Args:
         ddp: the wrapped network.
@@ -50,6 +52,23 @@ class LocalGradients:
         self._names = {id(p): n for n, p in ddp.module.named_parameters()}
         self._held: dict[str, Tensor] = {}
         self._strange = 0
+        self._between, self._carried = True, 0  # nothing was computed since the last synchronised pass; what it left
+
+        def look(called: nn.Module, _: Any) -> None:
+            # tracing it would cost a compiled network its one graph; deep copies take hooks along
+            if not torch.compiler.is_compiling() and called is self.ddp and torch.is_grad_enabled():
+                self._begin()
+
+        ddp.register_forward_pre_hook(look)
+
+    def _begin(self) -> None:
+        try:
+            if self._between and self.tap.due:
+                left = [p.grad for p in self.ddp.module.parameters() if p.grad is not None]
+                self._carried = sum(bool(g.any()) for g in left)
+            self._between = False
+        except Exception as wrong:  # nor the forward pass
+            self.tap.failed(wrong)
 
     def __call__(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """What DDP calls for each bucket, in each process."""
@@ -74,8 +93,15 @@ class LocalGradients:
     def _end(self) -> None:
         held, self._held = self._held, {}
         strange, self._strange = self._strange, 0
-        problems = (f"{strange} gradients belong to no named parameter",) if strange else ()
-        self.tap.take(self.ddp.module, held, problems)
+        problems = [f"{strange} gradients belong to no named parameter"] if strange else []
+        if self._carried:
+            problems.append(
+                f"{self._carried} parameters had a gradient before this pass: where an earlier synchronised one left "
+                "it, it is an average over all processes, and what is recorded is no own gradient; accumulate under "
+                "no_sync"
+            )
+        self._between, self._carried = True, 0
+        self.tap.take(self.ddp.module, held, tuple(problems))
 
     def _averaged(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """As DDP does it without a hook, to the last bit: it multiplies by 1 / n (divides where it works in place)."""
