@@ -121,6 +121,27 @@ def test_a_killed_plain_run_ends_as_the_straight_one(plan, tmp_path, capsys, mon
     assert len(right) == 3
 
 
+def test_what_tensorboard_shows_is_on_disk_after_every_epoch(plan, tmp_path, capsys, monkeypatch) -> None:
+    """A run that is killed cannot write it later, and a resumed one begins behind it."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    seen: list[list[int]] = []
+    real = training.Run._epoch
+
+    def epoch(self: training.Run, number: int) -> dict[str, float]:
+        if number:
+            held = events.EventAccumulator(str(self.folder))
+            held.Reload()
+            seen.append([scalar.step for scalar in held.Scalars("loss")])
+        return real(self, number)
+
+    monkeypatch.setattr(training.Run, "_epoch", epoch)
+    plan.write_text(
+        plan.read_text().split("[[method]]")[0] + "[[method]]\nkind='plain'\n[training]\nepochs=4\nbatch=50\n"
+    )
+    assert call(capsys, "train", plan, "--out", tmp_path / "run")[0] == 0
+    assert seen == [[1], [1, 2], [1, 2, 3]]
+
+
 def test_dropout_follows_the_seed_and_leaves_the_generator_of_torch(plan, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "drops.py").write_text(
         "from torch import nn\n\n\ndef make():\n"

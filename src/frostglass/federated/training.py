@@ -99,6 +99,8 @@ class Run:
                 for name, value in row.items():
                     if writer is not None and name != "epoch":
                         writer.add_scalar(name, float(value), epoch + 1)
+                if writer is not None:
+                    writer.flush()  # by itself every two minutes, and a resumed run does not write these rows again
         return self._end(rows)
 
     def _result_before(self) -> dict[str, Any]:
