@@ -75,6 +75,10 @@ def test_other_formats(tmp_path) -> None:
         assert generator_states(tmp_path / name)
     save_file({"w": torch.ones(2)}, tmp_path / "d.safetensors")
     assert generator_states(tmp_path / "d.safetensors") == []
+    (tmp_path / "upper").mkdir()
+    for name in ("b.npz", "c.safetensors"):
+        (tmp_path / name).rename(tmp_path / "upper" / name.upper())
+    assert len(generator_states(tmp_path / "upper")) == 2
 
 
 @pytest.mark.parametrize("old", [True, False])

@@ -69,9 +69,10 @@ def check_checkpoint(path: Path) -> list[Finding]:
         ]
     if not path.is_file():
         raise BadInput(f"check-checkpoint: {path} does not exist; give a checkpoint file or a folder of them.")
-    if path.suffix == ".safetensors":
+    ending = path.suffix.lower()
+    if ending == ".safetensors":
         return list(_unique(_safetensors(path)))
-    if path.suffix == ".npz":
+    if ending == ".npz":
         return list(_unique(_npz(path)))
     try:
         with warnings.catch_warnings():
