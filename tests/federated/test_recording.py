@@ -114,6 +114,18 @@ def test_a_tap_in_a_training_loop_waits_for_a_slow_disk(tmp_path: Path, monkeypa
         assert float(got.payload()[0]["weight"][0, 0]) == float(got.sent()["weight"][0, 0]) == step
 
 
+def test_a_closed_tap_leaves_no_hook(tmp_path: Path) -> None:
+    """One that is a function within a function would keep the module from being saved whole."""
+    net = torch.nn.Linear(3, 2)
+    with GradientTap(tmp_path / "r", engine="test", note="own") as tap:
+        tap.watch(net)
+        net(torch.ones(5, 3)).sum().backward()
+        tap.take(net, {n: p.grad for n, p in net.named_parameters() if p.grad is not None})
+    assert not net._forward_pre_hooks
+    torch.save(net, tmp_path / "whole.pt")
+    assert read_record(tmp_path / "r").updates[0].header.examples == 5
+
+
 def test_a_disk_that_does_not_answer_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, waits = threading.Event(), []
     record = Recorder(tmp_path / "r", engine="test", in_flight=1, patience=0.01)

@@ -59,7 +59,7 @@ class LocalGradients:
             if not torch.compiler.is_compiling() and called is self.ddp and torch.is_grad_enabled():
                 self._begin()
 
-        ddp.register_forward_pre_hook(look)
+        tap.handles.append(ddp.register_forward_pre_hook(look))
 
     def _begin(self) -> None:
         try:
@@ -195,6 +195,8 @@ def record_shards(
         Path(folder) / f"rank-{rank}", engine="fsdp2", note=note, client=f"rank {rank}", clients=world, **settings
     )
     problems = (f"shard {rank} of {world} of {len(names)} parameters, averaged over all processes",)
-    optimizer.register_step_pre_hook(lambda *_: tap.take(module, gradients_of(module) if tap.due else {}, problems))
+    tap.handles.append(
+        optimizer.register_step_pre_hook(lambda *_: tap.take(module, gradients_of(module) if tap.due else {}, problems))
+    )
     tap.watch(module)
     return tap

@@ -77,6 +77,7 @@ class GradientTap:
         self.client, self.clients, self.every, self.most = client, clients, every, most
         self.defence, self.loss_scale = defence, loss_scale
         self.steps = self.recorded = 0
+        self.handles: list[RemovableHandle] = []  # of hooks that end with the tap
         self._examples: int | None = 0
         self._batches = 0
         self._warned = False
@@ -93,13 +94,15 @@ class GradientTap:
         self._batches += 1
 
     def watch(self, module: nn.Module) -> RemovableHandle:
-        """Counts what goes through `module` while gradients are on."""
+        """Counts what goes through `module` while gradients are on, until the tap is closed."""
 
         def look(called: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             if called is module and torch.is_grad_enabled():  # deep copies take hooks along
                 self.saw([*args, named])
 
-        return module.register_forward_pre_hook(look, with_kwargs=True)
+        handle = module.register_forward_pre_hook(look, with_kwargs=True)
+        self.handles.append(handle)
+        return handle
 
     def take(self, module: nn.Module, gradients: Mapping[str, Tensor], problems: tuple[str, ...] = ()) -> None:
         """Ends a step: records it if it is due.
@@ -130,7 +133,9 @@ class GradientTap:
             self._warned = True
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Takes hooks off, as a module with hooks cannot be pickled, and waits until everything is on disk."""
+        while self.handles:
+            self.handles.pop().remove()
         self.recorder.close()
 
     def __enter__(self) -> GradientTap:
