@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from frostglass.core.batch import Batch, one_hot
 from frostglass.core.defense import Defense
@@ -18,6 +18,24 @@ from frostglass.numerics.local_update import local_update
 from frostglass.vision import datasets, networks
 
 ALL = frozenset(Knows)
+
+
+class Reused(nn.Module):
+    """A network whose first weight is used a second time, outside of its layer.
+
+    Args:
+        pixels: of an image.
+        classes: outputs.
+    """
+
+    def __init__(self, pixels: int, classes: int) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(pixels, 8), nn.Linear(pixels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, classes] logits."""
+        hidden = torch.tanh(self.inner(x.flatten(1)))
+        return self.head(torch.tanh(nn.functional.linear(hidden, self.inner.weight.t())))
 
 
 def photo_batch(size: int, batch: int) -> Batch:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from frostglass.attacks.identification.encodings import Mixes
 from frostglass.attacks.identification.gallery import gallery
@@ -21,6 +20,7 @@ from frostglass.core.drive import drive
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.core.runtime import Runtime
+from victims import Reused
 
 CPU = torch.device("cpu")
 RUN = Runtime(Rng.from_seed(5, "gallery"))
@@ -140,23 +140,11 @@ def test_networks_that_cannot_be_streamed_are_gone_through_one_by_one() -> None:
     torch.testing.assert_close(found.scores(slice(0, 20), 8), slow.scores(slice(0, 20), 8), rtol=1e-8, atol=1e-10)
 
 
-class Reused(nn.Module):
-    """Its first weight is used a second time, outside of its layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.head = nn.Linear(64, 8), nn.Linear(64, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.inner(x.flatten(1)))
-        return self.head(torch.tanh(nn.functional.linear(hidden, self.inner.weight.t())))
-
-
 @pytest.mark.parametrize("defense", [None, {"name": "dp_sgd", "clipping_norm": 0.3}])
 def test_a_weight_that_is_used_outside_of_its_layer_is_rehearsed(defense: dict[str, Any] | None) -> None:
     (played,) = rounds(plan_of(defense, batch=3))
     torch.manual_seed(1)
-    model = Reused()
+    model = Reused(64, 10)
     sent = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     seen = replace(played.seen, model=model, messages=(replace(played.seen.messages[0], gradients=sent),))
     found = evidence_of(seen, RUN)

@@ -13,6 +13,7 @@ from frostglass.core.update import LocalPlan
 from frostglass.numerics.local_update import local_update
 from frostglass.numerics.per_sample import agrees, products, streamable
 from frostglass.vision import networks
+from victims import Reused
 
 CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("mlp", {"hidden": (24, 16)}, "train", False),
@@ -120,18 +121,6 @@ def test_networks_whose_images_mix_are_not_streamed() -> None:
     assert not streamable(tied, "eval", alone=True)
 
 
-class Reused(nn.Module):
-    """A weight that is used outside of its layer too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.head = nn.Linear(192, 8), nn.Linear(192, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.inner(x.flatten(1)))
-        return self.head(torch.tanh(nn.functional.linear(hidden, self.inner.weight.t())))
-
-
 class Standardised(nn.Conv2d):
     """A convolution whose forward is its own."""
 
@@ -154,7 +143,7 @@ class Compared(nn.Module):
 def test_what_is_no_layer_of_its_own_is_found_by_comparing() -> None:
     torch.manual_seed(1)
     standardised = nn.Sequential(Standardised(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
-    for model in (Reused(), standardised, Compared()):
+    for model in (Reused(192, 5), standardised, Compared()):
         assert streamable(model, "eval", alone=False)  # by its layers it is one
         assert not agrees(model.double(), *images_and_targets(), "eval", alone=False)
     assert agrees(Odd().double(), *images_and_targets(), "train", alone=False)
