@@ -172,6 +172,15 @@ def test_soft_labels_are_proved_from_a_mean_and_from_a_sum_and_not_from_any_fact
         assert not proof.holds
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_smoothed_labels_are_not_proved_by_a_factor_that_takes_them_up(batch: int) -> None:
+    seen, private = observe("mlp", size=16, batch=batch, knows=ONLY_COUNT, hidden=(256, 64))
+    sent = local_update(seen.model, private.images, 0.9 * private.targets + 0.01, LocalPlan()).gradients
+    proof = prove(times(replace(seen, messages=(GradientMessage(sent, "gradient"),)), 1024.0), private.images)
+    assert proof is not None
+    assert not proof.holds
+
+
 def test_labels_of_known_images_are_solved_exactly_and_a_wrong_image_is_noticed() -> None:
     seen, private = observe("mlp", size=16, batch=6, hidden=(64, 32))
     targets = solve_targets(seen, private.images)
