@@ -307,6 +307,21 @@ def test_clean_checkpoints_pass_and_seeds_are_mentioned(tmp_path, capsys) -> Non
     assert "d.safetensors: rng_state" in out
 
 
+def test_one_file_of_a_folder_that_cannot_be_read_hides_no_other(tmp_path, capsys) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"cut")
+    torch.save({"epoch": 3}, tmp_path / "b.pt")
+    code, out, err = call(capsys, "check-checkpoint", tmp_path)
+    assert code == 2
+    assert "in what could be read" in out
+    assert "a.safetensors" in err
+    assert len(err.splitlines()) == 1
+    torch.save({"rng_state": torch.get_rng_state()}, tmp_path / "c.pt")
+    code, out, err = call(capsys, "check-checkpoint", tmp_path)
+    assert code == 1
+    assert "c.pt: rng_state" in out
+    assert "a.safetensors" in err
+
+
 def test_nothing_in_a_file_is_run(tmp_path, capsys) -> None:
     class Boom:
         def __reduce__(self) -> tuple[object, ...]:

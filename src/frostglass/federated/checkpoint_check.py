@@ -51,11 +51,12 @@ class Finding:
     state: bool = True
 
 
-def check_checkpoint(path: Path) -> list[Finding]:
+def check_checkpoint(path: Path, unread: list[str] | None = None) -> list[Finding]:
     """All generator states and seeds in a file, or in all checkpoint files of a folder.
 
     Args:
         path: .pt, .pth, .ckpt, .bin, .pkl, .npz or .safetensors; or a folder with such files.
+        unread: takes why files of a folder cannot be read; None: the first of them is raised.
 
     Raises:
         BadInput: missing, or no checkpoint.
@@ -64,9 +65,17 @@ def check_checkpoint(path: Path) -> list[Finding]:
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in ENDINGS)
         if not files:
             raise BadInput(f"check-checkpoint: {path} holds no file ending in {', '.join(ENDINGS)}.")
-        return [
-            Finding(f"{f.relative_to(path)}: {x.where}", x.what, x.state) for f in files for x in check_checkpoint(f)
-        ]
+        found = []
+        for file in files:
+            try:
+                inside = check_checkpoint(file)
+            except BadInput as wrong:
+                if unread is None:
+                    raise
+                unread += wrong.problems
+                continue
+            found += [Finding(f"{file.relative_to(path)}: {x.where}", x.what, x.state) for x in inside]
+        return found
     if not path.is_file():
         raise BadInput(f"check-checkpoint: {path} does not exist; give a checkpoint file or a folder of them.")
     ending = path.suffix.lower()
