@@ -167,7 +167,7 @@ def test_a_named_attack_that_does_not_apply_is_refused_before_anything_is_writte
         ({"attack": [{"name": "thaw"}]}, "reads gradients, not encodings"),
         ({"attack": [{"name": "demask", "views": "many"}]}, "is not a whole number"),
         ({"report": {"metrics": ["iip"]}}, "report.metrics"),
-        ({"report": {"metrics": ["psnr"]}}, "report.threshold.metric"),
+        ({"report": {"metrics": ["psnr"], "threshold": {"metric": "fft2d", "value": 1}}}, "report.threshold.metric"),
         ({"atack": []}, "did you mean 'attack'"),
         ({"seed": -1}, "seed"),
     ],

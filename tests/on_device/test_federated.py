@@ -210,7 +210,7 @@ def test_a_gradient_tap_in_a_loop_there(scale: Any, tmp_path: Path) -> None:
 def test_the_hook_of_distributed_data_parallel_copies_buckets_from_there(tmp_path: Path) -> None:
     model = network().to(THERE)
     one_pass(model)
-    wrapped: Any = SimpleNamespace(module=model)
+    wrapped: Any = SimpleNamespace(module=model, register_forward_pre_hook=model.register_forward_pre_hook)
     with GradientTap(tmp_path / "record", engine="own", note="") as tap:
         hook = LocalGradients(wrapped, tap, lambda state, bucket: bucket, None)
         held = list(model.parameters())
