@@ -83,7 +83,7 @@ def _gaussian(setting: Setting, kappa: float) -> float:
 
 @functools.cache
 def _simulated(setting: Setting, kappa: float) -> float:
-    """gamma with three standard errors; once for all cells of an audit, as thousands of releases take minutes."""
+    """gamma with three standard errors; once for all cells of an audit, as hundreds of releases take seconds."""
     return bounds(setting, [kappa], Rng.from_seed(0, "claim"), SAMPLES)[0].upper
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng, global_draws
@@ -46,13 +46,18 @@ def refuse_untrainable(model: nn.Module, name: str, image_shape: tuple[int, ...]
         raise BadInput(f"model: {name!r} cannot be trained on a single float32 image ({wrong}); change what makes it.")
 
 
+def outputs_of_copy(model: nn.Module, image_shape: tuple[int, ...], images: int) -> Tensor:
+    """What a copy answers in train mode to so many black images; torch's generators stay as they are."""
+    black = torch.zeros(images, *image_shape, device=device_of(model))
+    with global_draws(Rng.from_seed(0, "first step"), black.device):
+        answer: Tensor = copy.deepcopy(model).train()(black)
+    return answer
+
+
 def _problem(model: nn.Module, image_shape: tuple[int, ...], images: int) -> str | None:
     """What torch says to one step on so many images; None if it takes it."""
-    tried = copy.deepcopy(model).train()
-    black = torch.zeros(images, *image_shape, device=device_of(model))
     try:
-        with global_draws(Rng.from_seed(0, "first step"), black.device):
-            tried(black).logsumexp(1).sum().backward()
+        outputs_of_copy(model, image_shape, images).logsumexp(1).sum().backward()
     except (ValueError, RuntimeError, TypeError) as wrong:
         return f"{type(wrong).__name__}: {str(wrong).splitlines()[0].rstrip('.')}"
     return None

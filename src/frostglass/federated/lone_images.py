@@ -6,16 +6,14 @@ elsewhere it trains, but under statistics unlike those of other steps, and can u
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from frostglass.core.errors import BadInput
-from frostglass.core.randomness import Rng, global_draws
 from frostglass.core.update import LocalPlan
-from frostglass.federated.exchange import device_of
+from frostglass.federated.first_step import outputs_of_copy
 from frostglass.numerics.bn import bn_layers
 
 
@@ -47,11 +45,9 @@ def refuse_lone_images(
     found = lone_images(model, plan, held)
     if not found:
         return
-    tried = copy.deepcopy(model).train()
-    one = torch.zeros(1, *image_shape, device=device_of(model))
     try:
-        with torch.no_grad(), global_draws(Rng.from_seed(0, "a step of one"), one.device):
-            tried(one)
+        with torch.no_grad():
+            outputs_of_copy(model, image_shape, 1)
     except ValueError:  # torch's "Expected more than 1 value per channel when training"
         raise BadInput(
             f"client.minibatch: {held[found[0]]} images of client {found[0]} leave one to a step of its own, "

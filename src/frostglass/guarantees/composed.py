@@ -92,7 +92,7 @@ def composed(pair: Any, steps: int, epsilon_error: float, delta_error: float, mo
 
 
 class ExchangedLoss:
-    """The privacy loss log P / Q of one step under P, as Opacus wants it; it grows with x and is odd in it."""
+    """The privacy loss log P / Q of one step under P (see `exchange`), as Opacus wants it; odd in x, and grows."""
 
     def __init__(self, sigma: float, rate: float) -> None:
         self.sigma, self.rate = sigma, rate

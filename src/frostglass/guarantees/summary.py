@@ -10,7 +10,7 @@ from typing import Any
 from frostglass.core.randomness import Rng
 from frostglass.guarantees import conversions, rero
 from frostglass.guarantees.accounting import Accountant, accounted_epsilon
-from frostglass.guarantees.composed import composed_gammas
+from frostglass.guarantees.composed import NOISE, composed_gammas
 from frostglass.guarantees.domain import SENSITIVITY, Adjacency, check
 from frostglass.guarantees.exchange import exchanged_epsilon
 from frostglass.guarantees.psnr_ceiling import psnr_ceiling
@@ -144,7 +144,7 @@ def epsilons(setting: Setting) -> dict[str, float]:
     rdp = _accounted(s, "rdp")
     if math.isfinite(rdp):
         found["RDP" if s.exchanged else "RDP, Opacus"] = rdp
-    if 0.3 <= s.effective_noise <= 100 and rdp * math.sqrt(s.steps) <= PRV_GRID:
+    if NOISE[0] <= s.effective_noise <= NOISE[1] and rdp * math.sqrt(s.steps) <= PRV_GRID:
         prv = _accounted(s, "prv")
         if math.isfinite(prv):
             found["PRV, Opacus"] = prv
