@@ -1,6 +1,6 @@
 """How fast a complete InstaHide encoding is: fresh key, coefficients, gather, mix, mask, labels and ledger, one thread.
 
-    python bench/encode.py [--seconds 4] [--out bench/results/encode.json]
+    python bench/encode.py [--seconds 2] [--memories 5] [--out bench/results/encode.json]
 
 An encoding of d pixels reads k images and writes one: (k + 1) 4 d bytes in float32, (k + 2) d from uint8 to bfloat16.
 It is compared, turn by turn, with memcpy of the same bytes (half of them copied: a copy reads and writes), three times:
@@ -9,6 +9,9 @@ It is compared, turn by turn, with memcpy of the same bytes (half of them copied
                     in the caches exactly as far as those of an encoding are: like with like
     memcpy, table   one long piece from a random place of memory as large as that table
     memcpy, cached  between two fixed buffers, which at 32 pixels and batch 128 hardly leave the second-level cache
+
+How fast a copy is depends on where its memory lies, by a fifth from one allocation to the next. So each case is
+measured several times over, in new memory each time; what is said is the median of those, and their range.
 
 Further with mixing alone under fixed keys (its sources stay cached, as those of memcpy, cached); a plain torch path
 (embedding_bag, mask by table, the same kind of keys); the torch path of this library; and the released algorithm's
@@ -130,17 +133,16 @@ def contestants(size: int, batch: int, n: int, k: int, kind: str) -> dict[str, C
     }
 
 
-def measure(turns: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, float]]:
-    """Seconds per call: all contestants take turns, so that other load on the machine meets all alike.
+def measure(turns: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Seconds per call, the median over turns: all contestants take turns, so that other load meets all alike.
 
-    Each number is the mean of a turn: keys are drawn ahead for 4096 encodings, which one call in 32 pays for.
+    Each turn counts with the mean of its calls: keys are drawn ahead for 4096 encodings, which one call in 32 pays for.
     """
     times: dict[str, list[float]] = {name: [] for name in turns}
-    repeats = dict.fromkeys(turns, 0)
     for run in turns.values():
         run()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["complete"]) < 5:
+    while time.perf_counter() < end or len(times["complete"]) < 3:
         for name, run in turns.items():
             run()  # brings its own data back to the caches
             calls, start = 0, time.perf_counter()
@@ -148,28 +150,25 @@ def measure(turns: dict[str, Callable[[], Any]], seconds: float) -> dict[str, di
                 run()
                 calls += 1
             times[name].append(spent / calls)
-            repeats[name] += calls
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def ratios(times: dict[str, float]) -> dict[str, float]:
+    own = times["complete"]
     return {
-        name: {
-            "best": min(t),
-            "median": statistics.median(t),
-            "p10": float(np.quantile(t, 0.1)),
-            "p90": float(np.quantile(t, 0.9)),
-            "turns": len(t),
-            "repeats": repeats[name],
-        }
-        for name, t in times.items()
+        **{f"fraction of memcpy, {what}": times[f"memcpy, {what}"] / own for what in ("rows", "table", "cached")},
+        "mixing under fixed keys, fraction of memcpy, cached": times["memcpy, cached"] / times["mixing, fixed keys"],
+        "times plain torch": times["plain torch"] / own,
+        "times released step": times["released step"] / own,
     }
 
 
-def ratios(times: dict[str, dict[str, float]], by: str) -> dict[str, float]:
-    own = times["complete"][by]
+def over_memories(found: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Median, least and greatest of each number, and all of them in the order of the memories."""
     return {
-        **{f"fraction of memcpy, {what}": times[f"memcpy, {what}"][by] / own for what in ("rows", "table", "cached")},
-        "mixing under fixed keys, fraction of memcpy, cached": times["memcpy, cached"][by]
-        / times["mixing, fixed keys"][by],
-        "times plain torch": times["plain torch"][by] / own,
-        "times released step": times["released step"][by] / own,
+        name: {"median": statistics.median(v), "least": min(v), "greatest": max(v), "all": v}
+        for name in found[0]
+        for v in [[one[name] for one in found]]
     }
 
 
@@ -182,7 +181,8 @@ def cpu_model() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=4.0, help="per case")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per case and memory")
+    parser.add_argument("--memories", type=int, default=5, help="how often each case is set up anew")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "encode.json")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -193,15 +193,18 @@ def main() -> None:
     for size, batch, n in SIZES:
         for k in (4, 6):
             for kind in KINDS:
-                times = measure(contestants(size, batch, n, k, kind), asked.seconds)
+                found = [measure(contestants(size, batch, n, k, kind), asked.seconds) for _ in range(asked.memories)]
+                times, compared = over_memories(found), over_memories([ratios(one) for one in found])
                 case = {"size": size, "batch": batch, "images": n, "k": k, "kind": kind, "seconds per call": times}
                 case["images per second"] = {name: batch / t["median"] for name, t in times.items()}
-                case["ratios of medians"], case["ratios of bests"] = ratios(times, "median"), ratios(times, "best")
+                case["ratios"] = compared
                 cases.append(case)
-                short = ", ".join(f"{v:.2f} {k_}" for k_, v in case["ratios of medians"].items())
-                print(
-                    f"{size} px, {batch} of {n}, k = {k}, {kind}: {batch / times['complete']['median']:,.0f}/s; {short}"
+                short = ", ".join(
+                    f"{v['median']:.2f} ({v['least']:.2f} to {v['greatest']:.2f}) {what}"
+                    for what, v in compared.items()
                 )
+                rate = case["images per second"]["complete"]
+                print(f"{size} px, {batch} of {n}, k = {k}, {kind}: {rate:,.0f}/s; {short}", flush=True)
     result = {
         "what": "complete InstaHide encoding, one thread: key, coefficients, gather, mix, mask, labels, ledger",
         "memcpy": "copies (bytes read + written) / 2 of an encoding. rows: random rows of the same image table, in the "
@@ -212,6 +215,7 @@ def main() -> None:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": 1,
+        "memories": asked.memories,
         "load average": [load, os.getloadavg()[0]],
         "versions": {p: version(p) for p in ("torch", "numpy", "numba", "cryptography")}
         | {"python": platform.python_version()},

@@ -15,7 +15,7 @@ from scipy import stats
 
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure, OsKey
-from frostglass.numerics.keystream import Keystream, Secret
+from frostglass.numerics.keystream import Keystream, Secret, normals_from
 
 KEY = bytes(range(32))
 
@@ -126,6 +126,14 @@ def test_uniforms_normals_and_exponentials_follow_their_laws() -> None:
     assert stats.kstest(stream().normals(40_001), "norm").pvalue > 1e-4
     assert stats.kstest(stream().exponentials(40_000), "expon").pvalue > 1e-4
     assert len(stream().normals(7)) == 7
+
+
+def test_normals_are_finite_for_every_word() -> None:
+    words = np.array([0, 1, 1 << 31, 2**32 - 1], np.uint32)
+    drawn = normals_from(np.repeat(words, 4), np.tile(words, 4))
+    assert drawn.dtype == np.float32
+    assert np.isfinite(drawn).all()
+    assert 6.5 < np.abs(drawn).max() < 6.7
 
 
 def test_permutations_are_uniform() -> None:

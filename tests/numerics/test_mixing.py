@@ -128,6 +128,16 @@ def test_rounding_to_the_grid_favours_no_slot() -> None:
     assert np.abs(off.mean(0) / (off.std(0) / len(off) ** 0.5)).max() < 4
 
 
+@given(st.integers(2, 9), st.integers(0, 99), st.floats(0, 0.3), st.sampled_from([np.float32, np.float64]))
+def test_compiled_shares_are_those_of_numpy_within_bounds(k: int, seed: int, first: float, kind: type) -> None:
+    weights = np.random.default_rng(seed).normal(size=(200, k)).astype(kind)
+    weights[seed % 200] = 0  # no direction, no shares
+    with np.errstate(invalid="ignore", divide="ignore"):
+        plain = key_rows.on_grid(np.abs(weights.astype(np.float64)))
+    for law in (MixLaw(k, k, c1=1), MixLaw(k, 1 + seed % k, c1=0.5, c2=0.2, first=first)):
+        assert np.array_equal(law.shares(weights), plain[law.accepts(plain)])
+
+
 @pytest.mark.parametrize("law", ["folded_normal", "dirichlet"])
 def test_a_large_first_share_has_the_distribution_of_rejection(law: str, monkeypatch) -> None:
     wanted = MixLaw(4, 1, c2=0.0, law=law, first=0.45)
@@ -160,6 +170,21 @@ def test_partners_are_distinct_even_if_there_are_no_more(slots: int, spare: int,
     assert rows.shape == (count, slots)
     assert ((rows >= 0) & (rows < slots + spare)).all()
     assert all(len(set(r)) == slots for r in rows.tolist())
+
+
+def test_partners_are_drawn_the_same_way_without_a_compiler(monkeypatch) -> None:
+    compiled = draw_distinct(stream(3), 50, 5, 40)
+    monkeypatch.setattr(key_rows, "fastest", lambda loop: loop)
+    assert np.array_equal(draw_distinct(stream(3), 50, 5, 40), compiled)
+
+
+def test_partners_of_the_largest_population_are_unbiased() -> None:
+    """A product of a word with 3 * 2^30 has no draw for a quarter of all words: rows are redrawn, not bent."""
+    rows = draw_distinct(stream(), 3 << 30, 2, 40_000)
+    assert rows.shape == (40_000, 2)
+    assert np.abs((rows < 1 << 30).mean(0) - 1 / 3).max() < 0.01
+    with pytest.raises(BadInput, match="the most is"):
+        draw_distinct(stream(), 1 << 32, 2, 1)
 
 
 def test_every_ordered_choice_is_equally_likely() -> None:

@@ -5,6 +5,10 @@ In numpy each of them is several calls with temporary arrays, which at 128 small
 
 from __future__ import annotations
 
+import numpy as np
+
+from frostglass.numerics.mixing_lanes import GRID
+
 
 def next_keys(rows, partners, public, weights, indices, coefficients):  # type: ignore[no-untyped-def]
     """Moves drawn keys to where they are used: what was drawn is overwritten, so that no key row is there twice.
@@ -29,6 +33,80 @@ def next_keys(rows, partners, public, weights, indices, coefficients):  # type: 
         for j in range(indices.shape[1]):
             coefficients[r, j] = weights[r, j]
             weights[r, j] = 0
+
+
+def share_out(weights, most, private, least, first, out):  # type: ignore[no-untyped-def]
+    """|weights| on the grid (`key_rows.on_grid`), one after another those rows that keep the bounds.
+
+    Args:
+        weights: [n, k] floats.
+        most: no share exceeds it.
+        private, least: the first `private` shares come to `least` or more.
+        first: slot 0 has this or more.
+        out: [n, k] float32, to be filled.
+
+    Returns:
+        How many rows are kept. A row of zeros has no shares.
+    """
+    kept = 0
+    for r in range(weights.shape[0]):
+        total = 0.0
+        for j in range(weights.shape[1]):
+            total += abs(weights[r, j])
+        if not total > 0:
+            continue
+        scale = GRID / total
+        reached, before, greatest, inside = 0.0, 0.0, 0.0, 0.0
+        for j in range(weights.shape[1]):
+            reached += abs(weights[r, j]) * scale
+            edge = np.rint(reached)
+            share = (edge - before) / GRID
+            before = edge
+            greatest = max(greatest, share)
+            if j < private:
+                inside += share
+            out[kept, j] = share
+        if greatest <= most and inside >= least and out[kept, 0] >= first:
+            kept += 1
+    return kept
+
+
+def choose_distinct(words, population, out):  # type: ignore[no-untyped-def]
+    """Rows of distinct numbers in 0 .. population - 1, one after another, every such row as likely as any.
+
+    Slot j is a rank among the population - j numbers that its row does not have yet, without bias: multiply and reject
+    (Lemire 2019, arXiv 1805.10941, algorithm 5), a whole row at a time.
+
+    Args:
+        words: [n, slots] random 32-bit words.
+        population: at least `slots`, below 2^32.
+        out: [n, slots] int64, to be filled.
+
+    Returns:
+        How many rows are kept.
+    """
+    kept, slots = 0, words.shape[1]
+    used = np.empty(slots, np.int64)  # ascending
+    for r in range(words.shape[0]):
+        fair = True
+        for j in range(slots):
+            left = np.uint64(population - j)
+            product = np.uint64(words[r, j]) * left
+            low = product & np.uint64(0xFFFFFFFF)
+            if low < left and low < (np.uint64(1 << 32) - left) % left:
+                fair = False
+                break
+            value = np.int64(product >> np.uint64(32))
+            for i in range(j):
+                value += np.int64(value >= used[i])
+            largest = value
+            for i in range(j):  # no branch that depends on what was drawn: it would be guessed wrongly half of the time
+                used[i], largest = min(used[i], largest), max(used[i], largest)
+            used[j] = largest
+            out[kept, j] = value
+        if fair:
+            kept += 1
+    return kept
 
 
 def within(rows, size):  # type: ignore[no-untyped-def]

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Literal, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from frostglass.core.errors import BadInput
+from frostglass.numerics.compiled import fastest, kernel
+from frostglass.numerics.key_loops import choose_distinct, share_out
 from frostglass.numerics.keystream import Keystream
 from frostglass.numerics.mixing_lanes import GRID
 
@@ -84,6 +86,17 @@ class MixLaw:
                 "1000 would be accepted; raise c1 or lower the bounds on the private share."
             )
 
+    def shares(self, weights: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """`on_grid` of |weights| [n, k], of which only rows that keep the bounds; compiled where numba is installed."""
+        run = kernel(share_out)
+        if run is None:
+            rows = on_grid(np.abs(weights.astype(np.float64)))
+            return np.compress(self.accepts(rows), rows, 0)  # rows[...] takes seven times as long
+        rows = np.empty(weights.shape, np.float32)
+        least = self.c2 if self.private < self.k else 0.0
+        most, first = float(np.float32(self.c1)), float(np.float32(self.first))
+        return rows[: run(weights, most, self.private, least, first, rows)]
+
     def accepts(self, rows: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Which coefficient rows [n, k] keep the bounds (as stored, in float32)."""
         # Column by column: numpy is several times slower along a short last axis.
@@ -121,8 +134,8 @@ def acceptance(law: MixLaw) -> float:
     if law.law == "dirichlet":
         weights = g.standard_gamma([3.0] + [1.0] * (law.k - 1), (n, law.k))
     else:
-        weights = np.abs(g.standard_normal((n, law.k)))
-    return float(law.accepts(on_grid(weights)).mean())
+        weights = g.standard_normal((n, law.k))
+    return len(law.shares(weights)) / n
 
 
 def _above(law: MixLaw, uniforms: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -145,8 +158,7 @@ def _above(law: MixLaw, uniforms: NDArray[np.float64]) -> NDArray[np.float32]:
     else:
         shortest = f * f + (1 - f) ** 2 / (k - 1)  # squared length, at row_0 = first and the others alike
         keep = uniforms[:, k] <= (shortest / np.square(rows).sum(1)) ** (k / 2)
-    kept = on_grid(rows[keep])
-    return kept[law.accepts(kept)]
+    return law.shares(rows[keep])
 
 
 @functools.lru_cache(maxsize=256)
@@ -176,9 +188,8 @@ def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.
                 e = stream.exponentials(n * (law.k + 2)).reshape(n, law.k + 2)
                 weights = np.concatenate([e[:, :3].sum(1, keepdims=True), e[:, 3:]], 1)
             else:
-                weights = np.abs(stream.normals(n * law.k)).reshape(n, law.k)
-            rows = on_grid(weights)
-            rows = np.compress(law.accepts(rows), rows, 0)  # rows[...] takes seven times as long
+                weights = stream.normals(n * law.k).reshape(n, law.k)
+            rows = law.shares(weights)
         rows = rows[:missing]
         kept.append(rows)
         missing -= len(rows)
@@ -188,25 +199,24 @@ def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.
 def draw_distinct(stream: Keystream, population: int, slots: int, count: int) -> NDArray[np.int64]:
     """[count, slots] integers in [0, population), distinct within each row, every such row equally likely.
 
-    Slot j is a rank among the population - j values not yet used in its row, so no row is ever redrawn, whatever
-    the size of the population.
+    Slot j is a rank among the population - j values not yet used in its row (`key_loops.choose_distinct`), so hardly
+    ever is a row redrawn, whatever the size of the population.
 
     Raises:
-        BadInput: population < slots.
+        BadInput: population < slots, or a population of 2^32 or more.
     """
     if population < slots:
         raise BadInput(f"k: {slots} distinct partners cannot be drawn from {population} images; lower k or add images.")
-    out = np.empty((count, slots), np.int64)
-    used: list[NDArray[np.int64]] = []  # ascending within each row
-    for j in range(slots):
-        value = stream.integers(population - j, count)
-        for seen in used:
-            value = value + (value >= seen)
-        out[:, j] = carry = value
-        for i, seen in enumerate(used):
-            used[i], carry = np.minimum(seen, carry), np.maximum(seen, carry)
-        used.append(carry)
-    return out
+    if population >= 1 << 32:
+        raise BadInput(f"k: partners from {population} images cannot be drawn; the most is 2^32 - 1.")
+    made: list[NDArray[np.int64]] = []
+    missing = count
+    while missing > 0:
+        rows = np.empty((missing, slots), np.int64)
+        words = stream.bytes(4 * missing * slots).view("<u4").astype(np.uint32, copy=False).reshape(missing, slots)
+        made.append(rows[: fastest(choose_distinct)(words, population, rows)])
+        missing -= len(made[-1])
+    return made[0] if len(made) == 1 else np.concatenate(made or [np.empty((0, slots), np.int64)])
 
 
 def draw_partner_permutations(stream: Keystream, n: int, slots: int) -> NDArray[np.int64]:

@@ -80,6 +80,27 @@ class Secret:
         _refuse_pickle(self)
 
 
+def normals_from(radius: NDArray[np.uint32], angle: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Standard normal numbers [..., 2 n] from random words [..., n] and [..., n] (Box and Muller 1958).
+
+    In float32, which is several times faster than float64: none is beyond 6.6, and those nearest to 0 are 3e-4 apart.
+    """
+    size = np.log(_uniform32(radius))
+    size *= np.float32(-2)
+    np.sqrt(size, out=size)
+    turn = _uniform32(angle)
+    turn *= np.float32(2 * math.pi)
+    return np.concatenate([size * np.cos(turn), size * np.sin(turn)], -1)
+
+
+def _uniform32(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Numbers in (0, 1], 31 bits of each word as far as float32 holds them."""
+    made = (words >> np.uint32(1)).view(np.int32).astype(np.float32)  # signed ones are converted far faster
+    made += np.float32(0.5)
+    made *= np.float32(2.0**-31)
+    return made
+
+
 class Keystream:
     """AES-256-CTR keystream of one key, read forwards only.
 
@@ -139,14 +160,10 @@ class Keystream:
         words = self.bytes(8 * count).view("<u8")
         return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
-    def normals(self, count: int) -> NDArray[np.float64]:
-        """`count` independent standard normal draws (Box and Muller 1958)."""
-        half = (count + 1) // 2
-        u = self.uniforms(2 * half)
-        radius = np.sqrt(-2.0 * np.log(u[:half]))
-        # The angle needs no more than 24 bits, and numpy's float32 sine is 15 times faster than its float64 one.
-        angle = (2.0 * math.pi * u[half:]).astype(np.float32)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+    def normals(self, count: int) -> NDArray[np.float32]:
+        """`count` independent standard normal draws, of 32 bits each (see `normals_from`)."""
+        words = self.bytes(8 * ((count + 1) // 2)).view("<u4")
+        return normals_from(words[: len(words) // 2], words[len(words) // 2 :])[:count]
 
     def exponentials(self, count: int) -> NDArray[np.float64]:
         """`count` independent exponential draws of mean 1."""

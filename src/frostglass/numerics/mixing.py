@@ -89,7 +89,7 @@ def mix(
         raise ValueError("the sign mask needs bits")
     if backend == "reference":
         return out.copy_(mix_reference(private, public, inside, keys, mask).view_as(out))
-    near = out.device.type == "cpu" and all(_near(table) for table in (private, public))
+    near = out.device.type == "cpu" and _near(private) and _near(public)
     exact = out.dtype in (torch.float32, torch.bfloat16)
     if backend in ("auto", "fused") and exact and near and _mix_fused(private, public, inside, keys, mask, out):
         return out

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import hmac
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from frostglass.numerics.key_rows import (
     mask_width,
     on_grid,
 )
-from frostglass.numerics.keystream import Secret
+from frostglass.numerics.keystream import Secret, normals_from
 from frostglass.numerics.prng_search import MASS, PARTS, SKIP, Clues, fits
 from frostglass.numerics.prng_search_released import SeededKeys
 
@@ -89,10 +89,9 @@ def _raw_rows(seeds: NDArray[np.int64], law: MixLaw, count: int, rows: int) -> N
         weights = np.concatenate([e[..., :3].sum(-1, keepdims=True), e[..., 3:]], -1)
     else:
         half = (n * law.k + 1) // 2
-        radius, angle = _words(seeds, [(0, rows * law.k), (half, rows * law.k)])
-        turn = (2.0 * math.pi * _uniform(angle)).astype(np.float32)
-        normal = np.sqrt(-2.0 * np.log(_uniform(radius))) * np.cos(turn)
-        weights = np.abs(normal).reshape(len(seeds), rows, law.k)
+        radius, angle = _words(seeds, [(0, rows * law.k), (half, rows * law.k)], "<u4")
+        weights = np.abs(normals_from(radius, angle)[:, : rows * law.k].astype(np.float64))
+        weights = weights.reshape(len(seeds), rows, law.k)
     return on_grid(weights)
 
 
@@ -101,14 +100,15 @@ def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     return made
 
 
-def _words(seeds: NDArray[np.int64], places: Sequence[tuple[int, int]]) -> list[NDArray[np.uint64]]:
-    """64-bit words (start, count) of the coefficient stream of every seed: [s, count] for each place."""
+def _words(seeds: NDArray[np.int64], places: Sequence[tuple[int, int]], kind: str = "<u8") -> list[NDArray[Any]]:
+    """Words (start, count) of the coefficient stream of every seed: [s, count] of `kind` for each place."""
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-    blocks, cuts = b"", []
+    blocks, cuts, size = b"", [], np.dtype(kind).itemsize
+    each = 16 // size  # words in a block of the cipher
     for start, count in places:
-        first, last = start // 2, (start + count + 1) // 2
-        cuts.append((len(blocks) // 8 + start % 2, count))
+        first, last = start // each, -(-(start + count) // each)
+        cuts.append((len(blocks) // size + start % each, count))
         blocks += b"".join(i.to_bytes(16, "big") for i in range(first, last))
     table = np.empty((len(seeds), len(blocks)), np.uint8)
     below, purpose = _info(shard_path(0)), _info(("stream", "coefficients"))
@@ -116,7 +116,7 @@ def _words(seeds: NDArray[np.int64], places: Sequence[tuple[int, int]]) -> list[
         key = hmac.digest(hmac.digest(Insecure(seed).rng().key, below, "sha256"), purpose, "sha256")
         cipher = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
         table[i] = np.frombuffer(cipher.update(blocks), np.uint8)
-    words = table.view("<u8")
+    words = table.view(kind)
     return [words[:, at : at + count] for at, count in cuts]
 
 
