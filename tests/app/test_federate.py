@@ -141,7 +141,7 @@ def test_a_federation_in_which_nothing_worked_fails_and_says_why(plan, tmp_path,
         ("buffers=lose", "buffers"),
         ("record.folder=../elsewhere", "record.folder"),
         ("record.folder=..", "record.folder"),
-        ("record.folder=history.json", "is a file of the run folder itself"),
+        ("record.folder=history.json", "belongs to the run folder itself"),
         ('defense=[{name="secure_sum"}]', "SecAgg+"),
         ('defense=[{name="prunning"}]', "did you mean 'pruning'"),
         ('defense=[{name="pruning",fraction=2.0}]', "fraction"),
@@ -257,6 +257,19 @@ def test_sigterm_reaches_whoever_waits_for_a_superlink(plan, tmp_path, capsys, m
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended == [143]
+
+
+def test_ctrl_c_promises_a_resume_only_where_there_is_one(plan, tmp_path, capsys, monkeypatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for engine in ("local", "deployment"):
+        monkeypatch.setattr(f"frostglass.federated.flower.engines.on_{engine}", interrupted)
+    place = ["--engine", "deployment", "--superlink", "127.0.0.1:1", "--root-certificates", plan]
+    code, _, err = call(capsys, "federate", plan, "--out", tmp_path / "far", *place)
+    assert (code, err) == (130, "Interrupted. The run was stopped at the SuperLink, and cannot be resumed.\n")
+    code, _, err = call(capsys, "federate", plan, "--out", tmp_path / "near")
+    assert (code, "--resume goes on" in err) == (130, True)
 
 
 def test_encodings_of_more_images_than_a_client_has_are_refused_first(plan, tmp_path, capsys) -> None:

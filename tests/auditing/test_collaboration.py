@@ -210,6 +210,31 @@ def test_an_interruption_before_anything_was_written_promises_nothing(
         assert (code, err.strip()) == (130, "Interrupted.")
 
 
+def test_a_federation_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flwr")
+    from frostglass.federated.local_client import LocalClient
+
+    plan = parse_collaboration(values(method=[{"name": "plain"}]))
+    text, folder = collaboration._texts(plan, tmp_path)["plain", 0], tmp_path / "runs" / "plain-0"
+    train, left, said = LocalClient.train, [3], list[str]()
+
+    def interrupted(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalClient, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collaboration._trained(text, folder, said.append)
+    del said[:]
+    held = collaboration._trained(text, folder, said.append)
+    assert [line.split(":")[0].strip() for line in said[1:]] == ["goes on after round 1/2", "round 2/2"]
+    assert len(held["rounds"]) == 3
+    assert (folder / collaboration.WHOLE).exists()
+
+
 def test_an_attack_that_broke_is_not_called_one_that_does_not_fit() -> None:
     cell = {"id": "a", "attack": "peel", "status": "failed", "summary": None, "error": "no memory."}
     update = {

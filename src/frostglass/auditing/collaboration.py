@@ -42,7 +42,8 @@ def run_collaboration(plan: CollaborationPlan, out: Path, *, tell: Tell, resume:
         plan: checked.
         out: new or empty, or of this plan with `resume`.
         tell: told of each round and each audit in words.
-        resume: keeps the federations and audits that are whole, and does the others anew.
+        resume: keeps the federations and audits that are whole, goes on with an interrupted federation behind its last
+            whole round, and does the others anew.
 
     Returns:
         what is in `collaboration.json`: accuracy by method, seed and round; leakage by method, round and client.
@@ -127,16 +128,18 @@ def _pool(plan: FederatePlan, out: Path) -> Path:
 def _trained(text: str, folder: Path, tell: Tell) -> dict[str, Any]:
     """The history of one federation: read, or made."""
     from frostglass.federated.flower.engines import on_local
+    from frostglass.federated.flower.unfinished import Unfinished
 
     made = federation_of(text)
     held = _history(folder)
     if held is None or not (folder / WHOLE).exists():
-        if folder.exists():
-            shutil.rmtree(folder)  # a part of a run, which cannot be gone on with: keys are not kept
-        folder.mkdir(parents=True)
+        begun = Unfinished(folder).begun
+        if folder.exists() and not begun:
+            shutil.rmtree(folder)  # a part of a run without a whole round
+        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / PLAN, text)
         tell(f"{made.plan.name}, seed {made.plan.seed}")
-        on_local(text, folder, lambda words: tell(f"  {words}"))
+        on_local(text, folder, lambda words: tell(f"  {words}"), resume=begun)
         held = _history(folder)
         if held is not None and len(held["rounds"]) == made.plan.server.rounds + 1:
             write_text(folder / WHOLE, "")

@@ -21,7 +21,7 @@ ENCODERS = ("instahide", "mixup")
 CHANNELS = ("secure_sum",)
 """What stands between clients and server, and is no client's to apply."""
 
-OWN_FILES = ("plan.toml", "history.json", "model.safetensors", "gate.jsonl")
+OWN_FILES = ("plan.toml", "history.json", "model.safetensors", "gate.jsonl", "unfinished")
 """Of the run folder, which a record lies beside."""
 
 
@@ -167,7 +167,7 @@ class FederatePlan(_Strict):
                 "or client.epochs instead."
             )
         if self.record.folder in OWN_FILES:
-            found.append(f"record.folder: {self.record.folder!r} is a file of the run folder itself; name another.")
+            found.append(f"record.folder: {self.record.folder!r} belongs to the run folder itself; name another.")
         everybody = s.clients is None or s.clients == self.split.clients
         encoding = None if any(_part_problems(0, p) for p in self.defense) else self.encoding
         fresh = None if encoding is None or encoding.reuse else encoding.rounds

@@ -25,12 +25,13 @@ class History:
         folder: where it lies.
         made: the federation.
         engine: what it ran on.
+        before: what an interrupted run had in it, to go on with.
     """
 
-    def __init__(self, folder: Path, made: Federation, engine: str) -> None:
+    def __init__(self, folder: Path, made: Federation, engine: str, before: dict[str, Any] | None = None) -> None:
         self.path = folder / HISTORY
         plan = made.plan
-        self.value: dict[str, Any] = {
+        self.value: dict[str, Any] = before or {
             "name": plan.name, "engine": engine, "defence": plan.called, "seed": plan.seed,
             "insecure": made.insecure(), "clients": len(made.rows),
             "examples": [len(rows) for rows in made.rows], "test_images": len(made.test), "buffers": plan.buffers,

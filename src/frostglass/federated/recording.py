@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import queue
 import threading
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from torch import Tensor
 from frostglass.core.errors import BadInput
 from frostglass.core.files import write_json, written_beside
 from frostglass.core.update import LocalPlan
+from frostglass.federated.record_files import Kept, apart, cut_behind, size_of
 from frostglass.federated.record_header import (
     BUFFER,
     HEADERS,
@@ -87,9 +89,11 @@ class Recorder:
         in_flight: updates that wait for the disk at the most; one per client of a round.
         note: what is seen here.
         patience: seconds that a full queue may hold up whoever records; used up once, by a disk that hangs.
+        goes_on_after: the last whole round of an interrupted run, whose record the folder holds; later ones go out of
+            it. None for a new record.
 
     Raises:
-        BadInput: the folder holds something, or cannot be written.
+        BadInput: the folder holds something else, or cannot be written.
     """
 
     def __init__(
@@ -103,16 +107,19 @@ class Recorder:
         in_flight: int = 8,
         note: str = "",
         patience: float = 0.0,
+        goes_on_after: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         if max_bytes < 1 or in_flight < 1:
             raise BadInput(f"record: max_bytes = {max_bytes} and in_flight = {in_flight} must be at least 1.")
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        held = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        if held and goes_on_after is None:
             raise BadInput(f"record: {self.folder} holds something already; name a new folder.")
         info = RecordInfo(
             engine=engine, model=dict(model or {}), image_shape=image_shape, max_bytes=max_bytes, note=note
         )
         try:
+            kept = Kept() if goes_on_after is None else cut_behind(self.folder, goes_on_after)
             for part in (SENT, PAYLOADS):
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
             write_json(self.folder / INFO, info.model_dump())
@@ -123,9 +130,8 @@ class Recorder:
             ) from None
         self.max_bytes, self._patience = max_bytes, patience
         self.problems: list[str] = []
-        self._used = self._number = 0
+        self.lines, self._number, self._used, self._files = kept.lines, kept.number, kept.used, kept.sent
         self._sent: dict[int, tuple[str | None, str]] = {}
-        self._files: dict[str, str] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._queue: queue.Queue[tuple[Header | None, str, dict[str, Tensor]] | None] = queue.Queue(in_flight + 1)
@@ -141,7 +147,7 @@ class Recorder:
             kept = {n: t.detach().cpu().contiguous() for n, t in state.items()}
             found = digest(kept)
             if found not in self._files:
-                reason = self._handed_over(None, name := f"{SENT}/{round:05d}.safetensors", kept, _size(kept))
+                reason = self._handed_over(None, name := f"{SENT}/{round:05d}.safetensors", kept, size_of(kept))
                 if reason:
                     self._sent[round] = None, found
                     self._note(f"round {round}: the weights that were sent are not kept: {reason}")
@@ -167,6 +173,17 @@ class Recorder:
             self._append(header.model_copy(update={"file": None, "sha256": digest(tensors), "reason": reason}))
         except Exception as wrong:
             self._note(f"round {got.round}, client {got.client}: not recorded ({wrong})")
+
+    def flush(self, limit: float) -> bool:
+        """Waits until what has been received so far is on disk, `limit` seconds at the most; whether it is."""
+        with self._queue.all_tasks_done:
+            done = self._queue.all_tasks_done.wait_for(lambda: not self._queue.unfinished_tasks, limit)
+        try:
+            with (self.folder / HEADERS).open("rb") as written:
+                os.fsync(written.fileno())
+        except OSError:  # the record is gone, which must not break the round
+            return False
+        return done
 
     def close(self) -> None:
         """Waits until everything is on disk. Updates that come later are not recorded."""
@@ -204,7 +221,7 @@ class Recorder:
             kind="gradient" if got.kind == "gradient" else "delta",
             examples=got.examples, clients=got.clients, plan=None if got.plan is None else plan_fields(got.plan),
             defence=got.defence, file=None if tensors is None else f"{PAYLOADS}/{number:06d}.safetensors",
-            bytes=0 if tensors is None else _size(tensors), sent=file, sent_sha256=sent,
+            bytes=0 if tensors is None else size_of(tensors), sent=file, sent_sha256=sent,
             reason=shortened(got.reason), problems=_first(got.problems), metrics=finite,
         )  # fmt: skip
         return header, tensors
@@ -237,35 +254,39 @@ class Recorder:
 
     def _write_all(self) -> None:
         while (item := self._queue.get()) is not None:
-            header, name, tensors = item
-            problem, sha256 = "", None
-            try:
-                kept = {n: t.cpu().contiguous() for n, t in tensors.items()}
-                sha256 = None if header is None else digest(kept)  # what was sent has been hashed already
-                self._save(name, kept)
-            except Exception as wrong:
-                problem = f"the tensors could not be written ({wrong})"
-            if header is None:
-                if problem:
-                    self._note(f"{name}: {problem}")
-                continue
-            found = {"sha256": sha256, "file": None if problem else name, "reason": problem or header.reason}
-            try:
-                self._append(header.model_copy(update=found))
-            except Exception as wrong:
-                self._note(f"update {header.number}: not recorded ({wrong})")
-            del item, tensors
+            self._write(*item)
+            del item
+            self._queue.task_done()
+
+    def _write(self, header: Header | None, name: str, tensors: dict[str, Tensor]) -> None:
+        problem, sha256 = "", None
+        try:
+            kept = {n: t.cpu().contiguous() for n, t in tensors.items()}
+            sha256 = None if header is None else digest(kept)  # what was sent has been hashed already
+            self._save(name, kept)
+        except Exception as wrong:
+            problem = f"the tensors could not be written ({wrong})"
+        if header is None:
+            if problem:
+                self._note(f"{name}: {problem}")
+            return
+        found = {"sha256": sha256, "file": None if problem else name, "reason": problem or header.reason}
+        try:
+            self._append(header.model_copy(update=found))
+        except Exception as wrong:
+            self._note(f"update {header.number}: not recorded ({wrong})")
 
     def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
         with written_beside(self.folder / name) as beside:
-            save_file(_apart(tensors), beside)
+            save_file(apart(tensors), beside)
 
     def _append(self, header: Header) -> None:
         line = header.model_dump_json()
         with self._lock, (self.folder / HEADERS).open("a", encoding="utf-8") as out:
             out.write(line + "\n")
+            self.lines += 1
 
     def _note(self, text: str) -> None:
         self.problems.append(text)
@@ -280,18 +301,3 @@ def shortened(text: str) -> str:
 def _first(problems: tuple[str, ...]) -> list[str]:
     told = [shortened(p) for p in problems[:MOST]]
     return told if len(problems) <= MOST else [*told, f"{len(problems) - MOST} further problems"]
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """No two in the same memory, which safetensors refuses; copies as few as that takes."""
-    apart, seen = {}, set()
-    for name, t in tensors.items():
-        memory = t.untyped_storage()
-        alone = memory.data_ptr() not in seen and memory.nbytes() == t.numel() * t.element_size()
-        apart[name] = t if alone or not t.numel() else t.clone()
-        seen.add(memory.data_ptr())
-    return apart
-
-
-def _size(tensors: Mapping[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ _OPTIONS = {"address": "--superlink", "root_certificates": "--root-certificates"
     help="In this process, in Flower's simulation on Ray, or on a running SuperLink.",
 )  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as server.rounds=2.")
+@click.option("--resume", is_flag=True, help="Go on behind the last whole round of a run that was interrupted.")
 @click.option("--superlink", metavar="HOST:PORT", help="Of the SuperLink, for --engine deployment.")
 @click.option("--root-certificates", type=click.Path(path_type=Path), help="PEM file of who certified the SuperLink.")
 @click.option("--json", "as_json", is_flag=True, help="Print the history as JSON, and only JSON, on stdout.")
@@ -37,27 +39,25 @@ def command(
     out: Path,
     engine: str,
     overrides: Sequence[str],
+    resume: bool,
     superlink: str | None,
     root_certificates: Path | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
     """Train what PLAN (a TOML file) describes with several clients, and record the updates that they send."""
-    from frostglass.core.files import write_text
+    from frostglass.core.files import claimed
 
     asked = load_federate_plan(plan, overrides)
-    place = _superlink(engine, superlink, root_certificates)
+    place = _superlink(engine, superlink, root_certificates, resume)
     asked.server.folder = out.resolve().as_posix()
     text = asked.to_toml()
     made = _prepared(text)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"--out: {out} is not empty; choose another folder.")
-    new = not out.exists()
+    _claim(out, text, resume)
     try:
-        write_text(out / "plan.toml", text)
-        _run(text, out, engine, place, asked, verbose)
+        with claimed(out, "plan.toml", text):
+            _run(text, out, engine, place, asked, verbose, resume)
     except BadInput as wrong:
-        _withdraw(out, new)
         raise BadInput([_as_option(p) for p in wrong.problems]) from None
     except OSError as wrong:
         raise BadInput(f"--out: {out} cannot be written ({wrong.strerror or wrong}).") from None
@@ -112,12 +112,17 @@ def _further(values: dict[str, Any] | None) -> Sequence[str]:
     return ()
 
 
-def _superlink(engine: str, address: str | None, certificates: Path | None) -> tuple[str, Path] | None:
+def _superlink(engine: str, address: str | None, certificates: Path | None, resume: bool) -> tuple[str, Path] | None:
     if engine != "deployment":
         given = "--superlink" if address else "--root-certificates" if certificates else None
         if given is not None:
             raise BadInput(f"{given}: belongs to --engine deployment, not to --engine {engine}.")
         return None
+    if resume:
+        raise BadInput(
+            "--resume: not with --engine deployment, as what clients have spent is counted at their SuperNodes and "
+            "ends with a run of the SuperLink; start anew in an empty folder."
+        )
     if not address or certificates is None:
         raise BadInput("--engine: deployment needs --superlink HOST:PORT and --root-certificates FILE.")
     if not certificates.is_file():
@@ -138,20 +143,48 @@ def import_flower() -> None:
     import frostglass.federated.flower  # noqa: F401
 
 
-def _run(text: str, out: Path, engine: str, place: tuple[str, Path] | None, plan: Any, verbose: bool) -> None:
+def _claim(out: Path, text: str, resume: bool) -> None:
+    """Refuses a folder that holds something, unless that is a run of this plan to go on with."""
+    from frostglass.federated.federate_plan import plan_of
+
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if resume and out.is_dir() and all(fnmatch(p.name, ".plan.toml.*.part") for p in out.iterdir()):
+        return  # killed before its plan was whole
+    if not resume:
+        raise BadInput(f"--out: {out} is not empty; choose another folder, or --resume its run.")
+    try:
+        held = plan_of((out / "plan.toml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise BadInput(f"--resume: {out} holds no run; choose an empty folder.") from None
+    except BadInput as wrong:
+        raise BadInput(f"--resume: the plan in {out} cannot be used ({wrong}); choose an empty folder.") from None
+    held.server.folder = plan_of(text).server.folder  # a run folder may have been moved
+    if held.to_toml() != text:
+        raise BadInput(f"--resume: {out} belongs to another plan; choose an empty folder.")
+
+
+def _run(
+    text: str, out: Path, engine: str, place: tuple[str, Path] | None, plan: Any, verbose: bool, resume: bool
+) -> None:
     from frostglass.federated.flower.engines import on_deployment, on_local, on_ray
+    from frostglass.federated.flower.going_on import is_done
 
     def tell(words: str) -> None:
         click.echo(words, err=True)
 
     if place is not None:
         limit = plan.server.wait + plan.server.rounds * plan.server.timeout
-        with _ended_by_sigterm():
-            on_deployment(text, *place, tell, limit=limit)
-    elif engine == "ray":
-        on_ray(text, out, tell, verbose=verbose)
+        try:
+            with _ended_by_sigterm():
+                on_deployment(text, *place, tell, limit=limit)
+        except KeyboardInterrupt:  # elsewhere Ctrl-C is told with the advice to resume, which is not to be had here
+            click.echo("Interrupted. The run was stopped at the SuperLink, and cannot be resumed.", err=True)
+            sys.exit(130)
+    elif resume and is_done(out, plan.server.rounds):
+        tell("the run is done already")
     else:
-        on_local(text, out, tell, verbose=verbose)
+        (on_ray if engine == "ray" else on_local)(text, out, tell, verbose=verbose, resume=resume)
 
 
 @contextmanager
@@ -165,14 +198,6 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _withdraw(out: Path, new: bool) -> None:
-    """Takes the plan out of a run folder in which nothing has begun, so that the corrected command can have it."""
-    if [p.name for p in out.iterdir()] == ["plan.toml"]:
-        (out / "plan.toml").unlink()
-        if new:
-            out.rmdir()
 
 
 def _as_option(problem: str) -> str:

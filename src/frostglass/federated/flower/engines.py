@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from frostglass.core.errors import FrostglassError
 from frostglass.federated.federation import federation_of
-from frostglass.federated.flower.apps import client
 from frostglass.federated.flower.availability import require_ray
 from frostglass.federated.flower.client_apps import plan_client_app
 from frostglass.federated.flower.gate_mod import close_gates, drop_gates
+from frostglass.federated.flower.going_on import start_from
 from frostglass.federated.flower.local_grid import run_local
 from frostglass.federated.flower.server_app import plan_server_app
+from frostglass.federated.flower.unfinished import Unfinished
 
 Tell = Callable[[str], object]
 
@@ -29,7 +31,7 @@ _STORE = 200 * 2**20
 """Bytes of Ray's object store: room for the messages in flight; it spills to disk beyond."""
 
 
-def on_local(text: str, out: Path, tell: Tell, *, verbose: bool = False) -> None:
+def on_local(text: str, out: Path, tell: Tell, *, verbose: bool = False, resume: bool = False) -> None:
     """One client after the other, in this process.
 
     Args:
@@ -37,21 +39,23 @@ def on_local(text: str, out: Path, tell: Tell, *, verbose: bool = False) -> None
         out: the run folder.
         tell: told of each round in a line.
         verbose: whether Flower's own messages are shown.
+        resume: goes on behind the last whole round of the run that the folder holds.
 
     Raises:
-        BadInput: a plan that cannot be run.
+        BadInput: a plan that cannot be run, or a run that cannot be gone on with.
     """
     made = federation_of(text)
+    server, client = _apps(text, out, "local", tell, resume)
     try:
         with flower_quiet(verbose):
-            run_local(plan_server_app(text, out, "local", tell), client, len(made.rows), {"plan": text})
+            run_local(server, client, len(made.rows))
     except BaseException:
         drop_gates()
         raise
     close_gates()
 
 
-def on_ray(text: str, out: Path, tell: Tell, *, verbose: bool = False) -> None:
+def on_ray(text: str, out: Path, tell: Tell, *, verbose: bool = False, resume: bool = False) -> None:
     """Flower's simulation: as many actors as cores, each with one core; clients are their tasks.
 
     `flwr.simulation.run_simulation` is deprecated and takes no run configuration; the apps carry the plan themselves.
@@ -61,9 +65,10 @@ def on_ray(text: str, out: Path, tell: Tell, *, verbose: bool = False) -> None:
         out: the run folder.
         tell: told of each round in a line.
         verbose: whether Flower's own messages are shown.
+        resume: goes on behind the last whole round of the run that the folder holds.
 
     Raises:
-        BadInput: Ray is not installed, or a plan that cannot be run.
+        BadInput: Ray is not installed, a plan that cannot be run, or a run that cannot be gone on with.
         FrostglassError: the simulation broke.
     """
     require_ray()
@@ -78,11 +83,12 @@ def on_ray(text: str, out: Path, tell: Tell, *, verbose: bool = False) -> None:
         "client_resources": {"num_cpus": 1, "num_gpus": 0},
     }
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns that it will not hide the GPU
-    serving = _guarded(plan_server_app(text, out, "ray", tell), stop, failed)
+    server, client = _apps(text, out, "ray", tell, resume)
+    serving = _guarded(server, stop, failed)
     try:
         with flower_quiet(verbose), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            run_simulation(serving, plan_client_app(text), len(made.rows), backend_config=config)
+            run_simulation(serving, client, len(made.rows), backend_config=config)
     except Exception as wrong:
         if not failed:
             raise FrostglassError(f"engine ray: the simulation broke ({type(wrong).__name__}: {wrong}).") from wrong
@@ -109,6 +115,16 @@ def on_deployment(text: str, superlink: str, root_certificates: Path, tell: Tell
     from frostglass.federated.flower.deployment import submit
 
     submit(text, address=superlink, root_certificates=root_certificates, limit=limit, on_log=_lines(tell))
+
+
+def _apps(text: str, out: Path, engine: str, tell: Tell, resume: bool) -> tuple[ServerApp, ClientApp]:
+    """Both of a plan, at its beginning or where an interrupted run stands; clients write down what they remember."""
+    made = federation_of(text)
+    before = start_from(made, out, engine) if resume else None
+    if before is not None:
+        tell(f"goes on after round {before.round}/{made.plan.server.rounds}")
+    remembered = Unfinished(out).mod(0 if before is None else before.round)
+    return plan_server_app(text, out, engine, tell, before), plan_client_app(text, mods=[remembered])
 
 
 def _guarded(app: ServerApp, stop: threading.Event, failed: list[BaseException]) -> ServerApp:

@@ -37,7 +37,7 @@ Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Messag
 _METRICS = 50
 """Numbers of one reply that a record takes."""
 
-_RELEASES = "frostglass.releases"
+RELEASES = "frostglass.releases"
 
 
 def protect_mod(
@@ -172,9 +172,9 @@ def _note_privacy(reply: Message, context: Context, defense: Defense, update: Up
     """Epsilon of all releases of this node so far: noise on whole updates composes over rounds."""
     if update.spent is None:
         return
-    held = context.state.config_records.get(_RELEASES)
+    held = context.state.config_records.get(RELEASES)
     count = 1 + (int(held["count"]) if held is not None else 0)  # type: ignore[arg-type]
-    context.state[_RELEASES] = ConfigRecord({"count": count})
+    context.state[RELEASES] = ConfigRecord({"count": count})
     settings = next((d.settings for d in (defense.parts or (defense,)) if d.name == "clip_and_noise"), {})
     sigma = update.spent.noise_multiplier / (2 if settings.get("adjacency") == "replace" else 1)
     accountant: Accountant = settings.get("accountant", "rdp")

@@ -129,7 +129,27 @@ class OrderedFedAvg(FedAvg):
 
 
 class AuditedFedAvg(AuditTap, OrderedFedAvg):
-    """Both, ready for use; see there for the parameters."""
+    """Both, ready for use; see there for the parameters.
+
+    Args:
+        done: rounds of an interrupted run before this one, whose rounds `start` would count from 1 again.
+    """
+
+    def __init__(self, *args: Any, done: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.done = done
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Of the run's round."""
+        return super().configure_train(self.done + server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Of the run's round."""
+        return super().aggregate_train(self.done + server_round, replies)
 
     def name_of(self, node: int) -> str:
         """The client behind a node; the roll call knows them all."""

@@ -1,0 +1,129 @@
+"""Whether and where an interrupted run can be gone on with; clears up what came after its last whole round."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frostglass.core.errors import BadInput
+from frostglass.core.files import write_text
+from frostglass.defenses.sets.owner import digest_of
+from frostglass.federated.federation import Federation
+from frostglass.federated.flower.unfinished import SERVER, UNFINISHED, Unfinished, Whole
+from frostglass.federated.history import HISTORY
+from frostglass.federated.record_files import whole_headers
+
+JOURNAL = "gate.jsonl"
+
+_WAITING = "Rulings of the gate are missing"
+
+
+def is_done(run: Path, rounds: int) -> bool:
+    """Whether nothing is left to do in a run folder; then what a late kill left of its checkpoints goes too.
+
+    Raises:
+        BadInput: its history cannot be read.
+    """
+    held = Unfinished(run)
+    done = not held.begun and len(_rounds(run)) == rounds + 1
+    if done:
+        held.remove()
+    return done
+
+
+def start_from(made: Federation, run: Path, engine: str) -> Whole | None:
+    """Where an interrupted run stands; None if it had not begun, and nothing of it is left then.
+
+    Args:
+        made: of the plan that the run began with.
+        run: its folder.
+        engine: as then.
+
+    Raises:
+        BadInput: it went through another engine, on other images, or what it needs is damaged or missing.
+    """
+    held, record = Unfinished(run), made.record_folder
+    for stray in run.glob(".*.part"):
+        stray.unlink()
+    if not held.begun:
+        _refuse_lost(run)
+        held.remove()
+        for name in (HISTORY, JOURNAL):
+            (run / name).unlink(missing_ok=True)
+        if record is not None and (run / record).is_dir():
+            shutil.rmtree(run / record)
+        return None
+    whole = held.load()
+    if whole.history["engine"] != engine:
+        raise BadInput(
+            f"--resume: {run} began with --engine {whole.history['engine']}; use that, or choose an empty folder."
+        )
+    if whole.data != data_digest(made):
+        raise BadInput(f"--resume: the images are not those that {run} began with; choose an empty folder.")
+    if record is not None and len(whole_headers(run / record, whole.round)) != whole.recorded:
+        raise BadInput(
+            f"--resume: {run / record} does not hold the {whole.recorded} updates of the rounds so far; bring them "
+            "back, or start anew in an empty folder."
+        )
+    held.clear_behind(whole.round)
+    _cut_journal(made, run / JOURNAL, whole)
+    return whole
+
+
+def data_digest(made: Federation) -> str:
+    """Of all images and labels."""
+    h = hashlib.sha256()
+    for part in (made.train, made.test):
+        h.update(digest_of(part.images, part.labels.numpy().astype(np.int64)).encode())
+    return h.hexdigest()
+
+
+def _rounds(run: Path) -> list[Any]:
+    path = run / HISTORY
+    if not path.exists():
+        return []
+    try:
+        held: list[Any] = json.loads(path.read_text(encoding="utf-8"))["rounds"]
+        return held
+    except (OSError, ValueError, KeyError, TypeError) as wrong:
+        raise BadInput(f"--resume: {path} cannot be used ({wrong}); start anew in an empty folder.") from None
+
+
+def _refuse_lost(run: Path) -> None:
+    """Rounds that were made are not thrown away."""
+    made = len(_rounds(run)) - 1
+    if made > 0:
+        raise BadInput(
+            f"--resume: {run / UNFINISHED / SERVER} is missing, from which round {made + 1} could be begun; start anew "
+            "in an empty folder."
+        )
+
+
+def _cut_journal(made: Federation, path: Path, whole: Whole) -> None:
+    """Rulings of later rounds go; those whose checks still waited ("record") are named in the history."""
+    kept, found = [], set()
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+        try:
+            row = json.loads(line)
+            place = int(row["round"]), str(row["client"])
+        except (ValueError, KeyError, TypeError):
+            continue  # cut short by a kill
+        if place[0] <= whole.round:
+            kept.append(line)
+            found.add(place)
+    if path.exists():
+        write_text(path, "".join(f"{line}\n" for line in kept))
+    gate = made.plan.gate
+    if gate is None or gate.action != "record" or made.plan.server.folder is None:
+        return
+    used = {(row["round"], c["client"]) for row in whole.history["rounds"] for c in row["clients"]}
+    notes = whole.history["notes"]
+    notes[:] = [n for n in notes if not n.startswith(_WAITING)]
+    if used - found:
+        where = ", ".join(f"round {r} client {c}" for r, c in sorted(used - found))
+        notes.append(f"{_WAITING}, as their checks still waited when the run was interrupted: {where}.")
