@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import frostglass
+from frostglass.federated.gradient_tap import GradientTap
 from frostglass.federated.recorded import Record, read_record
 
 WORLD = 3
@@ -146,3 +149,21 @@ def test_what_cannot_be_recorded_is_refused(done: Path) -> None:
     assert "no parameter is a DTensor" in whole
     assert "unscaled before the step" in scaled
     assert not (done / "refused").exists()
+
+
+def test_a_module_with_an_open_tap_is_pickled_and_copied_without_it(tmp_path: Path) -> None:
+    """As `torch.save(model)` and processes that are spawned do; whoever reads it needs no Frostglass."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    held = io.BytesIO()
+    with GradientTap(tmp_path / "record", engine="own", note="test", most=1) as tap:
+        tap.watch(model)
+        torch.save(model, held)
+        assert b"frostglass" not in held.getvalue()
+        held.seek(0)
+        for other in (torch.load(held, weights_only=False), copy.deepcopy(model)):
+            assert torch.equal(other(torch.ones(5, 3)), model(torch.ones(5, 3)))
+            other(input=torch.ones(5, 3))
+        tap.take(model, {})
+    assert not model._forward_pre_hooks
+    (update,) = read_record(tmp_path / "record").updates
+    assert update.header.examples == 10, "the copies are counted, or the module is not"

@@ -24,6 +24,7 @@ from frostglass.federated.gradient_tap import (
     ACCUMULATED,
     OWN,
     GradientTap,
+    Watching,
     gradients_of,
     own_copy,
     rank_and_world,
@@ -55,11 +56,11 @@ class LocalGradients:
         self._between, self._carried = True, 0  # nothing was computed since the last synchronised pass; what it left
 
         def look(called: nn.Module, _: Any) -> None:
-            # tracing it would cost a compiled network its one graph; deep copies take hooks along
+            # tracing it would cost a compiled network its one graph
             if not torch.compiler.is_compiling() and called is self.ddp and torch.is_grad_enabled():
                 self._begin()
 
-        tap.handles.append(ddp.register_forward_pre_hook(look))
+        tap.handles.append(ddp.register_forward_pre_hook(Watching(look)))
 
     def _begin(self) -> None:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,25 @@ PATIENCE = 120.0
 
 OWN = "this process's own gradient, before anything is averaged"
 ACCUMULATED = "with gradient accumulation, that of all micro-batches of the step together"
+
+
+class Watching:
+    """A forward pre-hook that stays behind where its module is pickled or copied: there it becomes one of Python's own
+    that does nothing, so that whoever reads the module needs no Frostglass.
+
+    Args:
+        look: what it does.
+    """
+
+    def __init__(self, look: Callable[..., None]) -> None:
+        self.look = look
+
+    def __call__(self, *given: Any) -> None:
+        """As torch calls it."""
+        self.look(*given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
 
 
 class GradientTap:
@@ -97,10 +117,10 @@ class GradientTap:
         """Counts what goes through `module` while gradients are on, until the tap is closed."""
 
         def look(called: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if called is module and torch.is_grad_enabled():  # deep copies take hooks along
+            if called is module and torch.is_grad_enabled():
                 self.saw([*args, named])
 
-        handle = module.register_forward_pre_hook(look, with_kwargs=True)
+        handle = module.register_forward_pre_hook(Watching(look), with_kwargs=True)
         self.handles.append(handle)
         return handle
 
@@ -133,7 +153,7 @@ class GradientTap:
             self._warned = True
 
     def close(self) -> None:
-        """Takes hooks off, as a module with hooks cannot be pickled, and waits until everything is on disk."""
+        """Takes hooks off, and waits until everything is on disk."""
         while self.handles:
             self.handles.pop().remove()
         self.recorder.close()
