@@ -260,6 +260,20 @@ def test_truth_that_does_not_fit_is_refused(made: Path) -> None:
         frostglass.unmix(parse_unmix_plan({"encoded": "python"}))
 
 
+def test_images_that_are_not_square_are_scored_by_a_folder_of_them(tmp_path: Path) -> None:
+    x = (crops(16, 6)[..., :12] * 255).round().to(torch.uint8)
+    SetWriter(InstaHide(k=2, labels="exact"), x, torch.arange(6) % 2, 2, tmp_path / "set", rounds=1).write()
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(x):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{i}.png")
+    from_files, given = (
+        frostglass.unmix(tmp_path / "set", truth=truth, attacks="demask").scorecard.cells[0]
+        for truth in (tmp_path / "images", x.float() / 255)
+    )
+    assert from_files.images
+    assert [row.ssim for row in from_files.images] == [row.ssim for row in given.images]
+
+
 def test_a_truth_of_more_images_than_the_set_hides_no_success(made: Path) -> None:
     more = crops(16, 20)  # the six of the set, and fourteen others
     found = frostglass.unmix(made / "set", truth=more, attacks=QUICK[1])

@@ -149,10 +149,11 @@ def test_targets_that_no_label_can_be_are_refused_wherever_they_come_from(tmp_pa
             read_encoded(path)
 
 
-def test_other_images_do_not_go_with_encodings_that_are_not_square() -> None:
+def test_other_images_are_brought_to_the_shape_of_encodings_that_are_not_square() -> None:
     plan = parse_unmix_plan({"encoded": "x", "auxiliary": "digits"})
-    with pytest.raises(BadInput, match=r"--auxiliary: encodings of \(8, 6\) pixels are not square"):
-        view_of(plan, from_tensors(torch.zeros(6, 3, 8, 6), None))
+    given = view_of(plan, from_tensors(torch.zeros(6, 3, 8, 6), None)).seen.auxiliary
+    assert given is not None
+    assert given.shape == (1797, 3, 8, 6)
 
 
 def test_tensors_are_checked() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from frostglass.core.errors import BadInput
 from frostglass.vision import datasets, parquet
+from frostglass.vision.byte_images import load_bytes
 from frostglass.vision.datasets import DATASETS, catalogue, count, labels, load
 from frostglass.vision.decoding import MAX_PIXELS, decode
 
@@ -165,6 +166,25 @@ class TestFolder:
         found = load(f"folder:{tmp_path}", size=8)
         assert float(found.images.min()) == 1
         assert "1 of 1 images: not square, cropped to the centre square." in found.notes
+
+    def test_a_height_and_a_width_crop_the_centre_in_their_proportions(self, tmp_path):
+        band = np.zeros((16, 24, 3), np.uint8)
+        band[:, 6:18] = 255  # 16 x 12: the middle of the width, all of the height
+        save_at = tmp_path / "a.png"
+        Image.fromarray(band).save(save_at)
+        source = f"folder:{tmp_path}"
+        found = load(source, size=(8, 6))
+        assert found.images.shape == (1, 3, 8, 6)
+        assert float(found.images.min()) > 0.99
+        assert "1 of 1 images: cropped to the centre in proportions 6 : 8." in found.notes
+        assert "1 of 1 images: resized to 6 x 8 (bicubic, antialiased)." in found.notes
+        kept = load(source, size=(16, 24))
+        assert torch.equal(kept.images, load(source, size=None).images)
+        assert not any("cropped" in note or "resized" in note for note in kept.notes)
+        assert torch.equal(load(source, size=(8, 8)).images, load(source, size=8).images)
+        assert torch.equal(load_bytes(source, size=(8, 6)).images, (found.images * 255).round().byte())
+        assert load(source, size=(1, 400)).images.shape == (1, 3, 1, 400), "a crop keeps one row at the least"
+        refused(source, "size: 0", size=(0, 4))
 
     def test_resizing_averages_instead_of_sampling(self, tmp_path):
         board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)

@@ -160,8 +160,8 @@ def prepare(plan: Plan, index: int, device: torch.device, inputs: Inputs | None 
 
 def _auxiliary(ready: Prepared, source: str) -> tuple[Tensor, int]:
     """(other images of the kind, how many were left out as they are private ones of this scenario)."""
-    size, channels = int(ready.data.images.shape[-1]), int(ready.data.images.shape[1])
-    found = datasets.load(source, size=size, channels=channels).images
+    channels, height, width = (int(s) for s in ready.data.images.shape[1:])
+    found = datasets.load(source, size=(height, width), channels=channels).images
     n = len(ready.data.images)
     used = range(n) if ready.repeats_images else ready.rng.at("draw").permutation(n)[: ready.units * ready.per_message]
     private = {_content(ready.data.images[int(row)]) for row in used}

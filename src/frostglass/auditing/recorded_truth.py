@@ -144,13 +144,11 @@ def read_images(where: str, shape: tuple[int, int, int]) -> ImageSet:
     """Images of a source in the network's shape.
 
     Raises:
-        BadInput: no such source, or not square.
+        BadInput: no such source.
     """
     channels, height, width = shape
-    if height != width:
-        raise BadInput(f"--truth: the network takes {height} x {width} pixels; give square images, or from Python.")
     source = f"folder:{where}" if Path(where).expanduser().is_dir() else where
-    return datasets.load(source, size=height, channels=channels, limit=MOST_IMAGES)
+    return datasets.load(source, size=(height, width), channels=channels, limit=MOST_IMAGES)
 
 
 def _of_tensors(client: str, images: Tensor, labels: Tensor | None, shape: tuple[int, int, int]) -> ImageSet:

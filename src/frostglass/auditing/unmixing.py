@@ -145,9 +145,7 @@ def _truth(plan: UnmixPlan, encoded: EncodedSet, view: View, given: Given) -> Se
         labels, names = [0] * len(x), tuple(f"image {i}" for i in range(len(x)))
     elif plan.truth is not None:
         source = f"folder:{plan.truth}" if Path(plan.truth).is_dir() else plan.truth
-        if encoded.shape[1] != encoded.shape[2]:
-            raise BadInput(f"--truth: encodings of {encoded.shape[1:]} pixels are not square; give it from Python.")
-        held = load_bytes(source, size=encoded.shape[1], channels=encoded.shape[0], limit=20_000)
+        held = load_bytes(source, size=encoded.shape[1:], channels=encoded.shape[0], limit=20_000)
         x, names = held.images.float() / 255, held.names
         labels, classes = held.labels.tolist(), max(classes, held.classes)
     else:

@@ -90,10 +90,8 @@ def view_of(plan: UnmixPlan, encoded: EncodedSet) -> View:
     per_class = _per_class(known, targets, images)
     auxiliary = None
     if plan.auxiliary is not None:
-        if encoded.shape[1] != encoded.shape[2]:
-            raise BadInput(f"--auxiliary: encodings of {encoded.shape[1:]} pixels are not square; leave it out.")
-        source = _source(plan.auxiliary)
-        auxiliary = datasets.load(source, size=encoded.shape[1], channels=encoded.shape[0], limit=20_000).images
+        source, channels = _source(plan.auxiliary), encoded.shape[0]
+        auxiliary = datasets.load(source, size=encoded.shape[1:], channels=channels, limit=20_000).images
     seen = Observation(
         model=nn.Identity(),  # no model was sent: the encodings were
         messages=_messages(plan, encoded.images, targets),

@@ -12,7 +12,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from frostglass.core.errors import BadInput
-from frostglass.vision.datasets import MAX_BYTES, Catalogue, _in_channels, _sentences, _spell, _squared, catalogue
+from frostglass.vision.datasets import MAX_BYTES, Catalogue, Size, _in_channels, _sentences, _sized, _spell, catalogue
 from frostglass.vision.decoding import TRAITS, Picture
 
 OnError = Literal["stop", "skip"]
@@ -58,7 +58,7 @@ class ByteImages:
 def load_bytes(
     source: str,
     *,
-    size: int | None,
+    size: Size | None,
     channels: int | None = None,
     limit: int | None = None,
     on_error: OnError = "stop",
@@ -68,7 +68,7 @@ def load_bytes(
 
     Args:
         source: as in `datasets.load`.
-        size: side in pixels (centre square, resized); None keeps images as they are, if all have one size.
+        size: side in pixels, or (height, width) (centre, resized); None keeps images as they are, if all have one size.
         channels: 1 (luma), 3 (grey is repeated), or None: 1 if all images are grey, else 3.
         limit: at most so many images, the first ones.
         on_error: "stop" at the first image that does not decode, or "skip" and name it in `skipped`.
@@ -131,11 +131,11 @@ def pictures(
             todo = chunk[done + 1 :] + todo  # a reader that has raised is finished: start another behind the bad row
 
 
-def _as_bytes(picture: Picture, size: int | None, seen: Counter[str]) -> UInt8[Tensor, "c h w"]:
+def _as_bytes(picture: Picture, size: Size | None, seen: Counter[str]) -> UInt8[Tensor, "c h w"]:
     seen.update(TRAITS[trait] for trait in picture.traits)
     image = torch.tensor(picture.pixels, dtype=torch.float32).permute(2, 0, 1)
     if size is not None:
-        image = _squared(image, size, seen)
+        image = _sized(image, size, seen)
     return image.mul(255).round().to(torch.uint8).contiguous()
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
@@ -23,6 +23,9 @@ from frostglass.vision.decoding import TRAITS, Picture
 
 MAX_BYTES = 8 * 2**30
 """Largest set of images that `load` builds in memory."""
+
+Size: TypeAlias = int | tuple[int, int]
+"""Side in pixels of a square, or (height, width)."""
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts colour to grey
 
@@ -118,7 +121,7 @@ def labels(source: str) -> Int64[Tensor, " n"]:
 def load(
     source: str,
     *,
-    size: int | None,
+    size: Size | None,
     channels: int | None = None,
     limit: int | None = None,
     rows: Sequence[int] | None = None,
@@ -127,8 +130,8 @@ def load(
 
     Args:
         source: "photos", "digits", "folder:PATH" or "parquet:FILE".
-        size: side in pixels: the centre square of each image, resized (bicubic, antialiased, clamped to [0, 1]);
-            None keeps images as they are, if all have one size.
+        size: side in pixels, or (height, width): the centre of each image in these proportions, resized (bicubic,
+            antialiased, clamped to [0, 1]); None keeps images as they are, if all have one size.
         channels: 1 (luma), 3 (grey is repeated), or None: 1 if all images are grey, else 3.
         limit: at most so many images, the first ones; with `rows`, the first of those.
         rows: these images, in this order (0 is the first of the source).
@@ -140,7 +143,7 @@ def load(
     found = catalogue(source)
     chosen = _choose(len(found.names), rows, limit)
     if size is not None:
-        _refuse_memory(len(chosen), (channels or 3, size, size))
+        _refuse_memory(len(chosen), (channels or 3, *sides(size)))
     pictures, seen = _read(found, chosen, size)
     if channels is None:
         channels = max(len(p) for p in pictures)
@@ -154,11 +157,17 @@ def load(
     )
 
 
-def _check_settings(size: int | None, channels: int | None, limit: int | None) -> None:
+def sides(size: Size) -> tuple[int, int]:
+    """(height, width) of a size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def _check_settings(size: Size | None, channels: int | None, limit: int | None) -> None:
     problems = []
     if channels not in (None, 1, 3):
         problems.append(f"channels: {channels!r} must be 1 (grey) or 3 (colour).")
-    for word, value in (("size", size), ("limit", limit)):
+    given = [("size", side) for side in (size if isinstance(size, tuple) else (size,))]
+    for word, value in (*given, ("limit", limit)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             problems.append(f"{word}: {value!r} must be a whole number from 1.")
     if problems:
@@ -189,7 +198,7 @@ def _refuse_memory(number: int, shape: tuple[int, ...]) -> None:
         )
 
 
-def _read(found: Catalogue, chosen: Sequence[int], size: int | None) -> tuple[list[Tensor], Counter[str]]:
+def _read(found: Catalogue, chosen: Sequence[int], size: Size | None) -> tuple[list[Tensor], Counter[str]]:
     """Tensors [1 or 3, h, w] of one height and width, and how often each kind of conversion was needed."""
     images: list[Tensor] = []
     seen: Counter[str] = Counter()
@@ -197,7 +206,7 @@ def _read(found: Catalogue, chosen: Sequence[int], size: int | None) -> tuple[li
         seen.update(TRAITS[trait] for trait in picture.traits)
         image = torch.tensor(picture.pixels, dtype=torch.float32).permute(2, 0, 1)
         if size is not None:
-            image = _squared(image, size, seen)
+            image = _sized(image, size, seen)
         elif not images:
             _refuse_memory(len(chosen), tuple(image.shape))
         elif image.shape[1:] != images[0].shape[1:]:
@@ -213,17 +222,21 @@ def _spell(image: Tensor) -> str:
     return f"{image.shape[2]} x {image.shape[1]}"
 
 
-def _squared(image: Tensor, size: int, seen: Counter[str]) -> Tensor:
-    h, w = image.shape[1:]
-    side = min(h, w)
-    if h != w:
-        seen["not square, cropped to the centre square"] += 1
-        top, left = (h - side) // 2, (w - side) // 2
-        image = image[:, top : top + side, left : left + side]
-    if side == size:
+def _sized(image: Tensor, size: Size, seen: Counter[str]) -> Tensor:
+    """The largest centre of the size's proportions, resized to it."""
+    (h, w), (height, width) = image.shape[1:], sides(size)
+    # the side that runs out first stays whole
+    high, wide = (h, max(1, round(h * width / height))) if h * width <= w * height else (round(w * height / width), w)
+    high = max(1, high)
+    if (high, wide) != (h, w):
+        square = "not square, cropped to the centre square"
+        seen[square if height == width else f"cropped to the centre in proportions {width} : {height}"] += 1
+        top, left = (h - high) // 2, (w - wide) // 2
+        image = image[:, top : top + high, left : left + wide]
+    if (high, wide) == (height, width):
         return image
-    seen[f"resized to {size} x {size} (bicubic, antialiased)"] += 1
-    resized = torch.nn.functional.interpolate(image[None], size=(size, size), mode="bicubic", antialias=True)
+    seen[f"resized to {width} x {height} (bicubic, antialiased)"] += 1
+    resized = torch.nn.functional.interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)
     return resized[0].clamp(0, 1)  # bicubic overshoots at edges
 
 
