@@ -253,8 +253,14 @@ def test_truth_that_does_not_fit_is_refused(made: Path) -> None:
         frostglass.unmix(made / "set", truth=crops(16, 5))
     with pytest.raises(BadInput, match="truth: shape"):
         frostglass.unmix(made / "set", truth=crops(8, 6))
-    for wrong in (crops(16, 6) * torch.nan, crops(16, 6)[:0]):
-        with pytest.raises(BadInput, match="truth: shape"):
+    with pytest.raises(BadInput, match=r"truth: shape \(0, 3, 16, 16\) must be \[n, 3, 16, 16\]\."):
+        frostglass.unmix(made / "set", truth=crops(16, 6)[:0])
+    for wrong, told in (
+        (crops(16, 6) * torch.nan, "torch.float32 values from nan to nan"),
+        (crops(16, 6) * 2, "torch.float32 values from .* must be floating point, finite and in"),
+        ((crops(16, 6) * 255).byte(), "torch.uint8 values from .* divide bytes by 255"),
+    ):
+        with pytest.raises(BadInput, match=f"truth: {told}"):
             frostglass.unmix(made / "set", truth=wrong)
     with pytest.raises(BadInput, match="given from Python"):
         frostglass.unmix(parse_unmix_plan({"encoded": "python"}))

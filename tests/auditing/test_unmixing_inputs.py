@@ -157,8 +157,15 @@ def test_other_images_are_brought_to_the_shape_of_encodings_that_are_not_square(
 
 
 def test_tensors_are_checked() -> None:
-    with pytest.raises(BadInput, match="in \\[-1, 1\\]"):
-        from_tensors(torch.full((2, 3, 4, 4), 3.0), None)
+    x = torch.zeros(2, 3, 4, 4)
+    for wrong, told in (
+        (x + 3, r"torch\.float32 values from 3 to 3 must be floating point, finite and in \[-1, 1\]"),
+        ((x + 200).byte(), r"torch\.uint8 values from 200 to 200 .* x / 127\.5 - 1 of bytes"),
+        (x * torch.nan, "torch.float32 values from nan to nan"),
+        (x.to(torch.complex64), "torch.complex64 values must be floating point"),
+    ):
+        with pytest.raises(BadInput, match=f"^encoded: {told}"):
+            from_tensors(wrong, None)
     with pytest.raises(BadInput, match="must be \\[2, classes\\]"):
         from_tensors(torch.zeros(2, 3, 4, 4), torch.zeros(3, 2))
     with pytest.raises(BadInput, match="give a folder, or tensors"):
@@ -167,6 +174,24 @@ def test_tensors_are_checked() -> None:
         from_tensors(torch.zeros(2, 2, 4, 4), None)
     with pytest.raises(BadInput, match=r"targets: shape \(2, 0\)"):
         from_tensors(torch.zeros(2, 3, 4, 4), torch.zeros(2, 0))
+
+
+def test_labels_that_are_no_numbers_are_refused(tmp_path) -> None:
+    for kind in ("U1", "complex64", "datetime64[s]"):
+        with pytest.raises(BadInput, match=r"label\.npy holds .* give class numbers or rows of mass"):
+            read_encoded(arrays(tmp_path / kind, labels=np.zeros((12, 3), kind)))
+
+
+def test_labels_that_unmixing_cannot_use_are_told_by_what_is_wrong_with_them(tmp_path) -> None:
+    unmix = ATTACKS["unmix_statistical"].make()
+    blank = read_encoded(arrays(tmp_path / "a", labels=np.zeros((12, 3), np.float32)))
+    assert unmix.check(see(blank, k=2, images=4).seen) == [
+        "every label is a row of zeros, which names no class; give --known labels=none."
+    ]
+    many = read_encoded(arrays(tmp_path / "b", labels=np.arange(12)))
+    assert unmix.check(see(many, k=2, images=4).seen) == [
+        "images: labels name 12 classes, more than the 4 private images; correct it."
+    ]
 
 
 def see(held, **known):

@@ -21,7 +21,7 @@ from frostglass.auditing.simulate import Round, Truth
 from frostglass.auditing.store import RunFolder
 from frostglass.auditing.unmixing_card import UnmixScorecard, make_card
 from frostglass.auditing.unmixing_files import pictures_of, write_all
-from frostglass.auditing.unmixing_inputs import EncodedSet, read_encoded
+from frostglass.auditing.unmixing_inputs import EncodedSet, range_of, read_encoded, within
 from frostglass.auditing.unmixing_plan import UnmixPlan
 from frostglass.auditing.unmixing_record import is_record, view_of_record
 from frostglass.auditing.unmixing_view import View, view_of
@@ -138,10 +138,12 @@ def _truth(plan: UnmixPlan, encoded: EncodedSet, view: View, given: Given) -> Se
     """The private images, sealed until the attacks have finished."""
     classes = view.seen.classes
     if given.truth is not None:
-        x = given.truth.detach().cpu().float()
-        fits = x.ndim == 4 and tuple(x.shape[1:]) == encoded.shape and len(x) > 0
-        if not fits or not bool(((x >= 0) & (x <= 1)).all()):
-            raise BadInput(f"truth: shape {tuple(x.shape)} must be [n, {encoded.shape}] in [0, 1].")
+        x = given.truth.detach().cpu()
+        if x.ndim != 4 or tuple(x.shape[1:]) != encoded.shape or not len(x):
+            raise BadInput(f"truth: shape {tuple(x.shape)} must be [n, {', '.join(map(str, encoded.shape))}].")
+        if not within(x, 0, 1):
+            raise BadInput(f"truth: {range_of(x)} must be floating point, finite and in [0, 1]; divide bytes by 255.")
+        x = x.float()
         labels, names = [0] * len(x), tuple(f"image {i}" for i in range(len(x)))
     elif plan.truth is not None:
         source = f"folder:{plan.truth}" if Path(plan.truth).is_dir() else plan.truth

@@ -175,6 +175,8 @@ def _labels(path: Path, encodings: int) -> Tensor | None:
                 f"unmix: {path.name} names class {int(held.max())}, more than {MOST_CLASSES}; number them from 0."
             )
         return torch.nn.functional.one_hot(torch.from_numpy(held.astype(np.int64))).float()
+    if held.dtype.kind not in "fiub":
+        raise BadInput(f"unmix: {path.name} holds {held.dtype}; give class numbers or rows of mass.")
     return _masses(torch.from_numpy(np.ascontiguousarray(held, dtype=np.float32)), path.name)
 
 
@@ -218,6 +220,23 @@ def _made(
     return EncodedSet(images, targets, manifest, digest.hexdigest(), name, notes)
 
 
+_MOVED = "give 2 x - 1 of pixels in [0, 1], and x / 127.5 - 1 of bytes"
+
+
+def within(values: Tensor, low: float, high: float) -> bool:
+    """Whether these are real floating-point numbers, finite and from `low` to `high`; none of them is in no range."""
+    if not values.is_floating_point() or not values.numel():
+        return False
+    return bool(((values >= low) & (values <= high)).all())  # NaN is in no range
+
+
+def range_of(values: Tensor) -> str:
+    """Type and range of a tensor's values, for a message: "torch.uint8 values from 0 to 255"."""
+    if values.is_complex():
+        return f"{values.dtype} values"
+    return f"{values.dtype} values from {float(values.min()):g} to {float(values.max()):g}"
+
+
 def from_tensors(images: Any, targets: Any) -> EncodedSet:
     """Encodings given from Python: [E, c, h, w] in [-1, 1] and targets [E, classes] or None.
 
@@ -225,14 +244,14 @@ def from_tensors(images: Any, targets: Any) -> EncodedSet:
         BadInput: something else was given.
     """
     try:
-        x = torch.as_tensor(images).detach().cpu().float()
+        x = torch.as_tensor(images).detach().cpu()
         y = None if targets is None else torch.as_tensor(targets).detach().cpu().float()
     except (TypeError, ValueError, RuntimeError) as wrong:
         raise BadInput(f"encoded: give a folder, or tensors ({wrong}).") from None
-    if x.ndim != 4 or not x.numel() or x.shape[1] not in (1, 3) or float(x.abs().max()) > 1 + 1e-4:
-        raise BadInput(
-            f"encoded: shape {tuple(x.shape)} must be [encodings, 1 or 3 channels, height, width] in [-1, 1]."
-        )
+    if x.ndim != 4 or not x.numel() or x.shape[1] not in (1, 3):
+        raise BadInput(f"encoded: shape {tuple(x.shape)} must be [encodings, 1 or 3 channels, height, width].")
+    if not within(x, -1 - 1e-4, 1 + 1e-4):
+        raise BadInput(f"encoded: {range_of(x)} must be floating point, finite and in [-1, 1]; {_MOVED}.")
     if y is not None and (y.ndim != 2 or len(y) != len(x) or not y.numel()):
         raise BadInput(f"targets: shape {tuple(y.shape)} must be [{len(x)}, classes].")
-    return _made(x, None if y is None else _masses(y, "targets"), {}, "python", ())
+    return _made(x.float(), None if y is None else _masses(y, "targets"), {}, "python", ())

@@ -132,6 +132,9 @@ def problem(
     if not bool((mass >= 0).all()) or not bool((mass.sum(1) > 0).all()):
         raise BadInput("mass: every label row must be non-negative with a sum above 0.")
     if per_class is None:
+        named = int((mass > 0).any(0).sum())
+        if named > images:
+            raise BadInput(f"images: labels name {named} classes, more than the {images} private images; correct it.")
         per_class = images_per_class(mass, images)
     if len(per_class) != mass.shape[1] or int(per_class.sum()) != images:
         raise BadInput(f"per_class: {per_class.tolist()} must hold {mass.shape[1]} counts with sum {images}.")

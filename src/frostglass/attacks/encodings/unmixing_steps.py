@@ -103,6 +103,8 @@ class Unmix:
                 f"{seen.examples} private images are too many at once: tables of all pairs of images would take "
                 f"{needed / 2**30:.0f} GiB; attack a part of the set (encodings of some classes), or smaller images."
             ]
+        if not len(labelled_rows(seen)):
+            return ["every label is a row of zeros, which names no class; give --known labels=none."]
         try:
             self._problem(seen, labelled_rows(seen)[: self.limit], torch.device("cpu"))
         except BadInput as told:
