@@ -221,7 +221,8 @@ def test_a_view_is_the_absolute_value_whatever_the_mask() -> None:
 def test_gradients_give_encodings_and_encodings_give_images(server_lr: float) -> None:
     """End to end: InstaHide inside FedSGD, the model updated between the messages or not."""
     x, y = crops(16, 4), torch.tensor([0, 1, 2, 0])
-    model = networks.build("mlp", classes=3, channels=3, size=16, options={"hidden": (128, 32)}, rng=Rng.from_seed(1))
+    # wide: every encoding of a pair needs some units of its own, whatever the keys are
+    model = networks.build("mlp", classes=3, channels=3, size=16, options={"hidden": (256, 32)}, rng=Rng.from_seed(1))
     encoder = InstaHide(k=2, labels="exact", insecure_seed=2)
     played = simulate_rounds(
         encoder, model, x, y, classes=3, rounds=14, batch=2, server_lr=server_lr, rng=Rng.from_seed(4)
