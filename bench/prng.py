@@ -57,7 +57,7 @@ def measured(kind: str, mode: str, planted: int | None, last: int) -> dict[str, 
     if kind == "released":
         search_released(clues, LAW, 100, last + 1, last + 2)  # compiled before the clock starts
     start = time.perf_counter()
-    found = search_released(clues, LAW, 100, 0, last) if kind == "released" else search_own(clues, LAW, 200, 0, last)
+    found = search_released(clues, LAW, 100, 0, last) if kind == "released" else search_own(clues, LAW, [200], 0, last)
     seconds = time.perf_counter() - start
     looked, right = last if found < 0 else found + 1, found == (-1 if planted is None else planted)
     return {

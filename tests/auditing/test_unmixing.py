@@ -361,6 +361,11 @@ def test_an_insecure_manifest_is_called_open(tmp_path: Path) -> None:
     assert found.scorecard.cells[0].info["seed"] == 99
     assert found.scorecard.cells[0].summary.ssim_median > 0.99
     assert any("Keys: OPEN" in line for line in found.scorecard.findings)
+    other = frostglass.unmix(tmp_path / "set", known={"images": 3}, attacks=[{"name": "prng_attack", "last": 256}],
+                             out=tmp_path / "other").scorecard  # fmt: skip
+    assert other.cells[0].status == "done", "a wrong number of images does not hide that the seed was found"
+    assert any("Keys: OPEN" in line for line in other.findings)
+    assert "80 encodings are no whole number of rounds of 3 images" in other.cells[0].info["mask"]
 
 
 def test_one_sign_for_the_whole_set_and_only_where_it_is_open(made: Path) -> None:

@@ -119,8 +119,8 @@ def test_our_own_encoders_insecure_seed_is_found_and_replayed(tmp_path, settings
     held = read_encoded(tmp_path / "set")
     assert held.targets is not None
     clues = clues_of(held.targets.numpy(), encoder.law)
-    assert search_own(clues, encoder.law, shards[0], 0, 2048) == 1700
-    assert search_own(clues, encoder.law, shards[0], 1701, 2500) == -1
+    assert search_own(clues, encoder.law, shards, 0, 2048) == 1700
+    assert search_own(clues, encoder.law, shards, 1701, 2500) == -1
     keys = own_keys(1700, 24, 0 if pool is None else len(pool), shards, encoder.law, 192, True)
     table = torch.cat([x, x[:0] if pool is None else pool]).flatten(1).float() / 127.5 - 1
     index = keys.indices.copy()
@@ -134,7 +134,7 @@ def test_a_key_of_the_system_is_not_found() -> None:
     encoder = InstaHide(k=4, labels="exact")
     made = encoder.encode_rows(crops(8, 20), torch.arange(20), np.arange(20), 0, 20)
     clues = clues_of(made.targets.numpy(), encoder.law)
-    assert search_own(clues, encoder.law, 20, 0, 1 << 12) == -1
+    assert search_own(clues, encoder.law, [20], 0, 1 << 12) == -1
     assert search_released(clues, encoder.law, 20, 0, 1 << 16) == -1
 
 
@@ -147,7 +147,22 @@ def test_screening_agrees_with_the_encoders_own_draws() -> None:
     clues = clues_of(targets, law)
     assert fits(rows[:60, :3], clues)
     assert not fits(rows[1:61, :3], clues)
-    assert search_own(clues, law, 60, 0, 40) == 12
+    assert search_own(clues, law, [60], 0, 40) == 12
+
+
+@pytest.mark.parametrize(("labels", "shard_rows"), [("exact", 1), ("quantised", 4)])
+def test_a_first_shard_of_few_rows_names_no_wrong_seed(tmp_path, labels, shard_rows) -> None:
+    """Few rows alone fit many seeds; those of the shards behind it tell them apart."""
+    x, y = (crops(8, 24) * 255).to(torch.uint8), torch.arange(24)
+    encoder = InstaHide(k=2, labels=labels, insecure_seed=1700)
+    made = SetWriter(encoder, x, y, 24, tmp_path / "set", rounds=4, shard_rows=shard_rows).write()
+    from frostglass.auditing.unmixing_inputs import read_encoded
+
+    held = read_encoded(tmp_path / "set")
+    assert held.targets is not None
+    clues, shards = clues_of(held.targets.numpy(), encoder.law), [s["rows"] for s in made["shards"]]
+    assert 0 <= search_own(clues, encoder.law, shards[:1], 0, 1 << 15) != 1700
+    assert search_own(clues, encoder.law, shards, 0, 2048) == 1700
 
 
 @pytest.mark.parametrize("mask", ["sign", "none", "abs"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hmac
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,24 +42,37 @@ def shard_path(shard: int) -> tuple[int, ...]:
     return (0, shard + 1, shard, 0, 1, -1, 0)
 
 
-def search_own(clues: Clues, law: MixLaw, rows: int, start: int, stop: int) -> int:
-    """The first seed in [start, stop) whose first shard of `rows` encodings explains the clues, -1 if none does.
+def search_own(clues: Clues, law: MixLaw, shards: Sequence[int], start: int, stop: int) -> int:
+    """The first seed in [start, stop) whose shards explain the clues, -1 if none does.
 
     Args:
         clues: of the first rows of the set, in the order of the set.
         law: of the coefficients.
-        rows: encodings in the first shard.
+        shards: encodings in each shard.
     """
-    count = max(rows, AHEAD)
-    screen = min(SCREEN, len(clues.kinds), rows)
+    screen = min(SCREEN, len(clues.kinds), shards[0])
     for first in range(start, stop, _BATCH):
         seeds = np.arange(first, min(stop, first + _BATCH))
-        for seed in _screened(seeds, clues, law, count, screen):
-            secret = Secret.draw(Insecure(int(seed))).at(*shard_path(0))
-            drawn = draw_coefficients(secret.stream("coefficients"), law, count)[: min(rows, len(clues.kinds))]
-            if fits(drawn[:, : law.private], clues):
+        for seed in _screened(seeds, clues, law, max(shards[0], AHEAD), screen):
+            if _explains(int(seed), clues, law, shards):
                 return int(seed)
     return -1
+
+
+def _explains(seed: int, clues: Clues, law: MixLaw, shards: Sequence[int]) -> bool:
+    """Whether a seed gives all clues, in as many shards as they reach into: a short one alone tells few seeds apart."""
+    done = 0
+    for number, rows in enumerate(shards):
+        here = slice(done, done + rows)
+        part = replace(clues, kinds=clues.kinds[here], parts=clues.parts[here], mass=clues.mass[here])
+        if not len(part.kinds):
+            break
+        secret = Secret.draw(Insecure(seed)).at(*shard_path(number))
+        drawn = draw_coefficients(secret.stream("coefficients"), law, max(rows, AHEAD))[: len(part.kinds)]
+        if not fits(drawn[:, : law.private], part):
+            return False
+        done += rows
+    return True
 
 
 def _screened(seeds: NDArray[np.int64], clues: Clues, law: MixLaw, count: int, rows: int) -> NDArray[np.int64]:

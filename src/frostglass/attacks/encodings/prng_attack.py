@@ -120,8 +120,8 @@ class PrngAttack:
             if rounds:
                 seed = search_challenge(clues, mixing.law, seen.examples, rounds, state.own, stop)
             else:
-                rows = mixing.shards[0] if mixing.shards else len(targets)
-                seed = search_own(clues, mixing.law, rows, state.own, stop)
+                shards = mixing.shards or (len(targets),)
+                seed = search_own(clues, mixing.law, shards, state.own, stop)
             new = replace(state, own=stop, own_seed=seed)
         return new, {"searched": float(new.released + new.own + new.permutations - 3 * self.first)}
 
@@ -182,6 +182,9 @@ class PrngAttack:
             rounds = _rounds(mixing, n, e)
             if rounds:
                 return [challenge_keys(state.own_seed, n, mixing.public_images, rounds, mixing.law, d)]
+            if sum(shards) % n:
+                info["mask"] = f"coefficients only: {sum(shards)} encodings are no whole number of rounds of {n} images"
+                return []
             return [
                 own_keys(state.own_seed, n, mixing.public_images, shards, mixing.law, d, masked, in_rounds)
                 for in_rounds in (False, True)
