@@ -206,6 +206,12 @@ def test_averaging_sees_more_the_more_encodings_there_are() -> None:
     assert many > 0.4
 
 
+def test_one_other_image_is_too_few_to_average_with() -> None:
+    held = grouped(20, False)
+    alone = replace(held, seen=replace(held.seen, auxiliary=crops()[:1]))
+    assert torch.equal(run("averaging", alone, groups=20).images, run("averaging", held, groups=20).images)
+
+
 def test_averaging_asks_which_encodings_belong_together() -> None:
     assert "--groups" in ATTACKS["averaging"].make().check(scene().seen)[0]
     assert "nothing to average" in ATTACKS["averaging"].make().check(grouped(1, False).seen)[0]

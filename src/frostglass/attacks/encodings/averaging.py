@@ -71,8 +71,10 @@ class Averaging:
         groups = messages_of(seen)
         if not bool(groups[t].images.isfinite().all()):
             raise AttackFailed("averaging: the encodings hold values that are not finite.")
-        mean = torch.zeros(seen.image_shape) if seen.auxiliary is None else 2 * seen.auxiliary.float().mean(0) - 1
-        spread = 0.5 if seen.auxiliary is None else float(2 * seen.auxiliary.float().std(0).mean())
+        mean, spread = torch.zeros(seen.image_shape), 0.5
+        if seen.auxiliary is not None and len(seen.auxiliary) > 1:  # one image has no spread, and is no mean
+            others = 2 * seen.auxiliary.float() - 1
+            mean, spread = others.mean(0), float(others.std(0).mean())
         image, likelihood = likeliest(groups[t].images.float(), self._shares(seen, groups[t]), mean, spread)
         likelihoods = torch.cat([state.likelihood, likelihood[None]])
         new = Averages(torch.cat([state.images, image[None]]), likelihoods, state.groups)
