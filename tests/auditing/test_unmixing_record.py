@@ -14,6 +14,8 @@ from torch import Tensor
 
 import frostglass
 from frostglass.app.cli import cli
+from frostglass.auditing.unmixing_plan import parse_unmix_plan
+from frostglass.auditing.unmixing_record import view_of_record
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.core.update import LocalPlan
@@ -88,6 +90,18 @@ def test_updates_give_the_private_images(tmp_path: Path) -> None:
     assert card["encoded"]["encodings"] == 96
     report = (tmp_path / "run" / "report.html").read_text()
     assert "24 of client hospital 0" in report
+
+
+def test_what_is_taken_for_granted_is_told(tmp_path: Path) -> None:
+    record = str(recorded(tmp_path / "recorded", rounds=2))
+    assumed = view_of_record(parse_unmix_plan({"encoded": record, "known": {"k": 2}}))[1]
+    assert assumed.images == 4
+    assert assumed.notes == (
+        "known.images is not given: 4 private images are assumed, as many as one gradient holds.",
+        "known.private is not given: 2 private images in one encoding are assumed.",
+    )
+    told = view_of_record(parse_unmix_plan({"encoded": record, "known": {"k": 2, "private": 2, "images": 8}}))[1]
+    assert (told.images, told.notes) == (8, ())
 
 
 def test_a_client_must_be_named_among_several(tmp_path: Path) -> None:

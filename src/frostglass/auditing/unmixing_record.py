@@ -59,6 +59,10 @@ def view_of_record(plan: UnmixPlan) -> tuple[EncodedSet, View]:
     batch = known.pop() if len(known) == 1 else None
     images = plan.known.images or batch
     settings, law = settings_of(plan.known, {})
+    if plan.known.images is None and batch is not None:
+        notes.append(f"known.images is not given: {batch} private images are assumed, as many as one gradient holds.")
+    if law is not None and plan.known.private is None:
+        notes.append(f"known.private is not given: {law.private} private images in one encoding are assumed.")
     seen = Observation(
         model=takes_encodings(network.with_state(messages[0].weights or {}, "eval")),
         messages=tuple(messages),

@@ -73,7 +73,7 @@ class GradientThenUnmix:
         if len(sent) > self.messages:
             return [f"{len(sent)} messages are more than messages = {self.messages}; raise it."]
         if not seen.examples:
-            return ["it needs the number of private images."]
+            return ["it needs the number of private images; give --known images=N."]
         return self._inner().check(self._one(seen, 0))
 
     def init(self, seen: Observation, run: Runtime) -> Collected:
