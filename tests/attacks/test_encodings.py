@@ -223,6 +223,14 @@ def test_a_view_is_the_absolute_value_whatever_the_mask() -> None:
     assert len(run("demask", scene(rounds=3), views=5).images) == 5
 
 
+def test_a_view_of_more_pixels_than_a_quantile_takes() -> None:
+    large = torch.linspace(-1, 1, 4100 * 4100).view(1, 1, 4100, 4100)
+    seen = observed(large, None, 1, None, None)
+    found = drive(ATTACKS["demask"].make(), seen, RUN)
+    assert torch.allclose(found.images[0, 0, 0, 0], torch.tensor(1.0))
+    assert float(found.images[0, 0, 2050].max()) < -0.99, "the middle of the ramp is black"
+
+
 @pytest.mark.parametrize("server_lr", [0.0, 0.05])
 def test_gradients_give_encodings_and_encodings_give_images(server_lr: float) -> None:
     """End to end: InstaHide inside FedSGD, the model updated between the messages or not."""

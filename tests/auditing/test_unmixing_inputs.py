@@ -218,6 +218,7 @@ def test_what_is_withheld_is_not_there() -> None:
     [
         ({"images": 7}, "6 encodings are fewer than the 7 private images"),
         ({"per_class": [1, 1, 1]}, "3 counts for 2 classes"),
+        ({"per_class": [-1, 3]}, "known.per_class: -1 is no number of images; give counts from 0"),
         ({"per_class": [1, 1], "images": 3}, "sum to 2 and there are 3"),
         ({"k": 2, "private": 3}, "3 private images among k = 2"),
         ({"private": 2}, "known.k: missing"),

@@ -196,7 +196,9 @@ def _per_class(known: KnownPlan, targets: Tensor | None, images: int | None) -> 
     if targets is None:
         return None
     counts = list(known.per_class)
-    if len(counts) != targets.shape[1] or min(counts) < 0:
+    if min(counts, default=0) < 0:
+        raise BadInput(f"known.per_class: {min(counts)} is no number of images; give counts from 0.")
+    if len(counts) != targets.shape[1]:
         raise BadInput(f"known.per_class: {len(counts)} counts for {targets.shape[1]} classes; give one for each.")
     if images is not None and sum(counts) != images:
         raise BadInput(f"known.per_class: the counts sum to {sum(counts)} and there are {images} private images.")

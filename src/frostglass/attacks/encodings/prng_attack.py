@@ -91,7 +91,8 @@ class PrngAttack:
         bits = float(np.log2(max(2, self.last - self.first)))
         if clues.bits < bits + ENOUGH:
             return [
-                f"{len(targets)} labels hold about {clues.bits:.0f} bits, too few to tell one seed of 2^{bits:.0f}."
+                f"the first {len(clues.kinds)} of {len(targets)} labels, which it goes by, hold about {clues.bits:.0f} "
+                f"bits, too few to tell one seed of 2^{bits:.0f}."
             ]
         return []
 
