@@ -102,6 +102,11 @@ def test_a_plan_and_options_of_a_set_do_not_mix(made, tmp_path, capsys) -> None:
     code, _, err = call(capsys, "unmix", plan, "--out", tmp_path / "out", "--truth", made / "images")
     assert code == 2
     assert "--truth goes with a set" in err
+    for more in (["--hide-images"], ["--seed", "0"], ["--attack", "demask"], ["--known", "k=2"]):
+        code, _, err = call(capsys, "unmix", plan, "--out", tmp_path / "out", *more)
+        assert code == 2, "what is not read must not be taken"
+        assert f"{more[0]} goes with a set" in err
+    assert not (tmp_path / "out").exists()
     code, _, err = call(capsys, "unmix", plan, "--out", tmp_path / "out", "--set", "seed=3")
     assert code == 0, err
     assert "seed = 3" in (tmp_path / "out" / "plan.toml").read_text()

@@ -39,7 +39,7 @@ from frostglass.core.errors import BadInput
 @click.option("--client", help="Of recorded updates: whose.  [default: the only client]")
 @click.option("--model", help="Of recorded updates: the network, where the record names a package.module:factory.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of a plan.")
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", type=int, help="Of everything random.  [default: 0]")
 @click.option("--hide-images", is_flag=True, help="Leave pictures out of the report.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -77,20 +77,17 @@ def _plan(encoded: Path, overrides: Sequence[str], options: dict[str, Any]) -> A
         return None if text is None else anchored(str(text), Path.cwd())
 
     if encoded.suffix == ".toml":
-        given = [
-            k for k in ("truth", "public", "groups", "auxiliary", "client", "model", "known", "attacks") if options[k]
-        ]
+        given = [k for k, value in options.items() if not (value is None or value is False or value == ())]
         if given:
-            raise BadInput(
-                f"unmix: --{given[0]} goes with a set, not with a plan; write it into the plan, or use --set."
-            )
+            name = {"attacks": "attack"}.get(given[0], given[0].replace("_", "-"))
+            raise BadInput(f"unmix: --{name} goes with a set, not with a plan; write it into the plan, or use --set.")
         return load_unmix_plan(encoded, overrides)
     if overrides:
         raise BadInput("unmix: --set overrides a plan; with a set use --known and --attack.")
     return parse_unmix_plan(
         {
             "name": encoded.resolve().name or "unmix",
-            "seed": options["seed"],
+            "seed": options["seed"] or 0,
             "encoded": placed(encoded),
             "client": options["client"],
             "model": options["model"],
