@@ -82,6 +82,37 @@ def test_a_delta_is_what_torchs_optimisers_leave_behind(name: str, mode: str, di
         torch.testing.assert_close(trace.buffers[name], buffer)
 
 
+class OneLayerTwice(nn.Module):
+    """Its layers have two names each, as those of a network that also lists its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3 * 16 * 16, 10)
+        self.blocks = nn.ModuleList([self.inner, self.norm])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, 10] logits."""
+        for block in (self.inner, self.norm, *self.blocks):
+            x = torch.sigmoid(block(x))
+        return torch.Tensor(self.head(x.flatten(1)))
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "adam decay"])
+def test_a_layer_with_two_names_is_trained_as_torch_does_and_left_as_it_was(name: str, differentiable: bool) -> None:
+    model, plan = OneLayerTwice().double().train(), PLANS[name]
+    batch, parameters, before = photo_batch(16, 3), list(model.parameters()), copy.deepcopy(model.state_dict())
+    images, targets = batch.images.double(), batch.targets.double()
+    trained = trained_by_torch(model, images, targets, plan, own_order(plan, 3))
+    trace = local_update(model, images, targets, plan, differentiable=differentiable)
+    assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for key, weight in trained.named_parameters():
+        torch.testing.assert_close(trace.gradients[key], before[key] - weight.detach(), atol=1e-11, rtol=1e-7)
+    for key, buffer in trained.named_buffers():
+        torch.testing.assert_close(trace.buffers[key], buffer)
+
+
 def test_minibatches_leave_out_nothing_and_lie_as_the_images_do_unless_an_order_is_given() -> None:
     model, batch = victim(), photo_batch(16, 5)
     plan = LocalPlan("delta", epochs=2, lr=0.05, minibatch=2)

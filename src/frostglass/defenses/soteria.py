@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from frostglass.core.batch import Batch
 from frostglass.core.defense import Defense
@@ -12,6 +11,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Randomness
 from frostglass.core.update import LocalPlan, Update
 from frostglass.defenses.registry import DEFENSES
+from frostglass.numerics.called import called_with
 from frostglass.numerics.compress import largest, sent_only
 from frostglass.numerics.fedavg import drawn_order
 from frostglass.numerics.labels import classifier_layer
@@ -71,7 +71,7 @@ def representation_mask(model: nn.Module, layer: str, images: Tensor, fraction: 
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     try:
         with torch.enable_grad(), in_mode(model, mode):
-            functional_call(model, buffers, (x,))
+            called_with(model, buffers, x)
     finally:
         handle.remove()
     features = read[0]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from frostglass.core.draws import kept_draws
+from frostglass.numerics.called import called_with
 from frostglass.numerics.local_update import in_mode
 
 
@@ -38,7 +38,7 @@ def classifier_layer(model: nn.Module, classes: int, shape: Sequence[int]) -> st
     try:
         with in_mode(model, "eval"), torch.no_grad(), kept_draws():
             own = {n: b.clone() for n, b in model.named_buffers()}
-            functional_call(model, own, (heads[0][1].weight.new_full((2, *shape), 0.5),))
+            called_with(model, own, heads[0][1].weight.new_full((2, *shape), 0.5))
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,10 +10,10 @@ from functools import lru_cache
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from frostglass.core.update import BNStatistics, LocalPlan
 from frostglass.numerics.bn import recorded_bn, recorded_bn_of_clients
+from frostglass.numerics.called import called_with
 from frostglass.numerics.client_optimizer import OptimizerState, optimizer_step
 from frostglass.numerics.fedavg import own_order
 from frostglass.numerics.many_clients import expanded, many_clients
@@ -101,7 +101,7 @@ def local_update(
         first = (images, targets) if steps[0] is None else (images[steps[0]], targets[steps[0]])
         watch: AbstractContextManager[dict[str, BNStatistics]] = recorded_bn(model) if statistics else nullcontext({})
         with watch as bn:
-            logits = functional_call(model, {**weights, **buffers}, (first[0],))
+            logits = called_with(model, {**weights, **buffers}, first[0])
         loss = soft_cross_entropy(logits, first[1])
         grads = _gradients(loss, weights, differentiable)
         if plan.kind == "delta":
@@ -147,7 +147,7 @@ def local_gradients(
     none: tuple[dict[str, BNStatistics], ...] = ({},) * clients
     watch = recorded_bn_of_clients(model, clients) if statistics else nullcontext(none)
     with in_mode(model, mode), torch.enable_grad(), many_clients(weights.values(), clients), watch as bn:
-        logits = functional_call(model, {**weights, **buffers}, (images.flatten(0, 1),))
+        logits = called_with(model, {**weights, **buffers}, images.flatten(0, 1))
     apart = logits.split(b)
     losses = [soft_cross_entropy(own, y) for own, y in zip(apart, targets.unbind(), strict=True)]
     grads = _gradients(torch.stack(losses).sum(), weights, differentiable=True)
@@ -187,7 +187,7 @@ class _Client:
         """(weights, state) after one more step; running statistics in `buffers` move on."""
         if not self.differentiable:
             weights = {n: w.detach().requires_grad_(True) for n, w in weights.items()}
-        loss = soft_cross_entropy(functional_call(self.model, {**weights, **buffers}, (x,)), y)
+        loss = soft_cross_entropy(called_with(self.model, {**weights, **buffers}, x), y)
         grads = _gradients(loss, weights, self.differentiable)
         return optimizer_step(weights, grads, state, self.plan, smooth=self.smooth)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import LocalPlan
+from frostglass.numerics.called import called_with
 from frostglass.numerics.distance import relative_error
 from frostglass.numerics.label_solve import SolvedLabels, labels_from
 from frostglass.numerics.labels import classifier_layer
@@ -125,7 +126,7 @@ def _solved(seen: Observation, images: Tensor) -> tuple[SolvedLabels, Tensor] | 
     try:
         with torch.no_grad(), in_mode(model, seen.mode):
             buffers = {n: b.clone() for n, b in model.named_buffers()}
-            logits = torch.func.functional_call(model, buffers, (images,))
+            logits = called_with(model, buffers, images)
     finally:
         handle.remove()
     gradient, bias = seen.gradients[f"{name}.weight"].cpu(), seen.gradients.get(f"{name}.bias")

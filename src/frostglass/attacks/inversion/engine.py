@@ -19,7 +19,6 @@ from typing import Literal, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from frostglass.attacks.inversion.frozen import Choices
@@ -31,6 +30,7 @@ from frostglass.core.errors import AttackFailed
 from frostglass.core.randomness import Rng, global_draws
 from frostglass.core.update import BNStatistics
 from frostglass.numerics.bn import recorded_bn
+from frostglass.numerics.called import called_with
 from frostglass.numerics.image import anchor_distance
 from frostglass.numerics.local_update import Trace, in_mode, local_update, soft_cross_entropy, trainable
 from frostglass.numerics.second_order import first_order_layers, second_order_layers
@@ -220,7 +220,7 @@ def _forward(
         recorded_bn(target.model) if statistics else nullcontext({})
     )
     with in_mode(target.model, mode or target.plan.mode), watch as bn:
-        logits = functional_call(target.model, {**weights, **buffers}, (images,))
+        logits = called_with(target.model, {**weights, **buffers}, images)
     return Trace({}, bn, logits, soft_cross_entropy(logits, targets), buffers)
 
 

@@ -7,12 +7,12 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from frostglass.core.draws import kept_draws
 from frostglass.core.errors import BadInput
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import LocalPlan
+from frostglass.numerics.called import called_with
 from frostglass.numerics.label_counts import Head, bias_gradient
 from frostglass.numerics.labels import classifier_layer
 from frostglass.numerics.local_update import in_mode
@@ -139,7 +139,7 @@ def features_of(seen: Observation, images: Float[Tensor, "n c h w"]) -> Float[Te
                 batch = images[first : first + per].to(where.device, where.dtype)
                 # train mode writes running statistics: into copies
                 own = {n: b.clone() for n, b in seen.model.named_buffers()}
-                functional_call(seen.model, {**constants, **own}, (batch,))
+                called_with(seen.model, {**constants, **own}, batch)
     except ValueError:
         return None
     finally:
