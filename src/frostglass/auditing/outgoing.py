@@ -6,7 +6,6 @@ it found is compared with the client's own images by `frostglass.auditing.score`
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from frostglass.core.threat import Facts, Knows, Observation, ThreatModel
 from frostglass.federated.exchange import misfits
 from frostglass.federated.gate import Decide, Decision, Finding, NotRun, Outgoing
 from frostglass.numerics.bn import running_statistics
+from frostglass.numerics.called import copied
 from frostglass.vision.normalise import domain_of
 
 SERVER = frozenset({Knows.EXAMPLES, Knows.LOCAL_PLAN, Knows.BN_BATCH, Knows.BN_RUNNING, Knows.DEFENCE})
@@ -157,7 +157,7 @@ def _look(outgoing: Outgoing, rng: Rng) -> _Looked | str:
     update = outgoing.update
     device = next((g.device for g in update.gradients.values()), torch.device("cpu"))
     outgoing = replace(outgoing, private=outgoing.private.to(device))
-    model, private = copy.deepcopy(outgoing.model).to(device), outgoing.private
+    model, private = copied(outgoing.model).to(device), outgoing.private
     wrong = misfits(outgoing.sent, model)
     if wrong:
         return f"what was sent does not fit the model: {'; '.join(wrong[:3])}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from frostglass.auditing.plan import FROM_PYTHON, Plan, ScenarioPlan, ThreatPlan
 from frostglass.core.batch import Domain
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
+from frostglass.numerics.called import copied
 from frostglass.numerics.local_update import trainable
 from frostglass.vision import datasets, networks, weights
 from frostglass.vision.borrowed import refuse_unset, unwrapped
@@ -267,7 +267,7 @@ def _copied(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise BadInput(f"model: {type(model).__name__} is no torch.nn.Module.")
     try:
-        return copy.deepcopy(unwrapped(model))
+        return copied(unwrapped(model))
     except Exception as wrong:
         text = f"{type(wrong).__name__}: {wrong}".splitlines()[0]
         raise BadInput(f"model: {type(model).__name__} cannot be copied ({text}).") from wrong

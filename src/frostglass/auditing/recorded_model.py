@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from frostglass.auditing.recorded_plan import UpdatesPlan
 from frostglass.core.errors import BadInput
 from frostglass.federated.exchange import State
 from frostglass.federated.feeds import takes_encodings
+from frostglass.numerics.called import copied
 from frostglass.numerics.local_update import in_mode, trainable
 from frostglass.vision import networks
 from frostglass.vision.borrowed import refuse_unset, unwrapped
@@ -48,7 +48,7 @@ class Network:
         Raises:
             BadInput: parameters are missing or of other shapes.
         """
-        made = copy.deepcopy(self.module)
+        made = copied(self.module)
         own = made.state_dict()
         weights = dict(made.named_parameters())
         missing = [n for n in weights if n not in sent]
@@ -77,7 +77,7 @@ def network_of(plan: UpdatesPlan, source: Source, given: nn.Module | None = None
     own = given is None and plan.model in (None, about.get("name"))
     if given is not None:
         refuse_unset(given, type(given).__name__)  # some of these cannot even be copied
-        module, name = copy.deepcopy(unwrapped(given)), f"{FROM_PYTHON}:{type(given).__name__}"
+        module, name = copied(unwrapped(given)), f"{FROM_PYTHON}:{type(given).__name__}"
         options: dict[str, Any] = {}
     else:
         name = plan.model or about.get("name", "")

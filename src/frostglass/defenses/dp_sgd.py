@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +14,7 @@ from frostglass.core.randomness import Randomness, Rng
 from frostglass.core.update import LocalPlan, PrivacySpent, Update
 from frostglass.defenses.accounting import Accountant, epsilon_of, opacus_quiet
 from frostglass.defenses.registry import DEFENSES
+from frostglass.numerics.called import copied
 from frostglass.numerics.compress import clipped
 from frostglass.numerics.local_update import in_mode, soft_cross_entropy, trainable
 
@@ -86,7 +86,7 @@ def _private_update(
     from opacus import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
-    inner = _recorded_by_opacus(copy.deepcopy(model), plan.mode)
+    inner = _recorded_by_opacus(copied(model), plan.mode)
     names = list(trainable(inner))
     before = {n: p.detach().clone() for n, p in trainable(inner).items()}
     with opacus_quiet():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +9,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng, global_draws
 from frostglass.federated.exchange import device_of
 from frostglass.numerics.bn import bn_layers
+from frostglass.numerics.called import copied
 
 
 def refuse_untrainable(model: nn.Module, name: str, image_shape: tuple[int, ...], images: int, batch: int) -> None:
@@ -50,7 +49,7 @@ def outputs_of_copy(model: nn.Module, image_shape: tuple[int, ...], images: int)
     """What a copy answers in train mode to so many black images; torch's generators stay as they are."""
     black = torch.zeros(images, *image_shape, device=device_of(model))
     with global_draws(Rng.from_seed(0, "first step"), black.device):
-        answer: Tensor = copy.deepcopy(model).train()(black)
+        answer: Tensor = copied(model).train()(black)
     return answer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from frostglass.defenses.inference import average_predictions
 from frostglass.federated.exchange import State
 from frostglass.federated.federation import Federation
 from frostglass.federated.local_client import like_pool
+from frostglass.numerics.called import copied
 from frostglass.numerics.local_update import in_mode
 
 _TEST_BATCH = 500
@@ -44,7 +44,7 @@ def accuracy_of(made: Federation, state: State) -> Accuracy:
 
     Where clients keep their BatchNorm statistics, those of the test batches are used.
     """
-    model = copy.deepcopy(made.model)
+    model = copied(made.model)
     model.load_state_dict(dict(state))
     kept = made.plan.buffers == "keep" and made.has_batch_norm
     with in_mode(model, "train" if kept else "eval"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from frostglass.core.update import LocalPlan, Update
 from frostglass.defenses.accounting import epsilon_of
 from frostglass.defenses.instahide import InstaHide
 from frostglass.federated.exchange import State, applied, device_of, misfits, names_of
+from frostglass.numerics.called import copied
 from frostglass.numerics.client_step import computed_step
 from frostglass.numerics.fedavg import Order, epoch_order
 from frostglass.vision.normalise import domain_of
@@ -97,7 +97,7 @@ class LocalClient:
                 f"client {self.name}: an encoder mixes images, so the per-example sensitivity of "
                 f"{self.defense.name!r} and its epsilon would be false; use one of them."
             )
-        self.model = copy.deepcopy(self.model)
+        self.model = copied(self.model)
         self._stored = like_pool(self.images, self.encoder)
 
     def begin(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from frostglass.core.batch import Batch
 from frostglass.core.defense import Defense
 from frostglass.core.update import BNStatistics, Update
 from frostglass.federated.exchange import State
+from frostglass.numerics.called import copied
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Outgoing:
         bn = {n: BNStatistics(s.mean.clone(), s.var.clone(), s.count) for n, s in u.bn.items()}
         return replace(
             self,
-            model=copy.deepcopy(self.model),
+            model=copied(self.model),
             sent=_own(self.sent),
             update=replace(u, gradients=_own(u.gradients), bn=bn),
             private=replace(p, images=p.images.clone(), targets=p.targets.clone()),

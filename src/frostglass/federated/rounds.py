@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from frostglass.defenses.honesty import PrivacyCaution
 from frostglass.defenses.inference import average_predictions
 from frostglass.defenses.instahide import InstaHide
 from frostglass.federated.feeds import takes_encodings
+from frostglass.numerics.called import copied
 from frostglass.numerics.client_step import defended_step
 from frostglass.numerics.local_update import in_mode, trainable
 from frostglass.vision.normalise import domain_of
@@ -76,7 +76,7 @@ def train(model: nn.Module, held: Images, defense: Defense, plan: LocalPlan, bud
             f"training: {budget.clients} clients of {budget.batch} images are more than the {len(held.images)} of the "
             "training set; lower training.clients or client.batch."
         )
-    made = copy.deepcopy(model)
+    made = copied(model)
     if any(d.encodes for d in (defense.parts or (defense,))):
         made = takes_encodings(made)
     weights = trainable(made)

@@ -7,7 +7,6 @@ images of one layer and dropped again. One forward and one backward pass serve a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from frostglass.core.update import Gradients, LocalPlan
+from frostglass.numerics.called import copied
 from frostglass.numerics.local_update import in_mode, local_update, trainable
 
 BUDGET = 2**25
@@ -124,7 +124,7 @@ def products(
 
 def _by_itself(model: nn.Module) -> nn.Module:
     """A copy in which BatchNorm normalises every image by its own statistics, as it does in a batch of one."""
-    made = copy.deepcopy(model)
+    made = copied(model)
     for parent in list(made.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import LocalPlan
-from frostglass.numerics.called import called_with
+from frostglass.numerics.called import called_with, copied
 from frostglass.numerics.distance import relative_error
 from frostglass.numerics.label_solve import SolvedLabels, labels_from
 from frostglass.numerics.labels import classifier_layer
@@ -93,7 +92,7 @@ def prove(seen: Observation, images: Tensor) -> Proof | None:
     solved = _solved(seen, images)
     if solved is None:
         return None
-    model = copy.deepcopy(seen.model).double()
+    model = copied(seen.model).double()
     plan = replace(LocalPlan(), mode="train" if seen.mode == "train" else "eval")
 
     def with_factor(factor: float, tolerance: float = TOLERANCE) -> Proof:

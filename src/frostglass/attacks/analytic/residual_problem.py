@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from frostglass.attacks.inversion.target import update_problems
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import BNStatistics
+from frostglass.numerics.called import copied
 from frostglass.numerics.conv_layer import ConvLayer
 from frostglass.numerics.conv_subspace import places
 
@@ -85,7 +85,7 @@ def prepare(seen: Observation, run: Runtime) -> Prepared:
 
 def _with_statistics(model: nn.Module, statistics: Mapping[str, BNStatistics]) -> nn.Module:
     """A copy in eval mode whose BatchNorm layers use the batch's statistics, where they were seen."""
-    made = copy.deepcopy(model).eval().requires_grad_(False)
+    made = copied(model).eval().requires_grad_(False)
     for name, seen in statistics.items():
         norm = made.get_submodule(name)
         assert isinstance(norm, nn.BatchNorm2d)

@@ -8,7 +8,6 @@ has updated the model in between, it knows by what.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import EncodingMessage, GradientMessage, Knows, Observation
+from frostglass.numerics.called import copied
 from frostglass.numerics.unmixing import UnmixState
 
 
@@ -133,10 +133,10 @@ class GradientThenUnmix:
         sent = _sent(seen)
         model, weights = seen.model, sent[number].weights
         if weights is not None:
-            model = copy.deepcopy(model)
+            model = copied(model)
             model.load_state_dict(model.state_dict() | {n: weights[n] for n in model.state_dict() if n in weights})
         elif self.server_lr and number:
-            model = copy.deepcopy(model)
+            model = copied(model)
             with torch.no_grad():
                 for name, weight in model.named_parameters():
                     weight.sub_(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +16,7 @@ from frostglass.core.defense import Defense, Mechanism, Simulate, as_they_are
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Gallery, GradientMessage, Observation
 from frostglass.core.update import LocalPlan
+from frostglass.numerics.called import copied
 from frostglass.numerics.compress import clipped
 from frostglass.numerics.local_update import local_update, trainable
 from frostglass.numerics.per_sample import agrees, products, streamable
@@ -100,7 +100,7 @@ def evidence_of(seen: Observation, run: Runtime) -> Evidence:
     assert seen.gallery is not None
     g = seen.gallery
     place, dtype = run.device, run.dtype
-    model = copy.deepcopy(seen.model).to(place, dtype)
+    model = copied(seen.model).to(place, dtype)
     weights = trainable(model)
     observed = {n: v.to(place, dtype) for n, v in seen.gradients.items() if n in weights}
     parts = {name: getattr(g, name).to(place, dtype) for name in ("images", "targets", "other_images", "other_targets")}

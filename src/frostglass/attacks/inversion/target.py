@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import BNStatistics, LocalPlan
+from frostglass.numerics.called import copied
 from frostglass.numerics.distance import flatten
 from frostglass.numerics.fedavg import Order, epoch_order
 from frostglass.numerics.local_update import trainable
@@ -120,7 +120,7 @@ def lay_out(seen: Observation, run: Runtime) -> Target:
 def _copied(model: nn.Module) -> nn.Module:
     """A copy with modes, flags and buffers of its own, and the weights of the original in their place."""
     weights = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
-    twin: nn.Module = copy.deepcopy(model, dict(weights))
+    twin: nn.Module = copied(model, dict(weights))
     return twin
 
 

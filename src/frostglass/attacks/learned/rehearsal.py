@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from frostglass.core.randomness import Rng
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import LocalPlan
+from frostglass.numerics.called import copied
 from frostglass.numerics.client_step import defended_step
 from frostglass.numerics.local_update import trainable
 
@@ -98,7 +98,7 @@ def rehearsal_of(seen: Observation, run: Runtime) -> Rehearsal:
         raise BadInput(problems)
     assert seen.auxiliary is not None
     assert seen.examples is not None
-    model = copy.deepcopy(seen.model).to(run.device, run.dtype)
+    model = copied(seen.model).to(run.device, run.dtype)
     model.train(seen.mode == "train")
     weights = trainable(model)
     names = tuple(n for n in weights if n in seen.gradients)
