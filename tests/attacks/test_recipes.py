@@ -15,7 +15,7 @@ from frostglass.attacks.inversion.terms import Term
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.plan import parse_plan
 from frostglass.core.drive import drive
-from frostglass.core.errors import BadInput
+from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.randomness import Rng
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import GradientMessage, Knows, Observation
@@ -213,6 +213,14 @@ def test_batchnorm_statistics_are_those_asked_for() -> None:
     for name, settings in (("grad_inversion", {"bn": "batch"}), ("deep_inversion", {})):
         assert any("no such statistics" in p for p in made(name, **settings).check(plain))
     assert not made("deep_inversion", bn=0.0).check(plain)
+
+
+def test_statistics_of_layers_that_no_image_passes_are_named() -> None:
+    seen, _ = observe("small_bn_cnn", size=8, width=4)
+    assert seen.bn_running is not None
+    aside = {f"aside.{name}": held for name, held in seen.bn_running.items()}
+    with pytest.raises(AttackFailed, match=r"aside.*no image passes there; set its weight to 0"):
+        drive(made("grad_inversion", steps=1, seeds=1, bn="running"), replace(seen, bn_running=aside), RUN)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frostglass.attacks.inversion.schedules import Schedule
 from frostglass.attacks.inversion.target import Target
-from frostglass.core.errors import BadInput
+from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.threat import Knows, Observation
 from frostglass.numerics import distance, image
 from frostglass.numerics.bn import bn_distance
@@ -140,6 +140,11 @@ def bn_statistics(weight: float | Schedule, source: Knows, *, relative: bool = F
     def value(c: Candidate) -> Tensor:
         goal = c.target.bn_batch if source is Knows.BN_BATCH else c.target.bn_running
         assert goal is not None  # `needs` was checked before the run
+        if goal.keys().isdisjoint(c.trace.bn):
+            raise AttackFailed(
+                f"attack: term 'bn' has statistics of {', '.join(goal)}, and no image passes there; set its weight to "
+                "0 (or bn = 'none')."
+            )
         return bn_distance(c.trace.bn, goal, relative=relative)
 
     return Term("bn", weight, value, needs=frozenset({source}))
