@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -243,3 +244,35 @@ def test_a_wrong_number_of_images_is_not_counted_with_high_confidence(mode: str,
     seen = replace(seen, labels=None)
     assert restore.restored_of(replace(seen, examples=true), restore.by_counts()).confidence == "high"
     assert restore.restored_of(replace(seen, examples=said), restore.by_counts()).confidence == "low"
+
+
+class Ending(torch.nn.Module):
+    """A network with a further function of its logits."""
+
+    def __init__(self, inner: torch.nn.Module, ending: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.ending = inner, ending
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, classes]."""
+        return self.ending(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    ("ending", "sure"),
+    [
+        (lambda z: z, True),
+        (lambda z: z.log_softmax(1), True),
+        (lambda z: z.softmax(1), False),
+        (lambda z: z / 4, False),
+    ],
+)
+def test_counts_are_high_only_where_the_network_answers_what_its_classifier_gives(
+    ending: Callable[[Tensor], Tensor], sure: bool
+) -> None:
+    """The gradient at the classifier is p - y there, and nowhere else."""
+    seen, private = observe("mlp", batch=8, knows=SIZE_ONLY)
+    model = Ending(seen.model, ending)
+    sent = local_update(model, private.images, private.targets, LocalPlan()).gradients
+    held = replace(seen, model=model, messages=(GradientMessage(sent, "gradient"),))
+    assert (restore.restored_of(held, restore.by_counts()).confidence == "high") is sure

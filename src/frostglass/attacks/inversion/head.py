@@ -116,6 +116,26 @@ def fresh(seen: Observation) -> bool:
     return all(bool((m.weight == 1).all()) and not bool(m.bias.any()) for m in norms)
 
 
+def answers_plainly(seen: Observation) -> bool:
+    """Whether the network answers what the classifier gives, up to a shift of each image, so that p - y holds there.
+
+    Not under a temperature, nor where a softmax is part of the network.
+    """
+    layer = classifier_layer(seen.model, seen.classes, seen.image_shape)
+    assert layer is not None
+    kept: list[Tensor] = []
+    buffers = {n: b.clone() for n, b in seen.model.named_buffers()}
+    where = next(seen.model.parameters())
+    watch = seen.model.get_submodule(layer).register_forward_hook(lambda _, given, made: kept.append(made.detach()))
+    try:
+        with in_mode(seen.model, seen.mode), torch.no_grad(), kept_draws():
+            answer = called_with(seen.model, buffers, dummy_images(seen, 8).to(where.device, where.dtype))
+    finally:
+        watch.remove()
+    given, made = (x.double() - x.double().mean(1, keepdim=True) for x in (answer, kept[0]))
+    return float((given - made).norm()) <= 1e-3 * float(given.norm())
+
+
 def features_of(seen: Observation, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "m d"] | None:
     """Inputs of the classifier on `images`, in the client's mode and in batches of the client's size.
 

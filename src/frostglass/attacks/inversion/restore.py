@@ -14,6 +14,7 @@ from torch import Tensor
 
 from frostglass.attacks.inversion.counting import ENOUGH, Confidence, CountRule, pool_of, untrained
 from frostglass.attacks.inversion.head import (
+    answers_plainly,
     classifier_of,
     coupled,
     dummy_images,
@@ -168,7 +169,9 @@ def by_counts() -> Restore:
             fresh=fresh(seen),
         )
         found = rule.count(head)
-        return _restored(seen, found.counts, found.confidence, found.residual, f"counts: {found.rule}")
+        doubted = found.confidence == "high" and not answers_plainly(seen)
+        confidence = "low" if doubted else found.confidence
+        return _restored(seen, found.counts, confidence, found.residual, f"counts: {found.rule}")
 
     return restore
 
