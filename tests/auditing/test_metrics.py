@@ -207,6 +207,14 @@ def test_a_network_without_a_final_linear_layer_has_no_features() -> None:
         assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_features_that_depend_on_the_other_images_are_not_compared() -> None:
+    norm = nn.BatchNorm1d(5, track_running_stats=False)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), norm, nn.ReLU(), nn.Linear(5, 3))
+    images = torch.rand(4, 3, 2, 2)
+    with pytest.raises(NotAvailable, match="keeps no running statistics"):
+        iip_features_values(images[:1], images[:1], a_context(images, 1, model))
+
+
 # --------------------------------------------------------------------------------------------------------------- LPIPS
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from frostglass.auditing.metrics.identification import copies, identified, pool_words
 from frostglass.auditing.metrics.registry import METRICS, Metric, MetricContext, NotAvailable
+from frostglass.numerics.bn import bn_layers
 from frostglass.numerics.local_update import in_mode
 
 CHUNK = 64
@@ -19,8 +20,11 @@ def penultimate(model: nn.Module, images: Float[Tensor, "n c h w"]) -> Float[Ten
     """What the network's classifier is given, in eval mode, so that no image depends on the others; float32.
 
     Raises:
-        NotAvailable: the last Linear layer that was called does not make the logits, so there is nothing to compare.
+        NotAvailable: the last Linear layer that was called does not make the logits, so there is nothing to compare; or
+            BatchNorm normalises by the batch in eval mode too, so that features depend on the other images.
     """
+    if any(getattr(layer, "running_mean", None) is None for layer in bn_layers(model).values()):
+        raise NotAvailable("a BatchNorm layer keeps no running statistics, so that features depend on the other images")
     held: list[tuple[int, Tensor]] = []
 
     def keep(module: nn.Module, given: tuple[Any, ...]) -> None:
