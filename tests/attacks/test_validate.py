@@ -187,3 +187,9 @@ def test_labels_and_number_of_images_must_agree() -> None:
     assert errors_of(replace(seen, examples=3)) == [
         "labels: 2 rows were granted for 3 images; they must agree.",
     ]
+    assert errors_of(replace(seen, labels=None, examples=0)) == [
+        "examples: 0 images cannot have made an update; give a whole number from 1.",
+    ]
+    for labels in (torch.tensor([1, 2]), torch.eye(9)[:2]):
+        (said,) = ATTACKS["thaw"].make().check(replace(seen, labels=labels))
+        assert said.endswith("give a row of 10 for every image, 1 at its class.")

@@ -136,7 +136,16 @@ def _kind_errors(seen: Observation) -> Iterator[str]:
 
 
 def _label_errors(seen: Observation) -> Iterator[str]:
-    if seen.labels is not None and seen.examples is not None and len(seen.labels) != seen.examples:
+    if seen.examples is not None and seen.examples < 1:
+        yield f"examples: {seen.examples} images cannot have made an update; give a whole number from 1."
+    if seen.labels is None:
+        return
+    if seen.labels.ndim != 2 or seen.labels.shape[1] != seen.classes:
+        yield (
+            f"labels: granted with shape {tuple(seen.labels.shape)}; give a row of {seen.classes} for every image, 1 "
+            "at its class."
+        )
+    elif seen.examples is not None and len(seen.labels) != seen.examples:
         yield f"labels: {len(seen.labels)} rows were granted for {seen.examples} images; they must agree."
 
 
@@ -146,7 +155,7 @@ def _partial(seen: Observation) -> Iterator[str]:
     if absent:
         yield (
             f"Update: {len(absent)} of {len(weights)} trainable parameters were not sent ({_some(absent)}); only the "
-            "others are matched."
+            "others are matched. If the client does not train them, clear their requires_grad."
         )
     silent = [n for n in weights if n in sent and sent[n].numel() and not bool(sent[n].any())]
     if silent and len(silent) < len(sent):
