@@ -10,6 +10,7 @@ import torch
 from frostglass.attacks.inversion.machine import Inversion
 from frostglass.attacks.inversion.restore import by_counts, by_row_minimum
 from frostglass.attacks.inversion.rules import adam, chain, scale
+from frostglass.attacks.inversion.target import lay_out
 from frostglass.attacks.inversion.terms import match_cosine
 from frostglass.attacks.registry import ATTACKS
 from frostglass.core.drive import drive
@@ -85,6 +86,18 @@ def test_only_the_layers_that_were_sent_are_matched() -> None:
     partial = replace(seen, messages=(GradientMessage(some, "gradient"),))
     found = drive(plain(20), partial, RUN)
     assert found.objective < 1
+
+
+@pytest.mark.parametrize("kept", [slice(0, 2), slice(-2, None)])
+def test_layers_that_were_trained_and_not_sent_move_in_the_simulation(kept: slice) -> None:
+    plan = LocalPlan(kind="delta", local_steps=3, lr=0.5)
+    seen, private = observe("small_bn_cnn", width=8, plan=plan)
+    some = dict(list(seen.gradients.items())[kept])
+    partial = replace(seen, messages=(GradientMessage(some, "delta"),))
+    assert plain().objective_of(partial, private.images, private.targets, RUN) == pytest.approx(0, abs=1e-5)
+    single = replace(seen, messages=(GradientMessage(some, "gradient"),), local_plan=None)
+    trained = lay_out(single, RUN).model.named_parameters()
+    assert {name for name, weight in trained if weight.requires_grad} == set(some)
 
 
 def test_updates_that_do_not_fit_the_model_are_explained() -> None:

@@ -104,11 +104,12 @@ def lay_out(seen: Observation, run: Runtime) -> Target:
     model = _copied(seen.model).to(run.device, run.dtype)
     weights = trainable(model)
     sent = {n: seen.gradients[n].to(run.device, run.dtype) for n in weights if n in seen.gradients}
-    for name, weight in weights.items():
-        weight.requires_grad_(name in sent)  # what was not sent is not matched, so its gradient is not computed
     kind = next(m.kind for m in seen.messages if isinstance(m, GradientMessage))
     plan = seen.local_plan or LocalPlan(kind="gradient" if kind == "gradient" else "delta")
     plan = replace(plan, mode="train" if seen.mode == "train" else "eval")
+    if plan.kind == "gradient" or (seen.examples is not None and plan.steps_for(seen.examples) == 1):
+        for name, weight in weights.items():
+            weight.requires_grad_(name in sent)  # what was not sent is not matched, nor does a later step see it moved
     model.train(plan.mode == "train")
     move = {"batch": seen.bn_batch, "running": seen.bn_running}
     moved = {k: _moved(v, run) if v else None for k, v in move.items()}
