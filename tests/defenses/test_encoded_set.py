@@ -384,7 +384,8 @@ def test_a_tampered_shard_is_named(tmp_path, how) -> None:
     {"format": "other"}, {"version": 2}, {"encodings": 7}, {"shards": "all"}, {"shape": [3]}, {"classes": None},
     {"shards": [{"file": "../../etc/passwd", "rows": N, "sha256": ""}]},
     {"images": -5}, {"images": "many"}, {"rounds": 0}, {"k": True}, {"mask": "zap"}, {"dtype": "foo"},
-    {"labels": "foo"},
+    {"labels": "foo"}, {"exposure_histogram": 3}, {"exposure_histogram": {"a": 1}}, {"exposure_histogram": {"3": -1}},
+    {"exposure_histogram": {"3": 10**12}}, {"exposure_histogram_with_earlier_sets": {"-2": 1}},
 ])  # fmt: skip
 def test_a_damaged_manifest_is_refused(tmp_path, change) -> None:
     writer(tmp_path / "set").write()

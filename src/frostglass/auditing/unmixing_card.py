@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,8 @@ def exposure_words(manifest: Mapping[str, Any], view: View, encodings: int) -> s
         )
     counts = sorted((int(k), int(v)) for k, v in histogram.items())
     least, most = counts[0][0], counts[-1][0]
-    typical = statistics.median_low([k for k, v in counts for _ in range(v)])
+    below, half = accumulate(v for _, v in counts), (sum(v for _, v in counts) + 1) // 2
+    typical = next(k for (k, _), so_far in zip(counts, below, strict=True) if so_far >= half)  # the lower median
     span = f"{most}" if least == most else f"{least} to {most}, typically {typical}"
     advice = (
         "Every further encoding of an image makes it easier to recover; encode once and reuse (rounds = 1)."

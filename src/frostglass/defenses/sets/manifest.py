@@ -19,6 +19,7 @@ _CHOICES = {
     "mask": ("sign", "abs", "none"), "labels": ("exact", "quantised", "renormalised", "none"),
     "dtype": ("float32", "bfloat16"),
 }  # fmt: skip
+_HISTOGRAMS = ("exposure_histogram", "exposure_histogram_with_earlier_sets")
 
 
 def shard_name(number: int) -> str:
@@ -54,6 +55,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     wrong_keys = [key for key, kind in _NEEDED.items() if not isinstance(held.get(key), kind)]
     wrong_keys += [key for key, least in _COUNTS.items() if key in held and not _counts(held[key], least)]
     wrong_keys += [key for key, known in _CHOICES.items() if key in held and held[key] not in known]
+    wrong_keys += [key for key in _HISTOGRAMS if key in held and not _histogram(held[key], held.get("images"))]
     if wrong_keys or not _whole(held):
         named = ", ".join(wrong_keys) or "shards"
         raise BadInput(f"encoded set: {path} is damaged (at {named}); copy the set anew.")
@@ -62,6 +64,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _counts(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _histogram(value: Any, images: Any) -> bool:
+    """Whether it says of how many images each is in so many encodings: {"3": 10}, all images together."""
+    if not isinstance(value, dict) or not all(k.isascii() and k.isdigit() and _counts(n, 1) for k, n in value.items()):
+        return False
+    return images is None or sum(value.values()) == images
 
 
 def _whole(held: dict[str, Any]) -> bool:
