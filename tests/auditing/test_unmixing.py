@@ -248,7 +248,7 @@ def test_an_attack_that_breaks_leaves_the_others_running(made: Path, tmp_path: P
     assert "out of luck" in found.html.read_text(encoding="utf-8")
 
 
-def test_truth_that_does_not_fit_is_refused(made: Path) -> None:
+def test_truth_that_does_not_fit_is_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match="5 images, and the set has 6"):
         frostglass.unmix(made / "set", truth=crops(16, 5))
     with pytest.raises(BadInput, match="truth: shape"):
@@ -262,6 +262,10 @@ def test_truth_that_does_not_fit_is_refused(made: Path) -> None:
     ):
         with pytest.raises(BadInput, match=f"truth: {told}"):
             frostglass.unmix(made / "set", truth=wrong)
+    with monkeypatch.context() as fewer:
+        fewer.setattr("frostglass.auditing.unmixing.MOST_TRUTH", 5)
+        with pytest.raises(BadInput, match="--truth: 6 images are more than the 5"):
+            frostglass.unmix(made / "set", truth=made / "images")
     with pytest.raises(BadInput, match="given from Python"):
         frostglass.unmix(parse_unmix_plan({"encoded": "python"}))
 

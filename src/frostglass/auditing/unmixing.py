@@ -34,9 +34,12 @@ from frostglass.core.randomness import Rng
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
 from frostglass.core.update import LocalPlan
+from frostglass.vision import datasets
 from frostglass.vision.byte_images import load_bytes
 
 UNIT = Domain(0.0, 1.0)
+MOST_TRUTH = 20_000
+"""Images of `--truth` at the most: of more, those left out might be the private ones."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,12 @@ def _truth(plan: UnmixPlan, encoded: EncodedSet, view: View, given: Given) -> Se
         labels, names = [0] * len(x), tuple(f"image {i}" for i in range(len(x)))
     elif plan.truth is not None:
         source = f"folder:{plan.truth}" if Path(plan.truth).is_dir() else plan.truth
-        held = load_bytes(source, size=encoded.shape[1:], channels=encoded.shape[0], limit=20_000)
+        if datasets.count(source) > MOST_TRUTH:
+            raise BadInput(
+                f"--truth: {datasets.count(source)} images are more than the {MOST_TRUTH} that recovered ones are "
+                "compared with; give the private ones alone."
+            )
+        held = load_bytes(source, size=encoded.shape[1:], channels=encoded.shape[0])
         x, names = held.images.float() / 255, held.names
         labels, classes = held.labels.tolist(), max(classes, held.classes)
     else:
