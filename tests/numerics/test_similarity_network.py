@@ -11,7 +11,7 @@ from encoded_scenes import crops
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.numerics.key_rows import MixLaw
-from frostglass.numerics.similarity_network import Shape, SimilarityNetwork, embed, load_network, save_network
+from frostglass.numerics.similarity_network import Shape, SimilarityNetwork, embed, load_network, misfit, save_network
 from frostglass.numerics.similarity_network_fit import FitSettings, coefficient_rows, fit, pairs, pairs_and_rows
 
 CPU = torch.device("cpu")
@@ -105,3 +105,9 @@ def test_bad_files_and_shapes_are_refused(tmp_path) -> None:
         fit(crops(8, 10), MixLaw(2, 2), TINY, Rng.from_seed(0), device=CPU)
     with pytest.raises(BadInput, match="batch 1"):
         FitSettings(batch=1)
+
+
+def test_encodings_that_are_not_square_are_told_apart_from_those_of_another_size() -> None:
+    assert misfit(Shape(3, 8), (3, 8, 8)) == ""
+    assert "fit one with --size" in misfit(Shape(3, 8), (3, 16, 16))
+    assert misfit(Shape(3, 8), (3, 8, 6)) == "network: it reads square encodings alone, and these are 3 x 8 x 6."

@@ -73,6 +73,8 @@ def misfit(shape: Shape, image_shape: tuple[int, ...]) -> str:
     want = (shape.channels, shape.size, shape.size)
     if image_shape == want:
         return ""
+    if image_shape[1] != image_shape[2]:
+        return f"network: it reads square encodings alone, and these are {' x '.join(map(str, image_shape))}."
     fitted, given = (" x ".join(map(str, s)) for s in (want, image_shape))
     return f"network: it was fitted to {fitted} and the encodings are {given}; fit one with --size and --channels."
 
