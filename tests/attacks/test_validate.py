@@ -15,6 +15,7 @@ from frostglass.attacks.inversion.validate import errors_of, mismatches, warning
 from frostglass.attacks.registry import ATTACKS
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import BNStatistics, LocalPlan
+from frostglass.numerics.local_update import local_update
 from victims import observe
 
 Change = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -193,3 +194,23 @@ def test_labels_and_number_of_images_must_agree() -> None:
     for labels in (torch.tensor([1, 2]), torch.eye(9)[:2]):
         (said,) = ATTACKS["thaw"].make().check(replace(seen, labels=labels))
         assert said.endswith("give a row of 10 for every image, 1 at its class.")
+
+
+class Sharper(nn.Module):
+    """A network with a temperature of 1/4."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, classes] logits."""
+        return 4 * torch.Tensor(self.inner(x))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_temperature_of_the_network_is_no_factor_of_the_loss(batch: int) -> None:
+    seen, private = observe("mlp", batch=batch)
+    model = Sharper(seen.model)
+    gradients = local_update(model, private.images, private.targets, LocalPlan()).gradients
+    assert warnings_of(replace(seen, model=model, messages=(GradientMessage(gradients, "gradient"),))) == []

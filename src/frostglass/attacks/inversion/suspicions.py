@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from frostglass.attacks.inversion.head import answers_plainly
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.numerics.bn import bn_layers
 from frostglass.numerics.labels import classifier_layer
@@ -49,10 +50,10 @@ def _as_gradients(seen: Observation) -> dict[str, Tensor] | None:
 
 def _loss(seen: Observation, gradients: Mapping[str, Tensor]) -> Iterator[str]:
     """With cross-entropy, the classifier's bias gradient is the batch's mean of m p - y: it sums to 0, and its
-    positive entries to 1 at the most."""
+    positive entries to 1 at the most. Not where the network changes what the classifier gives."""
     layer = classifier_layer(seen.model, seen.classes, seen.image_shape)
     bias = gradients.get(f"{layer}.bias" if layer else "bias") if layer is not None else None
-    if bias is None or not bool(bias.any()):
+    if bias is None or not bool(bias.any()) or not answers_plainly(seen):
         return
     total, size = float(bias.sum()), float(bias.abs().sum())
     if abs(total) > 0.01 * size:
