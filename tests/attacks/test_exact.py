@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -153,6 +154,28 @@ def test_a_loss_that_is_no_mean_is_proved_with_its_factor_and_its_labels(name: s
     assert found.targets is not None
     assert torch.equal(found.targets[assign(found.images, private.images)], private.targets)
     assert "loss_factor" not in drive(ATTACKS[name].make(), seen, RUN).info
+
+
+@pytest.mark.parametrize("ending", [lambda z: 4 * z, lambda z: z / 4, lambda z: z.softmax(1)])
+def test_a_network_that_changes_its_logits_is_proved_too(ending: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    class Ending(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ending(self.inner(x))
+
+    seen, private = observe("mlp", size=16, batch=4, knows=ONLY_COUNT, hidden=(256, 64))
+    model = Ending(seen.model)
+    sent = local_update(model, private.images, private.targets, LocalPlan()).gradients
+    seen = replace(seen, model=model, messages=(GradientMessage(sent, "gradient"),))
+    right, wrong = prove(seen, private.images), prove(seen, private.images.flip(-1))
+    assert right is not None
+    assert right.holds
+    assert torch.equal(right.targets, private.targets)
+    assert wrong is not None
+    assert not wrong.holds
 
 
 def test_soft_labels_are_proved_from_a_mean_and_from_a_sum_and_not_from_any_factor() -> None:

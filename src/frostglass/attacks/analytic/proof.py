@@ -77,7 +77,8 @@ def prove(seen: Observation, images: Tensor) -> Proof | None:
     """Re-computes the gradient of a recovered batch, in float64, and compares it with the observation.
 
     Where it is not that of a mean over the batch, it may be that of a sum, or of a loss that was multiplied: one factor
-    for all layers, found from the classifier's gradient. Then all the others must agree as well.
+    for all layers, found from the classifier's gradient. Then all the others must agree as well. Where
+    a network changes what its classifier gives (a temperature), whole labels alone are tried.
 
     Args:
         seen: its model and gradients.
@@ -95,12 +96,14 @@ def prove(seen: Observation, images: Tensor) -> Proof | None:
     model = copied(seen.model).double()
     plan = replace(LocalPlan(), mode="train" if seen.mode == "train" else "eval")
 
-    def with_factor(factor: float, tolerance: float = TOLERANCE) -> Proof:
-        targets = _targets(*solved, factor)
+    def with_targets(targets: Tensor, factor: float, tolerance: float) -> Proof:
         trace = local_update(model, images.double(), targets.to(images.device).double(), plan)
         shared = [n for n in trace.gradients if n in seen.gradients]
         own = [factor * trace.gradients[n] for n in shared]
         return Proof(targets, relative_error(own, [seen.gradients[n] for n in shared]), factor, tolerance)
+
+    def with_factor(factor: float, tolerance: float = TOLERANCE) -> Proof:
+        return with_targets(_targets(*solved, factor), factor, tolerance)
 
     mean = with_factor(1.0)
     if mean.holds and mean.whole:
@@ -110,6 +113,10 @@ def prove(seen: Observation, images: Tensor) -> Proof | None:
     holding = [proof for proof in tried if proof.holds]
     # a shorter gradient (clipping) is also that of soft labels near the posteriors: whole ones are likelier
     whole = [proof for proof in holding if proof.whole and proof.error <= 3 * min(p.error for p in holding)]
+    if not holding:  # a temperature or a softmax of the network bends the slopes; they are lowest at the label still
+        lowest = (solved[1].double() - solved[0].targets).argmin(1)
+        bent = with_targets(torch.nn.functional.one_hot(lowest, solved[1].shape[1]).float(), 1.0, TOLERANCE)
+        holding = [bent] if bent.holds else []
     return (whole or holding or [mean])[0]
 
 
