@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from frostglass.auditing.scorecard import Cell, Labels, OverThreshold, Scorecard, Summary
+from frostglass.auditing.scorecard import Cell, Labels, OverThreshold, Scorecard, Summary, Verdict
 from frostglass.auditing.table import table_text
 
 
@@ -57,7 +57,7 @@ def test_never_wider_than_asked(width: int) -> None:
         upper_bound=True, encoding_summary=summary(8),
     )  # fmt: skip
     lines = table_text(card(long, cell(status="failed", error="x " * 200, summary=None)), width).splitlines()
-    assert max(map(len, lines)) <= max(width, 58)
+    assert max(map(len, lines)) <= max(width, 40)
 
 
 def test_long_names_end_in_an_ellipsis_and_keep_the_upper_bound_mark() -> None:
@@ -78,6 +78,28 @@ def test_narrow_terminals_lose_the_least_important_numbers() -> None:
     assert "time" not in head
     assert "recovered" in head
     assert "PSNR" in head
+
+
+@pytest.mark.parametrize("verdict", ["VIOLATED", "BOUNDED", "INCONCLUSIVE", "BROKEN CLAIM"])
+def test_what_was_recovered_and_the_verdict_fit_into_forty_columns(verdict: str) -> None:
+    control = Verdict.model_construct(verdict=verdict, role="control")
+    wide = cell(scenario="s" * 40, defense="d" * 40, attack="a" * 40, summary=summary(64, 64), verdict=control)
+    text = table_text(card(wide), 40)
+    head, _, row, *_ = text.splitlines()
+    assert head.split()[-2:] == ["recovered", "verdict"]
+    assert row.endswith(f"{verdict} °")
+    assert "64/64" in row
+    assert max(map(len, text.splitlines())) <= 40
+
+
+def test_the_footnote_explains_no_column_that_had_to_go() -> None:
+    def note(width: int) -> str:
+        long = cell(scenario="s" * 40, defense="d" * 40, attack="a" * 40)
+        return " ".join(table_text(card(long), width).split("\n\n")[1].split())
+
+    assert note(120) == "recovered: reaches PSNR 20 dB; PSNR in dB and SSIM are medians over the images"
+    assert note(72) == "recovered: reaches PSNR 20 dB; PSNR in dB is a median over the images"
+    assert note(40) == "recovered: reaches PSNR 20 dB"
 
 
 def test_missing_values_are_dashes_and_broken_cells_say_so() -> None:

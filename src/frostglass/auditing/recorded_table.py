@@ -20,7 +20,7 @@ def updates_text(card: Scorecard, width: int | None = None) -> str:
     recorded = card.recorded
     if recorded is None:
         return ""
-    room = max(60, width if width is not None else shutil.get_terminal_size((100, 24)).columns)
+    room = max(40, width if width is not None else shutil.get_terminal_size((100, 24)).columns)
     lines = [
         plain(f"{recorded['source']}: {recorded['engine']}, {recorded['network']}"),
         f"truth: {recorded['truth']}",

@@ -15,7 +15,10 @@ from frostglass.core.printable import plain
 GAP = "  "
 LEAST_NAME = 11
 """Names are not cut below this many columns on average; columns of numbers go first."""
-GOES_FIRST = ("time", "batches", "SSIM", "proved")
+SHORTEST_NAME = 5
+"""Nor below this many for the sake of PSNR: what was recovered and the verdict fit into 40 columns, PSNR does not."""
+PSNR = "PSNR [worst, best]"
+GOES_FIRST = ("time", "batches", "SSIM", "proved", PSNR)
 
 
 @dataclass
@@ -44,7 +47,8 @@ def table_text(scorecard: Scorecard, width: int | None = None) -> str:
     heads = _line([c.head for c in columns], columns, widths)
     rule = GAP.join("─" * w for w in widths)
     body = [_line([c.texts[i] for c in columns], columns, widths) for i in range(len(scorecard.cells))]
-    notes = [line for note in _notes(scorecard.cells) for line in textwrap.wrap(note, room, subsequent_indent="  ")]
+    told = _notes(scorecard.cells, columns)
+    notes = [line for note in told for line in textwrap.wrap(note, room, subsequent_indent="  ")]
     return "\n".join([heads, rule, *body, *([""] if notes else []), *notes])
 
 
@@ -76,9 +80,7 @@ def _columns(cells: Sequence[Cell]) -> list[_Column]:
         _Column("attack", [plain(c.attack) + (" *" if c.upper_bound else "") for c in cells], name=True),
         _Column("recovered", [recovered(c) for c in cells]),
         _Column("proved", [str(s.proved) if s else MISSING for s in done]),
-        _Column(
-            "PSNR [worst, best]", [_psnr(s.psnr_median, s.psnr_worst, s.psnr_best) if s else MISSING for s in done]
-        ),
+        _Column(PSNR, [_psnr(s.psnr_median, s.psnr_worst, s.psnr_best) if s else MISSING for s in done]),
         _Column("SSIM", [number(s.ssim_median, 2) if s else MISSING for s in done]),
         _Column("batches", [str(s.batches) if s else MISSING for s in done]),
         _Column("time", [clock(c.seconds) for c in cells]),
@@ -96,9 +98,9 @@ def _fit(columns: list[_Column], room: int) -> list[int]:
     def left(kept: list[_Column]) -> int:
         return room - sum(c.width for c in kept if not c.name) - len(GAP) * (len(kept) - 1)
 
-    enough = min(sum(c.width for c in columns if c.name), LEAST_NAME * sum(c.name for c in columns))
+    wanted, named = sum(c.width for c in columns if c.name), sum(c.name for c in columns)
     for head in GOES_FIRST:
-        if left(columns) >= enough:
+        if left(columns) >= min(wanted, named * (SHORTEST_NAME if head == PSNR else LEAST_NAME)):
             break
         columns[:] = [c for c in columns if c.head != head]
     names = sorted((c for c in columns if c.name), key=lambda c: c.width)
@@ -120,11 +122,13 @@ def _line(texts: Sequence[str], columns: Sequence[_Column], widths: Sequence[int
     return GAP.join(parts).rstrip()
 
 
-def _notes(cells: Sequence[Cell]) -> list[str]:
-    notes = []
+def _notes(cells: Sequence[Cell], columns: Sequence[_Column]) -> list[str]:
+    notes, heads = [], {c.head for c in columns}
     bars = sorted({threshold(c.summary.over_threshold) for c in cells if c.summary})
     if bars:
-        notes.append(f"recovered: reaches {' or '.join(bars)}; PSNR in dB and SSIM are medians over the images")
+        medians = ["PSNR in dB"] * (PSNR in heads) + ["SSIM"] * ("SSIM" in heads)
+        of = f"; {' and '.join(medians)} {'are medians' if len(medians) == 2 else 'is a median'} over the images"
+        notes.append(f"recovered: reaches {' or '.join(bars)}{of if medians else ''}")
     if any(outcome(c).tone == "nothing" for c in cells):
         notes.append(f"0 recovered: {NOTHING}; another may recover more")
     games = sorted({c.summary.candidates or 0 for c in cells if c.summary and c.summary.asked})
