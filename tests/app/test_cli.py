@@ -163,6 +163,57 @@ def test_a_full_disk_is_no_fault_of_the_program(run: Run, monkeypatch: pytest.Mo
     assert err.endswith(" `frostglass audit` with the same arguments and --resume goes on.\n")
 
 
+@pytest.mark.parametrize(
+    ("file", "named"), [("a/plan.toml", "a/plan.toml"), ("a/.report.html.x1_y.part", "a/report.html")]
+)
+def test_a_locked_place_is_no_fault_of_the_program(
+    run: Run, monkeypatch: pytest.MonkeyPatch, file: str, named: str
+) -> None:
+    def locked(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", file)
+
+    monkeypatch.setattr(cli.cli, "main", locked)
+    told = f"{named} cannot be read or written (Permission denied); change its permissions, or name another place."
+    assert run("report", "a") == (2, "", f"error: {told}\n")
+
+
+def test_an_exception_of_the_program_stays_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(cli.cli, "main", wrong)
+    code, _, err = run("report", "a")
+    assert code == 1
+    assert err.startswith("internal error: OSError")
+
+
+def test_names_that_are_not_in_utf8_are_refused_before_anything_is_written(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("init")[0] == 0
+    os.mkdir("photos\udcff")
+    before = sorted(os.listdir())
+    code, _, err = run("audit", "plan.toml", "--out", "run", "--set", "scenario.data.source=folder:photos\udcff")
+    assert code == 2
+    assert "'photos\\udcff' is no name in UTF-8" in err
+    code, _, err = run("audit", "plan.toml", "--out", "run\udcff")
+    assert (code, err) == (2, "error: --out: 'run\\udcff' is no name in UTF-8; choose another folder.\n")
+    assert sorted(os.listdir()) == before
+
+
+def test_names_that_a_locale_has_no_letters_for_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = small(QUICK, data={"source": "folder:photos\u00fc"})
+    plan_file(tmp_path, values)
+    for name, value in {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = finished("audit", tmp_path / "plan.toml", "--out", tmp_path / "run")
+    assert code == 2
+    told = "'photos\\xfc' cannot be a file's name in this locale (ascii); set LC_ALL=C.UTF-8, or rename it."
+    assert err == f"error: {told}\n"
+    assert not (tmp_path / "run").exists()
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"defence": []}, "did you mean 'defense'"),
     ({"attack": [{"name": "thwa"}]}, "did you mean 'thaw'"),

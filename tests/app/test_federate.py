@@ -41,6 +41,13 @@ def plan(tmp_path) -> Path:
     return path
 
 
+def test_a_folder_that_is_not_named_in_utf8_is_refused_and_not_made(plan, tmp_path, capsys) -> None:
+    code, text, err = call(capsys, "federate", plan, "--out", tmp_path / "run\udcff")
+    assert (code, text) == (2, "")
+    assert "is no name in UTF-8; choose another folder." in err
+    assert list(tmp_path.iterdir()) == [plan]
+
+
 def test_a_run_and_its_folder(plan, tmp_path, capsys) -> None:
     out = tmp_path / "run"
     code, text, err = call(capsys, "federate", plan, "--out", out)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import itertools
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,6 +16,7 @@ import click
 
 import frostglass
 from frostglass.app import commands
+from frostglass.app.surroundings import cause_outside, no_room
 from frostglass.core.errors import BadInput, FrostglassError
 from frostglass.core.printable import plain
 
@@ -282,19 +281,12 @@ def _guarded(call: Callable[[], Any], debug: bool, goes_on: Callable[[], str] = 
     except Exception as wrong:
         if debug:
             traceback.print_exception(wrong)
-        if _no_room(wrong):
+        if no_room(wrong):
             told = f"error: the disk is full, so a file cannot be written ({wrong}); make room.{goes_on()}"
             click.echo(told, err=True)
             return BAD_INPUT
-        return _told(wrong)
-
-
-def _no_room(wrong: Exception) -> bool:
-    """Whether a disk, or the user's part of it, is full; numpy and safetensors say so in words of their own."""
-    full, text = (errno.ENOSPC, errno.EDQUOT), str(wrong)
-    if isinstance(wrong, OSError):
-        return wrong.errno in full or re.search(r"\d+ requested and \d+ written", text) is not None
-    return type(wrong).__name__ == "SafetensorError" and any(f"(os error {number})" in text for number in full)
+        cause = cause_outside(wrong)
+        return _told(wrong if cause is None else BadInput(cause))
 
 
 def _told(wrong: Exception) -> int:

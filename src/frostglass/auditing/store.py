@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frostglass.core.errors import BadInput
-from frostglass.core.files import alone_in, write_json, write_text, written_beside
+from frostglass.core.files import alone_in, check_name, write_json, write_text, written_beside
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.state import pack, unpack
 
@@ -101,8 +101,10 @@ class RunFolder:
         """Before any compute, and without touching anything: may this plan be run here?
 
         Raises:
-            BadInput: it belongs to another plan, holds something else, or holds this run and `resume` is off.
+            BadInput: it belongs to another plan, holds something else, holds this run and `resume` is off, or its name
+                is not in UTF-8.
         """
+        check_name(self.path)
         try:
             held = self._mark()
             others = [p for p in self.path.iterdir() if not _left_over(p)] if self.path.is_dir() else []

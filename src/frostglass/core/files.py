@@ -102,6 +102,18 @@ def check_writable(path: Path, command: str) -> None:
         raise BadInput(f"{command}: {path} cannot be written ({wrong.strerror or wrong}); change --out.") from None
 
 
+def check_name(path: Path, option: str = "--out") -> None:
+    """Refuses a folder whose name is not in UTF-8: plans, which name it, and safetensors could not be written or read.
+
+    Raises:
+        BadInput: it holds bytes that are not; `option` is how the user named it.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{option}: {str(path)!r} is no name in UTF-8; choose another folder.") from None
+
+
 def placed(text: str, folder: Path) -> str:
     """A path that a plan names, absolute: from the plan's `folder`, with ~ and $NAME from the environment.
 
@@ -135,8 +147,9 @@ def claimed(folder: Path, name: str, text: str) -> Iterator[None]:
     A file that was there already (a run that is resumed) stays. The folder is held meanwhile.
 
     Raises:
-        BadInput: another process holds it (`alone_in`).
+        BadInput: its name is not in UTF-8, or another process holds it (`alone_in`).
     """
+    check_name(folder)
     own = folder / name
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)

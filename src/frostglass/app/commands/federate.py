@@ -46,9 +46,10 @@ def command(
     verbose: bool,
 ) -> None:
     """Train what PLAN (a TOML file) describes with several clients, and record the updates that they send."""
-    from frostglass.core.files import claimed
+    from frostglass.core.files import check_name, claimed
 
     asked = load_federate_plan(plan, overrides)
+    check_name(out)
     place = _superlink(engine, superlink, root_certificates, resume)
     asked.server.folder = out.resolve().as_posix()
     text = asked.to_toml()

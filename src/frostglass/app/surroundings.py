@@ -1,0 +1,46 @@
+"""Exceptions that no program is at fault for: a full disk, a locked folder, a name that cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+
+from frostglass.core.printable import plain
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def no_room(wrong: Exception) -> bool:
+    """Whether a disk, or the user's part of it, is full; numpy and safetensors say so in words of their own."""
+    text = str(wrong)
+    if isinstance(wrong, OSError):
+        return wrong.errno in _FULL or re.search(r"\d+ requested and \d+ written", text) is not None
+    return type(wrong).__name__ == "SafetensorError" and any(f"(os error {number})" in text for number in _FULL)
+
+
+def cause_outside(wrong: Exception) -> str | None:
+    """One sentence with the fix where permissions or the letters of a name are the cause, else None."""
+    if isinstance(wrong, OSError) and wrong.errno in _CLOSED and isinstance(wrong.filename, str):
+        place = _asked_for(wrong.filename)
+        return f"{place} cannot be read or written ({wrong.strerror}); change its permissions, or name another place."
+    if isinstance(wrong, UnicodeEncodeError):
+        return _unkept(wrong)
+    return None
+
+
+def _asked_for(path: str) -> str:
+    """The file that `core.files.written_beside` would have replaced, where it made its temporary one; in one line."""
+    return plain(re.sub(r"\.([^/]+)\.[^./]+\.part$", r"\1", path))
+
+
+def _unkept(wrong: UnicodeEncodeError) -> str | None:
+    """About the name in the text that could not be encoded, which may be a whole plan."""
+    before, after = wrong.object[: wrong.start], wrong.object[wrong.start :]
+    name = re.split(r"[/\"'\n]", before)[-1] + re.split(r"[/\"'\n]", after)[0]
+    if "surrogate" in wrong.reason:  # Python's stand-in for a byte of a file's name, or of an argument
+        return f"{name!r} is no name in UTF-8, which results are written in; rename it."
+    if wrong.encoding == sys.getfilesystemencoding():
+        return f"{name!a} cannot be a file's name in this locale ({wrong.encoding}); set LC_ALL=C.UTF-8, or rename it."
+    return None
