@@ -394,6 +394,17 @@ class TestHostileFolders:
         monkeypatch.setattr(os, "scandir", denied)
         refused(f"folder:{tmp_path}", str(tmp_path), "Permission denied")
 
+    def test_a_folder_in_one_that_may_not_be_entered(self, monkeypatch):
+        def denied(path, **how):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        with monkeypatch.context() as locked:  # tests may run as root, whom no permission stops
+            locked.setattr(Path, "stat", denied)
+            refused("folder:locked/photos", "locked/photos", "Permission denied", "permissions")
+
+    def test_a_name_that_no_folder_can_have(self):
+        refused(f"folder:{'n' * 300}", "nnn", "too long", "correct the path")
+
 
 class TestSettings:
     def test_unknown_source_names_the_closest(self):

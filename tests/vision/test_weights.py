@@ -80,6 +80,9 @@ class TestRefusals:
     def test_missing(self, tmp_path):
         refused(network(), tmp_path / "a.safetensors", "does not exist")
 
+    def test_a_name_that_no_file_can_have(self, tmp_path):
+        refused(network(), tmp_path / f"{'n' * 300}.pt", "too long", "correct the path")
+
     def test_folder_and_other_extensions(self, tmp_path):
         refused(network(), tmp_path, "not a file")
         (tmp_path / "a.bin").write_bytes(b"x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -26,9 +27,13 @@ def folder(path: str) -> Catalogue:
         BadInput: a folder that is missing, unreadable or without any image.
     """
     root = Path(path).expanduser()
-    if not root.exists():
+    try:
+        there, listed = root.exists(), root.is_dir()
+    except OSError as problem:  # a folder above it may not be entered, or the name is too long
+        raise _unreadable(root, problem) from None
+    if not there:
         raise BadInput(f"dataset: folder {shown(root)} does not exist; give the path of a folder with images.")
-    if not root.is_dir():
+    if not listed:
         raise BadInput(f"dataset: {shown(root)} is a file, not a folder; give the folder that holds the images.")
     images, below, ignored = _listing(root)
     if images:
@@ -101,10 +106,13 @@ def _listing(directory: Path) -> tuple[list[Path], list[Path], int]:
                 else:
                     others += 1
     except OSError as problem:
-        raise BadInput(
-            f"dataset: folder {shown(directory)} cannot be read ({problem.strerror}); change its permissions."
-        ) from None
+        raise _unreadable(directory, problem) from None
     return sorted(images), sorted(folders), others
+
+
+def _unreadable(directory: Path, problem: OSError) -> BadInput:
+    fix = "correct the path" if problem.errno == errno.ENAMETOOLONG else "change its permissions"
+    return BadInput(f"dataset: folder {shown(directory)} cannot be read ({problem.strerror}); {fix}.")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -95,9 +95,13 @@ def read_weights(path: str | Path, field: str = "weights") -> Mapping[str, Tenso
 
 
 def _read(path: Path, field: str = "weights") -> Mapping[str, Tensor]:
-    if not path.exists():
+    try:
+        there, whole = path.exists(), path.is_file()
+    except OSError as problem:  # a folder above it may not be entered, or the name is too long
+        raise BadInput(f"{field}: {path} cannot be read ({problem.strerror}); correct the path.") from None
+    if not there:
         raise BadInput(f"{field}: file {path} does not exist; correct the path.")
-    if not path.is_file():
+    if not whole:
         raise BadInput(f"{field}: {path} is not a file; give a .safetensors, .pt or .pth file.")
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise BadInput(f"{field}: {path} must be a .safetensors, .pt or .pth file; convert or rename it.")
