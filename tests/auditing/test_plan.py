@@ -361,8 +361,16 @@ def test_files_that_are_no_toml_are_refused(tmp_path: Path, content: bytes) -> N
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="does not exist; `frostglass init` writes one"):
         load_plan(tmp_path / "none.toml")
-    with pytest.raises(BadInput, match="cannot be read"):
+    with pytest.raises(BadInput, match=r"cannot be read \(Is a directory\); give a TOML file that you may read\.$"):
         load_plan(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_plan_in_another_encoding_is_refused_with_what_to_do(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text('name = "\u00fcber"', encoding=encoding)
+    with pytest.raises(BadInput, match=r"plan\.toml cannot be read as UTF-8 \(.*\); save it in UTF-8\.$"):
+        load_plan(path)
 
 
 def test_an_editors_byte_order_mark_does_no_harm(tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ def read_values(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise BadInput(f"plan: {path} does not exist; `frostglass init` writes one.") from None
-    except (OSError, UnicodeDecodeError) as wrong:
-        raise BadInput(f"plan: {path} cannot be read ({wrong}).") from None
+    except OSError as wrong:
+        raise BadInput(f"plan: {path} cannot be read ({wrong.strerror}); give a TOML file that you may read.") from None
+    except UnicodeDecodeError as wrong:
+        raise BadInput(f"plan: {path} cannot be read as UTF-8 ({wrong.reason}); save it in UTF-8.") from None
     except (ValueError, RecursionError) as wrong:  # TOMLDecodeError, and numbers of more digits than Python parses
         raise BadInput(f"plan: {path} is not valid TOML ({wrong}).") from None
     for override in overrides:
