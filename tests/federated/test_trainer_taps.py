@@ -155,6 +155,45 @@ def test_lightning_with_an_optimiser_that_unscales_in_its_own_step(tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_lightning_with_optimisers_that_take_turns(tmp_path: Path) -> None:
+    """The second steps on every batch, the first on every other one, and twice on the fourth."""
+    needs("lightning", "lightning")
+    from lightning import LightningModule, Trainer
+
+    from frostglass.federated.lightning_tap import RecordGradients
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.a, self.b = nn.Linear(16, 3), nn.Linear(16, 3)
+
+        def training_step(self, batch: Any, number: int) -> None:
+            first, second = self.optimizers()
+            for optimiser, net in (*[(first, self.a)] * (0, 1, 0, 2)[number], (second, self.b)):
+                optimiser.zero_grad()
+                self.manual_backward(nn.functional.cross_entropy(net(batch[0].flatten(1)), batch[1]))
+                optimiser.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(net.parameters(), 0.1) for net in (self.a, self.b)]
+
+    data = [(torch.rand(1, 4, 4), i % 3) for i in range(14)]
+    seen = []
+    for every in (1, 2):
+        trainer = Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            callbacks=[RecordGradients(tmp_path / str(every), every=every)],
+        )  # fmt: skip
+        trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=4))
+        updates = read_record(tmp_path / str(every) / "rank-0").updates
+        seen.append([(next(iter(u.payload()[0]))[0], u.header.examples) for u in updates])
+    first, second = seen
+    assert first == [("b", 4), ("a", None), ("b", 4), ("b", 4), ("a", None), ("a", 2), ("b", 2)]
+    assert second == [("b", 4), ("a", None), ("b", 4), ("a", 2)]
+
+
+@pytest.mark.slow
 def test_accelerate_on_one_device_sees_its_own_gradient(tmp_path: Path, worker: Any) -> None:
     needs("accelerate", "hf")
     _, watch = worker.accelerated(tmp_path, accumulate=2)

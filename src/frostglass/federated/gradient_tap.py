@@ -60,7 +60,7 @@ class GradientTap:
         note: what is seen: an own gradient, an average, a shard.
         client: whose gradient.
         clients: processes averaged in it.
-        every: steps from one that is recorded to the next; the first step is one.
+        every: steps from one that is recorded to the next, of each optimiser (`of`); the first step is one.
         most: recorded steps at the most.
         max_bytes: of all tensors together.
         model: name and options of the network, as `frostglass audit-updates` builds it.
@@ -98,20 +98,26 @@ class GradientTap:
         self.defence, self.loss_scale = defence, loss_scale
         self.steps = self.recorded = 0
         self.handles: list[RemovableHandle] = []  # of hooks that end with the tap
+        self.of: Any = None  # whose step the next one is, where several optimisers take turns
+        self._taken: dict[Any, int] = {}
         self._examples: int | None = 0
         self._batches = 0
+        self._all_batches = 0
+        self._last: int | None = None  # images of the last batch
+        self._marks: dict[Any, int] = {}  # all batches at the last step of each
         self._warned = False
 
     @property
     def due(self) -> bool:
         """Whether the step that is being computed is to be recorded."""
-        return self.steps % self.every == 0 and self.recorded < self.most
+        return self._taken.get(self.of, 0) % self.every == 0 and self.recorded < self.most
 
     def saw(self, batch: Any) -> None:
         """A batch (or micro-batch) of this step: its images are counted."""
         found = batch_size(batch)
         self._examples = None if found is None or self._examples is None else self._examples + found
         self._batches += 1
+        self._all_batches, self._last = self._all_batches + 1, found
 
     def watch(self, module: nn.Module) -> RemovableHandle:
         """Counts what goes through `module` while gradients are on, until the tap is closed."""
@@ -143,7 +149,16 @@ class GradientTap:
     def skip(self) -> None:
         """Ends a step without a record."""
         self.steps += 1
+        self._taken[self.of] = self._taken.get(self.of, 0) + 1
+        self._marks[self.of] = self._all_batches
         self._examples, self._batches = 0, 0
+
+    def _made_of(self) -> tuple[int | None, int]:
+        """(images, batches) of this step; where optimisers take turns nobody knows which batches one passed over."""
+        if self.of is None or not self._all_batches:
+            return (self._examples if self._batches else None), self._batches
+        since = self._all_batches - self._marks.get(self.of, 0)
+        return (self._last, 1) if since <= 1 else (None, 0)
 
     def failed(self, wrong: BaseException) -> None:
         """Says once that something could not be recorded."""
@@ -167,15 +182,16 @@ class GradientTap:
     def _record(self, module: nn.Module, gradients: Mapping[str, Tensor], problems: tuple[str, ...]) -> None:
         number = self.steps + 1
         scale = 1.0 if self.loss_scale is None else float(self.loss_scale())
+        examples, batches = self._made_of()
         kept = {n: own_copy(g) if scale == 1.0 else own_copy(g) / scale for n, g in gradients.items()}
         self.recorded += 1
         self.recorder.sent(number, {n: own_copy(local(t)) for n, t in module.state_dict().items()})
         self.recorder.received(
             Received(
                 round=number, client=self.client, gradients=kept, kind="gradient", clients=self.clients,
-                examples=self._examples if self._batches else None,
+                examples=examples,
                 plan=LocalPlan(mode="train" if module.training else "eval"), defence=self.defence, problems=problems,
-                metrics={"micro_batches": float(self._batches)} if self._batches else {},
+                metrics={"micro_batches": float(batches)} if batches else {},
             )
         )  # fmt: skip
 

@@ -81,6 +81,8 @@ class RecordGradients(_Base):  # type: ignore[misc]
             return
         unscales = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused ones; Lightning asks for the same
         self.tap.loss_scale = _scale_of(trainer) if unscales else None
+        if len(trainer.optimizers) > 1:  # each has gradients of its own loss, often on the same batch
+            self.tap.of = id(optimizer)
         among = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.tap.take(pl_module, gradients_of(pl_module, among) if self.tap.due else {})
 
