@@ -133,7 +133,9 @@ def test_fsdp_shows_shards_of_the_average_and_says_so(done: Path) -> None:
         held = read_record(done / "shards" / f"rank-{rank}")
         assert "only reduced shards are visible" in held.info.note
         (got,) = held.updates
-        assert got.header.clients == WORLD
+        assert (got.header.clients, got.header.examples) == (WORLD, (4 + rank) * WORLD), (
+            "each takes the others for its like"
+        )
         assert f"shard {rank} of {WORLD}" in got.header.problems[0]
         for name, part in got.payload()[0].items():
             parts.setdefault(name, []).append(part)

@@ -96,6 +96,7 @@ def test_beside_a_hook_of_the_user_s_the_average_is_recorded_and_said_to_be_one(
         held = read_record(distributed / "hooked" / "record" / f"rank-{rank}")
         assert "average over all 2 processes" in held.info.note
         assert [(u.header.round, u.header.clients) for u in held.updates] == [(1, 2), (2, 2), (3, 2), (4, 2)]
+        assert {u.header.examples for u in held.updates} == {4}, "those of both"
         own = [load_file(distributed / f"accelerate-own-{r}-1.safetensors") for r in range(2)]
         update, _ = held.updates[0].payload()
         for n, g in update.items():

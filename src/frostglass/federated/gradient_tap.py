@@ -59,7 +59,7 @@ class GradientTap:
         engine: as the record names it.
         note: what is seen: an own gradient, an average, a shard.
         client: whose gradient.
-        clients: processes averaged in it.
+        clients: processes averaged in it; each is taken to have had as many images as this one.
         every: steps from one that is recorded to the next, of each optimiser (`of`); the first step is one.
         most: recorded steps at the most.
         max_bytes: of all tensors together.
@@ -189,7 +189,7 @@ class GradientTap:
         self.recorder.received(
             Received(
                 round=number, client=self.client, gradients=kept, kind="gradient", clients=self.clients,
-                examples=examples,
+                examples=None if examples is None else examples * self.clients,
                 plan=LocalPlan(mode="train" if module.training else "eval"), defence=self.defence, problems=problems,
                 metrics={"micro_batches": float(batches)} if batches else {},
             )
