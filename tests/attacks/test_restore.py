@@ -246,6 +246,16 @@ def test_a_wrong_number_of_images_is_not_counted_with_high_confidence(mode: str,
     assert restore.restored_of(replace(seen, examples=said), restore.by_counts()).confidence == "low"
 
 
+@pytest.mark.parametrize(("steps", "said"), [(1, "high"), (4, "low")])
+def test_counts_of_several_steps_are_never_sure(steps: int, said: str) -> None:
+    """Posteriors move between the steps, so that no equation of one gradient holds exactly."""
+    plan = LocalPlan("delta", local_steps=steps, lr=0.05)
+    seen, private = observe("mlp", batch=8, knows=SIZE_ONLY)
+    sent = local_update(seen.model, private.images, private.targets, plan).gradients
+    held = replace(seen, local_plan=plan, messages=(GradientMessage(sent, "delta"),))
+    assert restore.restored_of(held, restore.by_counts()).confidence == said
+
+
 class Ending(torch.nn.Module):
     """A network with a further function of its logits."""
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import frostglass
-from frostglass.auditing import recorded_view
+from frostglass.auditing import recorded_truth, recorded_view
 from frostglass.auditing.plan import DefensePlan, parse_plan
 from frostglass.auditing.plan_checks import make_defense
 from frostglass.auditing.recorded_api import UpdatesRequest, audit_updates, parse_request
@@ -25,7 +25,7 @@ from frostglass.auditing.recorded_plan import UpdatesPlan
 from frostglass.auditing.recorded_pool import _row, headline_of
 from frostglass.auditing.recorded_selection import chosen
 from frostglass.auditing.recorded_table import cell_words, updates_text
-from frostglass.auditing.recorded_truth import content
+from frostglass.auditing.recorded_truth import content, read_images
 from frostglass.auditing.recorded_view import Recording, load_recording
 from frostglass.auditing.report import write_report
 from frostglass.auditing.wording import outcome
@@ -562,6 +562,14 @@ def test_the_nearest_of_a_large_pool_is_no_success_by_itself(tmp_path: Path) -> 
     assert good.cells[0].summary.psnr_worst > 40
     true = {i.sha256 for i in audit_updates(made.record, truth=(made.data.images[:4], None)).cells[0].images}
     assert {i.sha256 for i in good.cells[0].images} == true
+
+
+def test_a_truth_of_more_images_than_are_compared_is_refused(monkeypatch) -> None:
+    """Those left out might be the private ones; other candidates may well be a part of what there is."""
+    monkeypatch.setattr(recorded_truth, "MOST_IMAGES", 100)
+    with pytest.raises(BadInput, match="--truth: 1797 images in digits are more than the 100"):
+        read_images("digits", (1, 8, 8), whole=True)
+    assert len(read_images("digits", (1, 8, 8), whole=False)) == 100
 
 
 def test_a_pool_of_several_clients_is_nobodys_own_whatever_its_size(mlp: Federation) -> None:

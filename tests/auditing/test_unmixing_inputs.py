@@ -14,8 +14,8 @@ from encoded_scenes import crops
 from frostglass.attacks.encodings.given import encodings_of, targets_of
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.unmixing_inputs import from_tensors, read_encoded
-from frostglass.auditing.unmixing_plan import parse_unmix_plan
-from frostglass.auditing.unmixing_view import view_of
+from frostglass.auditing.unmixing_plan import UnmixPlan, files_digest, parse_unmix_plan
+from frostglass.auditing.unmixing_view import settings_of, view_of
 from frostglass.core.errors import BadInput
 from frostglass.defenses.instahide import InstaHide
 from frostglass.defenses.sets.manifest import sha256_of
@@ -328,3 +328,25 @@ def test_archives_are_no_arrays(tmp_path) -> None:
 def test_counts_by_class_without_labels_are_refused() -> None:
     with pytest.raises(BadInput, match="no labels"):
         see(from_tensors(torch.zeros(6, 3, 8, 8), None), per_class=[2, 1])
+
+
+def test_bounds_that_are_given_hold_against_the_manifest_though_they_are_the_defaults() -> None:
+    manifest = {"k": 4, "private": 4, "c1": 0.5, "c2": 0.1}
+    taken, _ = settings_of(parse_unmix_plan({"encoded": "x"}).known, manifest)
+    assert (taken["c1"], taken["c2"]) == (0.5, 0.1)
+    given, law = settings_of(parse_unmix_plan({"encoded": "x", "known": {"c1": 0.65, "c2": 0.3}}).known, manifest)
+    assert (given["c1"], given["c2"]) == (0.65, 0.3)
+    assert law is not None
+    assert law.c1 == 0.65
+    silent, _ = settings_of(parse_unmix_plan({"encoded": "x"}).known, {"k": 4})
+    assert (silent["c1"], silent["c2"]) == (0.65, 0.3)
+
+
+def test_a_network_that_was_fitted_anew_is_another_input(tmp_path) -> None:
+    network = tmp_path / "similarity.safetensors"
+    network.write_bytes(b"first")
+    plan = UnmixPlan(encoded="x", attack=[{"name": "unmix_learned", "network": str(network)}])
+    before = files_digest(plan)
+    network.write_bytes(b"second")
+    assert files_digest(plan) not in ("", before)
+    assert files_digest(UnmixPlan(encoded="x", attack=[{"name": "demask"}])) == ""

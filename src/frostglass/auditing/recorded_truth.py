@@ -113,9 +113,9 @@ def _read(where: str | None, clients: list[str], shape: tuple[int, int, int], gi
     root = Path(where).expanduser()
     own = [c for c in dict.fromkeys(clients) if _is_inside(root, c)] if root.is_dir() else []
     if not own:
-        held = read_images(where, shape)
+        held = read_images(where, shape, whole=True)
         return _classed({"": held}) if root.is_dir() else Truth({"": held}, "arbitrary" not in " ".join(held.notes))
-    return _classed({c: read_images(f"folder:{root / c}", shape) for c in own})
+    return _classed({c: read_images(f"folder:{root / c}", shape, whole=True) for c in own})
 
 
 def _classed(pools: Mapping[str, ImageSet]) -> Truth:
@@ -140,14 +140,24 @@ def _is_inside(root: Path, client: str) -> bool:
     return Path(client).name == client and client not in ("", ".", "..") and (root / client).is_dir()
 
 
-def read_images(where: str, shape: tuple[int, int, int]) -> ImageSet:
-    """Images of a source in the network's shape.
+def read_images(where: str, shape: tuple[int, int, int], *, whole: bool) -> ImageSet:
+    """Images of a source in the network's shape, the first MOST_IMAGES of them.
+
+    Args:
+        where: the source, or a folder.
+        shape: [c, h, w].
+        whole: refuse a source of more images instead, as those left out might be the private ones.
 
     Raises:
-        BadInput: no such source.
+        BadInput: no such source, or more images than are compared.
     """
     channels, height, width = shape
     source = f"folder:{where}" if Path(where).expanduser().is_dir() else where
+    if whole and datasets.count(source) > MOST_IMAGES:
+        raise BadInput(
+            f"--truth: {datasets.count(source)} images in {where} are more than the {MOST_IMAGES} that recovered ones "
+            "are compared with; give the private ones alone."
+        )
     return datasets.load(source, size=(height, width), channels=channels, limit=MOST_IMAGES)
 
 

@@ -92,7 +92,7 @@ def load_recording(plan: UpdatesPlan, model: nn.Module | None = None, truth: Giv
     source = read_source(plan)
     network = network_of(plan, source, model)
     clients = [u.header.client for u in source.updates]
-    others = None if plan.others is None else read_images(plan.others, network.image_shape)
+    others = None if plan.others is None else read_images(plan.others, network.image_shape, whole=False)
     if others is None and Knows.AUXILIARY.value in plan.grants:
         raise BadInput("grants: 'auxiliary' gives away nothing without images; say where they are with others.")
     return Recording(plan, source, network, read_truth(plan.truth, clients, network.image_shape, truth), others)

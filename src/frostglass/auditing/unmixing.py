@@ -22,7 +22,7 @@ from frostglass.auditing.store import RunFolder
 from frostglass.auditing.unmixing_card import UnmixScorecard, make_card
 from frostglass.auditing.unmixing_files import pictures_of, write_all
 from frostglass.auditing.unmixing_inputs import EncodedSet, range_of, read_encoded, within
-from frostglass.auditing.unmixing_plan import UnmixPlan
+from frostglass.auditing.unmixing_plan import UnmixPlan, files_digest
 from frostglass.auditing.unmixing_record import is_record, view_of_record
 from frostglass.auditing.unmixing_view import View, view_of
 from frostglass.core.batch import Batch, Domain, Sealed, one_hot
@@ -109,7 +109,8 @@ def run_unmix(
             if wrong:
                 raise BadInput(wrong)
         ready, skipped = _applicable(plan, view)
-        folder.open(plan.to_toml(), plan.digest(), encoded.digest + view.digest, resume=resume)
+        inputs = encoded.digest + view.digest + files_digest(plan)
+        folder.open(plan.to_toml(), plan.digest(), inputs, resume=resume)
         tell = broadcast(Journal(out / "events.jsonl"), emit)
         tell(Event("run_started", plan.name, values={"cells": len(ready)}))
         cells = list(skipped)

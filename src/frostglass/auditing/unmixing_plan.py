@@ -15,6 +15,7 @@ from frostglass.auditing.plan_reading import read_values, sentences
 from frostglass.auditing.plan_verdict import Strict
 from frostglass.core.errors import BadInput, close_match
 from frostglass.core.files import placed, source_placed
+from frostglass.defenses.sets.manifest import sha256_of
 from frostglass.federated.record_header import INFO
 from frostglass.numerics.key_rows import MixLaw
 
@@ -35,8 +36,10 @@ class KnownPlan(Strict):
     per_class: list[int] | None = Field(None, description="private images of each class")
     k: int | None = Field(None, ge=1, description="images in one encoding")
     private: int | None = Field(None, ge=1, description="private ones among them")
-    c1: float = Field(0.65, gt=0, le=1, description="no coefficient exceeds it")
-    c2: float = Field(0.3, ge=0, le=1, description="least private share, with public images")
+    c1: float | None = Field(None, gt=0, le=1, description="no coefficient exceeds it; 0.65 if the set does not say")
+    c2: float | None = Field(
+        None, ge=0, le=1, description="least private share, with public images; 0.3 if the set does not say"
+    )
     law: Literal["folded_normal", "dirichlet"] | None = Field(None, description="of the coefficients")
     mask: Literal["sign", "abs", "none"] | None = Field(None, description="sign, abs or none")
     public: int | None = Field(None, ge=1, description="public images in the pool")
@@ -147,12 +150,19 @@ def _attack_problems(plan: UnmixPlan) -> list[str]:
     return found
 
 
+def files_digest(plan: UnmixPlan) -> str:
+    """SHA-256 of the files that attacks are given by name, as a fitted network is; empty if there are none."""
+    values = [value for entry in plan.attack for value in entry.settings.values() if isinstance(value, str)]
+    return "".join(sha256_of(Path(value)) for value in values if Path(value).is_file())
+
+
 def _known_problems(known: KnownPlan) -> list[str]:
     if known.private is not None and known.k is None:
         return [f"known.k: missing, and known.private = {known.private} says nothing without it; give both."]
     if known.k is not None:
+        given = {key: value for key in ("c1", "c2", "law") if (value := getattr(known, key)) is not None}
         try:
-            MixLaw(known.k, known.private or known.k, known.c1, known.c2, known.law or "folded_normal").check()
+            MixLaw(known.k, known.private or known.k, **given).check()
         except BadInput as wrong:
             return [f"known.{p}" for p in wrong.problems]
     return []

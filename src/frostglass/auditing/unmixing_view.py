@@ -123,11 +123,11 @@ def settings_of(
         manifest = {key: value for key, value in manifest.items() if key not in ("k", "private", "c1", "c2")}
     k = known.k or manifest.get("k")
     private = known.private or manifest.get("private") or assumed or k
-    default = KnownPlan()
+    default = MixLaw()
     settings: dict[str, Any] = {
         "k": k, "private": private,
-        "c1": known.c1 if known.c1 != default.c1 else manifest.get("c1", known.c1),
-        "c2": known.c2 if known.c2 != default.c2 else manifest.get("c2", known.c2),
+        "c1": manifest.get("c1", default.c1) if known.c1 is None else known.c1,
+        "c2": manifest.get("c2", default.c2) if known.c2 is None else known.c2,
         "law": known.law or manifest.get("law") or "folded_normal",
         "mask": known.mask or manifest.get("mask") or "sign",
         "labels": manifest.get("labels"),

@@ -77,8 +77,8 @@ def prove(seen: Observation, images: Tensor) -> Proof | None:
     """Re-computes the gradient of a recovered batch, in float64, and compares it with the observation.
 
     Where it is not that of a mean over the batch, it may be that of a sum, or of a loss that was multiplied: one factor
-    for all layers, found from the classifier's gradient. Then all the others must agree as well. Where
-    a network changes what its classifier gives (a temperature), whole labels alone are tried.
+    for all layers, found from the classifier's gradient. Then all the others must agree as well. Where a network
+    changes what its classifier gives (a temperature), whole labels alone are tried.
 
     Args:
         seen: its model and gradients.
