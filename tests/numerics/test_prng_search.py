@@ -11,6 +11,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure
 from frostglass.defenses.instahide import InstaHide
 from frostglass.defenses.sets.writing import SetWriter
+from frostglass.numerics import key_rows
 from frostglass.numerics.key_rows import MixLaw, draw_coefficients
 from frostglass.numerics.keystream import Secret
 from frostglass.numerics.mixing import coarse_targets
@@ -148,6 +149,16 @@ def test_screening_agrees_with_the_encoders_own_draws() -> None:
     assert fits(rows[:60, :3], clues)
     assert not fits(rows[1:61, :3], clues)
     assert search_own(clues, law, [60], 0, 40) == 12
+
+
+def test_screening_knows_that_candidates_are_drawn_in_parts(monkeypatch) -> None:
+    """As they are for shards of many encodings, or where few rows are accepted."""
+    monkeypatch.setattr(key_rows, "_AT_ONCE", 1 << 13)
+    law = MixLaw(5, 3)
+    rows = draw_coefficients(Secret.draw(Insecure(12)).at(*shard_path(0)).stream("coefficients"), law, 4096)
+    targets = np.zeros((20, 20), np.float32)
+    targets[np.arange(20)[:, None], (np.arange(20)[:, None] + np.arange(3)) % 20] = rows[:20, :3]
+    assert search_own(clues_of(targets, law), law, [20], 0, 40) == 12
 
 
 @pytest.mark.parametrize(("labels", "shard_rows"), [("exact", 1), ("quantised", 4)])

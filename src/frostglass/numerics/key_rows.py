@@ -170,6 +170,11 @@ def acceptance_above(law: MixLaw) -> float:
     return len(_above(law, 1 - g.random((n, law.k + 1)))) / n
 
 
+def candidates(law: MixLaw, missing: int, rate: float) -> int:
+    """Rows to draw at a time for `missing` more, where a share of about `rate` is accepted."""
+    return min(int(missing / max(rate, _RAREST) * 1.05) + 8, max(1, _AT_ONCE // law.k))
+
+
 def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.float32]:
     """[count, k] coefficient rows under `law`, from keystream bits; rows are rejected whole.
 
@@ -178,9 +183,9 @@ def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.
     kept: list[NDArray[np.float32]] = []
     above = acceptance_above(law) if law.first else 0.0
     above = above if above > acceptance(law) else 0.0
-    missing, rate = count, max(above or acceptance(law), _RAREST)
+    missing = count
     while missing > 0:
-        n = min(int(missing / rate * 1.05) + 8, max(1, _AT_ONCE // law.k))
+        n = candidates(law, missing, above or acceptance(law))
         if above:
             rows = _above(law, stream.uniforms(n * (law.k + 1)).reshape(n, law.k + 1))
         else:

@@ -20,6 +20,7 @@ from frostglass.core.randomness import Insecure
 from frostglass.numerics.key_rows import (
     MixLaw,
     acceptance,
+    candidates,
     draw_coefficients,
     draw_distinct,
     draw_mask,
@@ -95,7 +96,7 @@ def _screened(seeds: NDArray[np.int64], clues: Clues, law: MixLaw, count: int, r
 
 def _raw_rows(seeds: NDArray[np.int64], law: MixLaw, count: int, rows: int) -> NDArray[np.float32]:
     """[s, rows, k] coefficient rows before rejection, from single words of each seed's stream."""
-    n = int(count / max(acceptance(law), 1e-3) * 1.05) + 8
+    n = candidates(law, count, acceptance(law))
     if law.law == "dirichlet":
         width = law.k + 2
         words = _words(seeds, [(0, rows * width)])
