@@ -138,6 +138,15 @@ def test_compiled_shares_are_those_of_numpy_within_bounds(k: int, seed: int, fir
         assert np.array_equal(law.shares(weights), plain[law.accepts(plain)])
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_shares_are_the_same_where_the_loop_is_not_compiled(kind: type, monkeypatch) -> None:
+    """Sums of float32 would put about one share in 1000 on another multiple."""
+    weights, law = np.random.default_rng(0).normal(size=(3000, 6)).astype(kind), MixLaw(6, 2, c2=0.2)
+    compiled = law.shares(weights)
+    monkeypatch.setattr(key_rows, "kernel", inspect.unwrap)  # as under NUMBA_DISABLE_JIT
+    assert np.array_equal(law.shares(weights), compiled)
+
+
 @pytest.mark.parametrize("law", ["folded_normal", "dirichlet"])
 def test_a_large_first_share_has_the_distribution_of_rejection(law: str, monkeypatch) -> None:
     wanted = MixLaw(4, 1, c2=0.0, law=law, first=0.45)

@@ -52,13 +52,13 @@ def share_out(weights, most, private, least, first, out):  # type: ignore[no-unt
     for r in range(weights.shape[0]):
         total = 0.0
         for j in range(weights.shape[1]):
-            total += abs(weights[r, j])
+            total += abs(np.float64(weights[r, j]))  # where nothing is compiled, a float32 would make the sum one
         if not total > 0:
             continue
         scale = GRID / total
         reached, before, greatest, inside = 0.0, 0.0, 0.0, 0.0
         for j in range(weights.shape[1]):
-            reached += abs(weights[r, j]) * scale
+            reached += abs(np.float64(weights[r, j])) * scale
             edge = np.rint(reached)
             share = (edge - before) / GRID
             before = edge
