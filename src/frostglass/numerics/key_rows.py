@@ -112,7 +112,7 @@ def on_grid(weights: NDArray[np.float64]) -> NDArray[np.float32]:
     """Rows [..., k] of non-negative weights as multiples of 1 / GRID that sum to 1.
 
     What the shares before a slot and with it come to is rounded, and their difference taken, so that errors do not
-    add up: each is below 1 / GRID, and 0 on average. A share below half of it may become 0.
+    add up: each is below 1 / GRID, and 0 on average. A share below 1 / GRID may become 0.
     """
     columns = np.ascontiguousarray(np.moveaxis(weights, -1, 0))  # numpy takes three times as long along short rows
     scale = GRID / functools.reduce(np.add, columns)
@@ -204,8 +204,8 @@ def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.
 def draw_distinct(stream: Keystream, population: int, slots: int, count: int) -> NDArray[np.int64]:
     """[count, slots] integers in [0, population), distinct within each row, every such row equally likely.
 
-    Slot j is a rank among the population - j values not yet used in its row (`key_loops.choose_distinct`), so hardly
-    ever is a row redrawn, whatever the size of the population.
+    Slot j is a rank among the population - j values not yet used in its row (`key_loops.choose_distinct`). A row is
+    redrawn with a chance below slots * population / 2^32, which is next to nothing for any set that fits in memory.
 
     Raises:
         BadInput: population < slots, or a population of 2^32 or more.
