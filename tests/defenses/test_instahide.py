@@ -696,8 +696,9 @@ def test_predictions_are_averaged_per_image() -> None:
     assert torch.allclose(average_predictions(logits.softmax(1), 2, "probabilities"), want)
     with pytest.raises(BadInput, match="groups of 3"):
         average_predictions(logits, 3)
-    with pytest.raises(BadInput, match="no probabilities"):
-        average_predictions(logits, 2, "probabilities")
+    for wrong in (logits, torch.full((4, 2), torch.nan)):
+        with pytest.raises(BadInput, match="no probabilities"):
+            average_predictions(wrong, 2, "probabilities")
 
 
 def test_plain_images_for_inference() -> None:

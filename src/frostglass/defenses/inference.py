@@ -45,6 +45,6 @@ def average_predictions(
         raise BadInput(f"n: {len(outputs)} predictions do not divide into groups of {n}.")
     if outputs_are == "logits":
         outputs = outputs.softmax(1)
-    elif (outputs < 0).any() or ((outputs.sum(1) - 1).abs() > 1e-3).any():
+    elif not ((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() <= 1e-3).all()):  # NaN is none either
         raise BadInput('outputs: rows are no probabilities (they must be non-negative and sum to 1); say "logits".')
     return outputs.view(-1, n, outputs.shape[1]).mean(1)
