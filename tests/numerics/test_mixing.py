@@ -188,10 +188,11 @@ def test_partners_are_drawn_the_same_way_without_a_compiler(monkeypatch) -> None
 
 
 def test_partners_of_the_largest_population_are_unbiased() -> None:
-    """A product of a word with 3 * 2^30 has no draw for a quarter of all words: rows are redrawn, not bent."""
+    """A product of a word with 3 * 2^30 has no draw for a quarter of all words: they are passed over, not bent."""
     rows = draw_distinct(stream(), 3 << 30, 2, 40_000)
     assert rows.shape == (40_000, 2)
     assert np.abs((rows < 1 << 30).mean(0) - 1 / 3).max() < 0.01
+    assert draw_distinct(stream(), (1 << 31) + 1000, 31, 50).shape == (50, 31)  # half of all words
     with pytest.raises(BadInput, match="the most is"):
         draw_distinct(stream(), 1 << 32, 2, 1)
 

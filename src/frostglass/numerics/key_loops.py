@@ -75,27 +75,29 @@ def choose_distinct(words, population, out):  # type: ignore[no-untyped-def]
     """Rows of distinct numbers in 0 .. population - 1, one after another, every such row as likely as any.
 
     Slot j is a rank among the population - j numbers that its row does not have yet, without bias: multiply and reject
-    (Lemire 2019, arXiv 1805.10941, algorithm 5), a whole row at a time.
+    (Lemire 2019, arXiv 1805.10941, algorithm 5), by the next word where one is rejected.
 
     Args:
-        words: [n, slots] random 32-bit words.
-        population: at least `slots`, below 2^32.
+        words: [any] random 32-bit words.
+        population: at least the slots, below 2^32.
         out: [n, slots] int64, to be filled.
 
     Returns:
-        How many rows are kept.
+        How many rows are whole when the words end.
     """
-    kept, slots = 0, words.shape[1]
+    next_word, slots = 0, out.shape[1]
     used = np.empty(slots, np.int64)  # ascending
-    for r in range(words.shape[0]):
-        fair = True
+    for r in range(out.shape[0]):
         for j in range(slots):
             left = np.uint64(population - j)
-            product = np.uint64(words[r, j]) * left
-            low = product & np.uint64(0xFFFFFFFF)
-            if low < left and low < (np.uint64(1 << 32) - left) % left:
-                fair = False
-                break
+            product, low, fair = np.uint64(0), np.uint64(0), False
+            while not fair:
+                if next_word == len(words):
+                    return r
+                product = np.uint64(words[next_word]) * left
+                low = product & np.uint64(0xFFFFFFFF)
+                fair = low >= left or low >= (np.uint64(1 << 32) - left) % left
+                next_word += 1
             value = np.int64(product >> np.uint64(32))
             for i in range(j):
                 value += np.int64(value >= used[i])
@@ -103,10 +105,8 @@ def choose_distinct(words, population, out):  # type: ignore[no-untyped-def]
             for i in range(j):  # no branch that depends on what was drawn: it would be guessed wrongly half of the time
                 used[i], largest = min(used[i], largest), max(used[i], largest)
             used[j] = largest
-            out[kept, j] = value
-        if fair:
-            kept += 1
-    return kept
+            out[r, j] = value
+    return out.shape[0]
 
 
 def within(rows, size):  # type: ignore[no-untyped-def]

@@ -204,8 +204,8 @@ def draw_coefficients(stream: Keystream, law: MixLaw, count: int) -> NDArray[np.
 def draw_distinct(stream: Keystream, population: int, slots: int, count: int) -> NDArray[np.int64]:
     """[count, slots] integers in [0, population), distinct within each row, every such row equally likely.
 
-    Slot j is a rank among the population - j values not yet used in its row (`key_loops.choose_distinct`). A row is
-    redrawn with a chance below slots * population / 2^32, which is next to nothing for any set that fits in memory.
+    Slot j is a rank among the population - j values not yet used in its row (`key_loops.choose_distinct`), so no row is
+    ever redrawn, whatever the size of the population.
 
     Raises:
         BadInput: population < slots, or a population of 2^32 or more.
@@ -217,8 +217,9 @@ def draw_distinct(stream: Keystream, population: int, slots: int, count: int) ->
     made: list[NDArray[np.int64]] = []
     missing = count
     while missing > 0:
-        rows = np.empty((missing, slots), np.int64)
-        words = stream.bytes(4 * missing * slots).view("<u4").astype(np.uint32, copy=False).reshape(missing, slots)
+        rows, wanted = np.empty((missing, slots), np.int64), missing * slots
+        spare = wanted >> 6 if population < 1 << 24 else wanted  # of huge populations half of the words are rejected
+        words = stream.bytes(4 * (wanted + spare + 16)).view("<u4").astype(np.uint32, copy=False)
         made.append(rows[: fastest(choose_distinct)(words, population, rows)])
         missing -= len(made[-1])
     return made[0] if len(made) == 1 else np.concatenate(made or [np.empty((0, slots), np.int64)])
