@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ import click
 
 import frostglass
 from frostglass.app import commands
+from frostglass.app.streams import make_lasting
 from frostglass.app.surroundings import cause_outside, no_room
 from frostglass.core.errors import BadInput, FrostglassError
 from frostglass.core.printable import plain
@@ -244,9 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     if debug:  # wherever it stands
         arguments = ["--debug", *(a for a in arguments if a != "--debug")]
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without a letter is no reason to fail
+    make_lasting()
     sys.exit(
         _guarded(
             lambda: cli.main(arguments, prog_name="frostglass", standalone_mode=False),
