@@ -104,6 +104,7 @@ def test_bound_leaves_out_an_accountant_that_overflows(
         (["--sigma", "1", "--gallery", "1"], "--gallery: 1 must be at least 2"),
         (["--sigma", "1", "--image", "32"], "--image: '32' must read"),
         (["--sigma", "1", "--plot", "x.txt"], "--plot: 'x.txt' must end in"),
+        (["--sigma", "1", "--plot", f"{__file__}/x.png"], "x.png cannot be written (Not a directory); change --plot."),
         (["--sigma", "1", "--rate", "0.5", "--samples", "3"], "--samples: 3 is too few"),
         (["--sigma", "nan"], "noise multiplier: nan"),
         (["--sigma", "1e-300"], "--sigma: 1e-300 is too little noise"),

@@ -112,6 +112,16 @@ def test_where_nothing_can_be_written_nothing_is_said_to_be_kept(images, tmp_pat
     assert "--resume" not in err
 
 
+def test_a_ledger_that_cannot_be_written_is_refused_before_anything_is_encoded(images, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    before = set(tmp_path.iterdir())
+    ledger = tmp_path / "file" / "own.json"
+    code, _, err = call(capsys, "encode", images, tmp_path / "set", "--size", 16, "--ledger", ledger)
+    assert code == 2
+    assert err == f"error: encode: {ledger} cannot be written (Not a directory); change --ledger.\n"
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_folders_with_suffixes_in_capitals_are_checked_too(tmp_path, capsys) -> None:
     torch.save({"rng": torch.get_rng_state()}, tmp_path / "A.PT")
     assert call(capsys, "check-checkpoint", tmp_path)[0] == 1

@@ -193,10 +193,15 @@ def test_the_opening_never_lands_in_the_folder_to_be_published(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_that_cannot_be_written_are_named(tmp_path) -> None:
+def test_folders_that_cannot_be_written_are_named_before_anything_is_encoded(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="cannot be written"):
+    monkeypatch.setattr("frostglass.auditing.unmixing_challenge._encoded", None)
+    with pytest.raises(BadInput, match=r"file/c/encryption.npy cannot be written .*; change OUT"):
         make(tmp_path, "file/c")
+    asked = Settings(images=4, rounds=1, law=MixLaw(2, 2))
+    with pytest.raises(BadInput, match=r"file/own cannot be written .*; change --opening"):
+        make_challenge(asked, images()[:4], torch.zeros(4).long(), 2, None, tmp_path / "c", tmp_path / "file" / "own")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_file_that_becomes_too_large_is_no_fault_of_the_program(tmp_path, monkeypatch) -> None:

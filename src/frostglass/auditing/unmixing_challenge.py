@@ -24,7 +24,7 @@ from torch import Tensor
 
 from frostglass._version import __version__
 from frostglass.core.errors import BadInput
-from frostglass.core.files import write_json, written_beside
+from frostglass.core.files import check_writable, write_json, written_beside
 from frostglass.core.randomness import Insecure
 from frostglass.defenses.honesty import WARNING
 from frostglass.defenses.key_ring import KeyRing
@@ -155,6 +155,8 @@ def make_challenge(
         raise BadInput(
             f"challenge: {out if out.exists() else opening} is in the way; name new paths, the opening outside."
         )
+    check_writable(out / ENCODINGS, "challenge", "OUT")
+    check_writable(opening, "challenge", "--opening")
     private, kept = images[:n], labels[:n].numpy().astype(np.int64)
     if pool is not None:
         pool.check(tuple(private.shape[1:]), private.dtype, law.k - law.private)

@@ -87,8 +87,13 @@ def written_beside(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def check_writable(path: Path, command: str) -> None:
+def check_writable(path: Path, command: str, option: str = "--out") -> None:
     """Refuses a file that cannot be written, before the minutes of work that it is for; leaves nothing behind.
+
+    Args:
+        path: of the file.
+        command: that writes it.
+        option: by which the user named it.
 
     Raises:
         BadInput: it is a folder, or no file can be made where it would lie.
@@ -99,7 +104,7 @@ def check_writable(path: Path, command: str) -> None:
         with tempfile.TemporaryFile(dir=next(p for p in path.absolute().parents if p.exists())):
             pass
     except OSError as wrong:
-        raise BadInput(f"{command}: {path} cannot be written ({wrong.strerror or wrong}); change --out.") from None
+        raise BadInput(f"{command}: {path} cannot be written ({wrong.strerror or wrong}); change {option}.") from None
 
 
 def check_name(path: Path, option: str = "--out") -> None:

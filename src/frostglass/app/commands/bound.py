@@ -59,6 +59,7 @@ def command(
     """Bound the success of every attack: gamma for a chance level kappa, epsilon, and the PSNR ceiling."""
     from tqdm import tqdm
 
+    from frostglass.core.files import check_writable
     from frostglass.core.randomness import Rng
     from frostglass.guarantees.domain import LEAST_NOISE
     from frostglass.guarantees.rero import samples_for
@@ -75,8 +76,10 @@ def command(
     setting = Setting(sigma, steps, rate, delta, adjacency, unit)  # type: ignore[arg-type]
     levels = _levels(gallery, kappas)
     shape = dimensions_of(image)
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise BadInput(f"--plot: {plot.name!r} must end in .png, .svg or .pdf.")
+    if plot is not None:
+        if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise BadInput(f"--plot: {plot.name!r} must end in .png, .svg or .pdf.")
+        check_writable(plot, "bound", "--plot")
     if samples is not None and samples < 1000:
         raise BadInput(f"--samples: {samples} is too few for a standard error; give at least 1000.")
     rng = Rng.from_seed(seed, "bound")

@@ -104,6 +104,7 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
 
     from tqdm import tqdm
 
+    from frostglass.core.files import check_writable
     from frostglass.defenses.honesty import PrivacyCaution
     from frostglass.defenses.public_pool import open_pool
     from frostglass.defenses.sets.writing import SetWriter
@@ -112,6 +113,8 @@ def _encode(images: str, out: Path, resume: bool, settings: dict[str, Any]) -> d
 
     if os.path.lexists(out) and not resume:
         raise BadInput(f"encode: {out} exists; name a new folder.")
+    if settings["ledger"] is not None:
+        check_writable(settings["ledger"], "encode", "--ledger")
     size = settings["size"]
     if size is not None and not 4 <= size <= 4096:
         raise BadInput(f"--size: {size} pixels a side are not possible; give 4 to 4096.")
