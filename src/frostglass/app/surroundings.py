@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+from frostglass.core.errors import BadInput
 from frostglass.core.printable import plain
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NAMELESS = (errno.EFBIG, errno.EIO, errno.ESTALE)
+"""What a write into an open file fails with, which says no name."""
+
+
+@contextmanager
+def run_folder(out: Path) -> Iterator[None]:
+    """Refuses what cannot be written inside: by --out where it lies there, else by its own name.
+
+    Raises:
+        BadInput: a file or folder cannot be read or written.
+    """
+    try:
+        yield
+    except OSError as wrong:
+        named = isinstance(wrong.filename, str | os.PathLike)
+        if no_room(wrong) or (not named and wrong.errno not in _NAMELESS):
+            raise
+        if not named or _lies_in(wrong.filename, out):
+            raise BadInput(f"--out: {out} cannot be written ({wrong.strerror}).") from None
+        if cause_outside(wrong) is not None:
+            raise
+        place = _asked_for(os.fspath(wrong.filename))
+        raise BadInput(f"{place} cannot be read or written ({wrong.strerror}); see to it, or name another.") from None
+
+
+def _lies_in(place: str | os.PathLike[str], out: Path) -> bool:
+    """Whether a file is of the run folder, or a folder above that it is made in."""
+    own, folder = (Path(os.path.realpath(p)) for p in (place, out))
+    return folder in (own, *own.parents) or own in folder.parents
 
 
 def no_room(wrong: Exception) -> bool:

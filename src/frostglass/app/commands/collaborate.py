@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from frostglass.core.errors import BadInput, FrostglassError
+from frostglass.core.errors import FrostglassError
 
 
 @click.command("collaborate")
@@ -23,6 +23,7 @@ def command(plan: Path | None, out: Path, overrides: Sequence[str], resume: bool
     Without PLAN: four clients that hold digits of unequal classes (a Dirichlet split); --set changes that comparison
     too. Writes report.html with accuracy by round and leakage by client.
     """
+    from frostglass.app.surroundings import run_folder
     from frostglass.auditing.collaboration import run_collaboration
     from frostglass.auditing.collaboration_plan import digits, load_collaboration
     from frostglass.auditing.collaboration_report import table
@@ -32,10 +33,8 @@ def command(plan: Path | None, out: Path, overrides: Sequence[str], resume: bool
     def tell(words: str) -> None:
         click.echo(words, err=True)
 
-    try:
+    with run_folder(out):
         value = run_collaboration(asked, out, tell=tell, resume=resume)
-    except OSError as wrong:
-        raise BadInput(f"--out: {out} cannot be written ({wrong.strerror or wrong}).") from None
     if as_json:
         click.echo(json.dumps(value, indent=2))
     else:

@@ -46,6 +46,7 @@ def command(
     verbose: bool,
 ) -> None:
     """Train what PLAN (a TOML file) describes with several clients, and record the updates that they send."""
+    from frostglass.app.surroundings import run_folder
     from frostglass.core.files import check_name, claimed
 
     asked = load_federate_plan(plan, overrides)
@@ -56,12 +57,10 @@ def command(
     made = _prepared(text)
     _claim(out, text, resume)
     try:
-        with claimed(out, "plan.toml", text):
+        with run_folder(out), claimed(out, "plan.toml", text):
             _run(text, out, engine, place, asked, verbose, resume)
     except BadInput as wrong:
         raise BadInput([_as_option(p) for p in wrong.problems]) from None
-    except OSError as wrong:
-        raise BadInput(f"--out: {out} cannot be written ({wrong.strerror or wrong}).") from None
     history = _history(out, engine)
     if as_json:
         click.echo(json.dumps(history, indent=2))

@@ -32,6 +32,7 @@ def command(
 
     Under torchrun the points are shared among the ranks.
     """
+    from frostglass.app.surroundings import run_folder
     from frostglass.auditing.sweep import Sweep, complete
     from frostglass.auditing.sweep_plan import load_sweep
     from frostglass.auditing.sweep_report import table, write_sweep
@@ -43,11 +44,8 @@ def command(
     where = pick_device(device)
     _claim(out, asked.to_toml(), resume, world.rank)
     sweep = Sweep(asked, out, where, world, lambda text: click.echo(text, err=True))
-    try:
-        with claimed(out, PLAN, asked.to_toml()) if world.rank == 0 else nullcontext():
-            sweep()
-    except OSError as wrong:
-        raise BadInput(f"--out: {out} cannot be written ({wrong.strerror or wrong}).") from None
+    with run_folder(out), claimed(out, PLAN, asked.to_toml()) if world.rank == 0 else nullcontext():
+        sweep()
     if world.rank:
         return
     rows = complete(sweep, lambda: time.sleep(1.0))

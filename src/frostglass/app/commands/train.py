@@ -22,18 +22,17 @@ from frostglass.core.errors import BadInput
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, and only JSON, on stdout.")
 def command(plan: Path, out: Path, overrides: Sequence[str], resume: bool, device: str, as_json: bool) -> None:
     """Train what PLAN (a TOML file) compares, and test it with plain and with encoded images."""
+    from frostglass.app.surroundings import run_folder
     from frostglass.core.files import claimed, write_json
     from frostglass.core.runtime import pick_device
 
     asked = load_train_plan(plan, overrides)
     where = pick_device(device)
     _claim(out, asked, resume)
-    try:
+    with run_folder(out):
         with claimed(out, "plan.toml", asked.to_toml()):
             results = _runs(asked, out, resume, where)
         write_json(out / "results.json", {"name": asked.name, "device": str(where), "results": results})
-    except OSError as wrong:
-        raise BadInput(f"--out: {out} cannot be written ({wrong.strerror or wrong}).") from None
     if as_json:
         click.echo(json.dumps(results, indent=2))
         return
