@@ -372,6 +372,18 @@ def test_an_insecure_manifest_is_called_open(tmp_path: Path) -> None:
     assert "80 encodings are no whole number of rounds of 3 images" in other.cells[0].info["mask"]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_set_of_absolute_values_with_known_keys_comes_back_up_to_one_sign(tmp_path: Path, channels: int) -> None:
+    x = (crops(16, 6)[:, :channels] * 255).round().to(torch.uint8)
+    encoder = InstaHide(k=2, labels="exact", mask="abs", insecure_seed=9)
+    SetWriter(encoder, x, torch.arange(6) % 2, 2, tmp_path / "set", rounds=20).write()
+    found = frostglass.unmix(tmp_path / "set", truth=x.float() / 255, out=tmp_path / "out",
+                             attacks=[{"name": "prng_attack", "last": 16}])  # fmt: skip
+    cell = found.scorecard.cells[0]
+    assert (cell.info["seed"], cell.info["sign_free"]) == (9, True)
+    assert cell.summary.ssim_median > 0.9
+
+
 def test_one_sign_for_the_whole_set_and_only_where_it_is_open(made: Path) -> None:
     """Negating the recovered set changes no score; the seed attack knows the sign and gets no second chance."""
     assert unmixing_steps.Unmix("u", 1, 1, 10).sign_free

@@ -186,6 +186,8 @@ def test_images_follow_from_known_keys(mask: str) -> None:
     solved = solve_images(y, keys, 10, mask)
     if mask == "abs":  # the sign of each pixel, jointly over all images, is not in the data
         assert solved.residual < 0.1
+        assert solved.open_signs
         return
+    assert not solved.open_signs
     assert float((solved.images - x).abs().max()) < 0.05
     assert solved.residual < 0.01

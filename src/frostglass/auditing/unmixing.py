@@ -259,7 +259,8 @@ def _compared(
 ) -> tuple[Tensor, Scored | None]:
     """(images in [0, 1], scores) under the sign, one for the whole set, that fits better where the attack leaves it
     open."""
-    signs = (1.0, -1.0) if getattr(attack, "sign_free", False) and truth is not None else (1.0,)
+    either = getattr(attack, "sign_free", False) or result.info.get("sign_free") is True
+    signs = (1.0, -1.0) if either and truth is not None else (1.0,)
     best: tuple[float, Tensor, Scored | None] | None = None
     for sign in signs:
         images = _in_unit(sign * result.images)

@@ -20,10 +20,15 @@ PRIOR = 0.5
 
 @dataclass(frozen=True)
 class Solved:
-    """Images [n, d] in [-1, 1], and the root mean square of what they leave unexplained."""
+    """Images [n, d] in [-1, 1], and the root mean square of what they leave unexplained.
+
+    Args:
+        open_signs: the sign of each pixel is not in the data, jointly over all images.
+    """
 
     images: Float[Tensor, "n d"]
     residual: float
+    open_signs: bool = False
 
 
 def solve_images(
@@ -96,7 +101,8 @@ def _alternated(
         signed = torch.where(predicted < 0, -y, y)
         x = _ridge(a, (signed - offset) * scale)
     predicted = design @ x + offset
-    return Solved(x[:images].clamp(-1, 1), float((y - predicted.abs()).square().mean().sqrt()))
+    left = float((y - predicted.abs()).square().mean().sqrt())
+    return Solved(x[:images].clamp(-1, 1), left, open_signs=public is None)
 
 
 def consistent(seed: int, targets: NDArray[np.float32], images: int, law: MixLaw) -> bool:

@@ -30,6 +30,7 @@ from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
+from frostglass.numerics.phase_retrieval import pixel_signs
 from frostglass.numerics.prng_search import Clues, clues_of, label_mode, search_permutation, search_released
 from frostglass.numerics.prng_search_challenge import challenge_keys, search_challenge
 from frostglass.numerics.prng_search_own import own_keys, search_own
@@ -165,8 +166,11 @@ class PrngAttack:
         each = [solve_images(y, keys, seen.examples or 0, mixing.mask, pool) for keys in candidates]
         solved = min(each, key=lambda s: s.residual)
         info["residual"] = solved.residual
+        images = solved.images.view(-1, *seen.image_shape).clamp(-1, 1)
+        if solved.open_signs:  # absolute values, and no known public image: neighbours agree under one sign for the set
+            images, info["sign_free"] = images * pixel_signs(images), True
         return Reconstruction(
-            solved.images.view(-1, *seen.image_shape).clamp(-1, 1),
+            images,
             torch.zeros(len(solved.images), dtype=torch.bool),
             solved.residual,
             info=info,
