@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from frostglass.core.batch import Batch, Domain, one_hot
 from frostglass.core.defense import stack
@@ -170,6 +171,24 @@ def test_soteria_empties_columns_of_the_classifier_alone() -> None:
 
 
 # ---- DP-SGD
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm, lambda m: prune.identity(m, "weight")])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_dp_sgd_refuses_weights_that_are_made_anew_in_each_pass(norm: Any) -> None:
+    _, batch, plan = scene()
+    model = nn.Sequential(nn.Flatten(), norm(nn.Linear(64, 4)))
+    with pytest.raises(BadInput, match=r"'weight' of layer '1' is made anew in each pass .*; remove that from model"):
+        defended_step(model, batch, plan, make("dp_sgd"), Rng.from_seed(0))
+
+
+def test_dp_sgd_follows_parametrised_weights() -> None:
+    _, batch, plan = scene()
+    model = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(64, 4)))
+    plain = defended_step(model, batch, plan, make("none"), Rng.from_seed(0))[1].gradients
+    private = make("dp_sgd", clipping_norm=1e6, noise_multiplier=0.0)
+    for name, sent in defended_step(model, batch, plan, private, Rng.from_seed(0))[1].gradients.items():
+        assert torch.allclose(sent, plain[name], atol=1e-6), name
 
 
 def test_dp_sgd_works_in_eval_mode_and_clips_each_image() -> None:

@@ -169,6 +169,21 @@ def _refuse_unsuitable(model: nn.Module, batch: Batch, plan: LocalPlan, expected
             f"defense dp_sgd: Opacus refuses this model ({_first_sentence(errors[0])}){named}; set model.fix = "
             '"opacus" to replace such layers (BatchNorm becomes GroupNorm).'
         )
+    for name, module in model.named_modules():
+        anew = _made_anew(module)
+        if anew:
+            raise BadInput(
+                f"defense dp_sgd: {anew!r} of layer {name!r} is made anew in each pass (by weight_norm, spectral_norm "
+                "or prune of torch.nn.utils), and Opacus follows no such weights; remove that from model (as by "
+                "remove_weight_norm), or use torch.nn.utils.parametrizations.weight_norm."
+            )
+
+
+def _made_anew(module: nn.Module) -> str | None:
+    """A weight that a hook computes before each pass from parameters that are trained in its place, None if none is."""
+    trained = [n for n, p in module._parameters.items() if p is not None and p.requires_grad]
+    made = [n for n, value in vars(module).items() if isinstance(value, Tensor)]
+    return next((n for n in made if any(t.startswith(f"{n}_") for t in trained)), None)
 
 
 def _first_sentence(error: object) -> str:
