@@ -158,6 +158,7 @@ def test_a_network_is_fitted_and_used(made, tmp_path, capsys) -> None:
     others.mkdir()
     for i, image in enumerate((crops(16) * 255).round().to(torch.uint8)):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(others / f"{i:02d}.png")
+    Image.new("L", (20, 16)).save(others / "grey.png")
     network = tmp_path / "n.safetensors"
     code, out, err = call(
         capsys, "fit-similarity", others, "--out", network, "--k", 2, "--private", 2, "--size", 16, "--steps", 5,
@@ -165,6 +166,7 @@ def test_a_network_is_fitted_and_used(made, tmp_path, capsys) -> None:
     )  # fmt: skip
     assert code == 0, err
     assert "AUC" in out
+    assert "note: 1 of 73 images: not square, cropped to the centre square." in err
     code, out, err = call(
         capsys, "unmix", made / "set", "--out", tmp_path / "out", "--attack",
         f"unmix_learned:network={network},rounds=4", "--truth", made / "images",

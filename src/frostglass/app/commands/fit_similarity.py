@@ -61,6 +61,8 @@ def command(
     total = datasets.count(source)
     rows = rng.at("rows").permutation(total)[:limit].sort().values.tolist()
     held = datasets.load(source, size=size, channels=int(channels) if channels else None, rows=rows)
+    for note in held.notes:
+        click.echo(f"note: {note}", err=True)
     with tqdm(total=steps, desc="fitting", unit="step", disable=None) as bar:
 
         def show(step: int, loss: float) -> None:
