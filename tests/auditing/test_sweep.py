@@ -171,7 +171,7 @@ def test_an_attack_that_draws_images_is_measured_by_its_event(tmp_path: Path) ->
     rows = Sweep(plan, tmp_path, CPU)()
     assert [r["successes"] for r in rows] == [3, 0]
     assert [r["chance"] for r in rows] == [None, None]
-    assert "psnr of the first image reaches 40" in rows[0]["event"]
+    assert "PSNR of the first image reaches 40" in rows[0]["event"]
 
 
 def test_a_clients_knob_and_the_bound_over_its_steps() -> None:

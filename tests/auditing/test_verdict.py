@@ -183,7 +183,7 @@ def test_a_calibrated_score_counts_and_one_that_any_image_reaches_does_not() -> 
     assert (typical.verdict, typical.successes) == ("INCONCLUSIVE", 0)
     unranked = verdicts(plan, [image(i, hit=True, p=None) for i in range(40)])[0]
     assert unranked.verdict == "INCONCLUSIVE"
-    assert "could not be calibrated" in unranked.text
+    assert "the SSIM of a target could not be calibrated" in unranked.text
     proved = verdicts(plan, [image(i, hit=True, p=None, proved=True) for i in range(40)])[0]
     assert proved.verdict == "VIOLATED"
 

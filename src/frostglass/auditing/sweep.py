@@ -19,6 +19,7 @@ from frostglass.auditing.score import Scored, score, summarise, unfit
 from frostglass.auditing.simulate import local_plan, play
 from frostglass.auditing.store import other_data
 from frostglass.auditing.sweep_plan import Point, SweepPlan, points
+from frostglass.auditing.trial_event import metric_words
 from frostglass.core.defense import Defense
 from frostglass.core.drive import drive
 from frostglass.core.errors import AttackFailed, BadInput
@@ -132,7 +133,7 @@ def attacked(plan: SweepPlan, point: Point, prepared: Prepared, defense: Defense
     assert last is not None
     lower, upper = clopper_pearson(successes, prepared.units, plan.confidence)
     kappa = None if last.candidates is None else 1 / last.candidates
-    event = f"{plan.event.metric} of the first image reaches {plan.event.value:g}"
+    event = f"{metric_words(plan.event.metric)} of the first image reaches {plan.event.value:g}"
     return {
         "event": event if kappa is None else f"named among {last.candidates} candidates of its class",
         "statistic": found.info.get("statistic"),

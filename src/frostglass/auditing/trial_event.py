@@ -29,11 +29,11 @@ def bar_words(plan: Plan) -> str:
     """`SSIM at least 0.5`."""
     bar = plan.report.threshold
     side = "at least" if METRICS[bar.metric].make().higher_is_closer else "at most"
-    return f"{_metric(plan)} {side} {bar.value:g}"
+    return f"{metric_words(bar.metric)} {side} {bar.value:g}"
 
 
-def _metric(plan: Plan) -> str:
-    metric = plan.report.threshold.metric
+def metric_words(metric: str) -> str:
+    """As sentences write it: PSNR and SSIM in capitals, others by their names."""
     return metric.upper() if metric in ("psnr", "ssim") else metric
 
 
@@ -49,7 +49,7 @@ def decided_on(
     near = [t for t in targets if reaches(plan, t)]
     if len(targets) == 1 and len(rows[0]) > 1:
         score = score_of(plan, targets[0])
-        has = f"has {_metric(plan)} {score:.3g}" if score is not None else "has no picture"
+        has = f"has {metric_words(plan.report.threshold.metric)} {score:.3g}" if score is not None else "has no picture"
         found.append(
             f"The trial is about one image alone, drawn by the seed: image {rows[0].index(targets[0]) + 1} of "
             f"{len(rows[0])}, which {has} ({bar_words(plan)} is needed)."

@@ -16,7 +16,15 @@ from frostglass.auditing.metrics.registry import METRICS
 from frostglass.auditing.plan import Plan
 from frostglass.auditing.plan_verdict import LEAST_TRIALS
 from frostglass.auditing.scorecard import AuditVerdict, Cell, ImageScore, Verdict
-from frostglass.auditing.trial_event import bar_words, calibrated, decided_on, matched_among, reaches, score_of
+from frostglass.auditing.trial_event import (
+    bar_words,
+    calibrated,
+    decided_on,
+    matched_among,
+    metric_words,
+    reaches,
+    score_of,
+)
 from frostglass.auditing.verdict_rules import EXIT_CODES, Evidence, decide, overall
 from frostglass.auditing.wording import fell_short, plural
 from frostglass.core.randomness import Rng
@@ -106,14 +114,12 @@ def _invalid(plan: Plan, cell: Cell, rows: Sequence[Sequence[ImageScore]], targe
     if event == "recovered":
         among = matched_among(cell)
         metric, level = plan.report.threshold.metric, plan.verdict.chance / among
-        close = [t for t in targets if not t.proved and reaches(plan, t)]
+        shown, close = metric_words(metric), [t for t in targets if not t.proved and reaches(plan, t)]
         if close and METRICS[metric].make().needs_context:
-            found.append(
-                f"{metric} compares with a pool and takes no rank among other images, so it is not calibrated."
-            )
+            found.append(f"{shown} compares with a pool and takes no rank among other images, so it is not calibrated.")
         elif any(t.null is None or metric not in t.null.p for t in close):
             found.append(
-                f"The {metric} of a target could not be calibrated: its source holds fewer than 99 other images of "
+                f"The {shown} of a target could not be calibrated: its source holds fewer than 99 other images of "
                 "its class, or report.null is off."
             )
         elif any(t.null is not None and (t.null.n0 + 1) * level < 1 - 1e-9 for t in close):
