@@ -245,3 +245,17 @@ def test_the_hugging_face_trainer_says_that_it_clips(tmp_path: Path) -> None:
     for got in held.updates:
         norm = torch.cat([g.flatten() for g in got.payload()[0].values()]).norm()
         assert float(norm) == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [("lightning", "lightning", "lightning"), ("lightning_tap", "lightning", "lightning"),
+     ("transformers_tap", "transformers", "hf")],
+)  # fmt: skip
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    module: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"frostglass.federated.{module}", raising=False)
+    with pytest.raises(BadInput, match=rf"{package}: it is not installed; run pip install 'frostglass\[{extra}\]'\."):
+        importlib.import_module(f"frostglass.federated.{module}")

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from frostglass.core.errors import BadInput
 from frostglass.defenses.encoded_dataset import EncodedDataset, encoded_loader
 from frostglass.defenses.instahide import InstaHide
 
 try:
     from lightning import LightningDataModule
 except ImportError:
-    raise ImportError("lightning is not installed; run pip install 'frostglass[lightning]'") from None
+    raise BadInput("lightning: it is not installed; run pip install 'frostglass[lightning]'.") from None
 
 _Base: Any = LightningDataModule
 

@@ -355,6 +355,11 @@ def test_a_wrong_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match=r"nvflare 2\.5\.0 .*frostglass\[nvflare\]"):
         availability.require_nvflare()
 
+    monkeypatch.setattr(availability.metadata, "version", lambda name: f"{availability.WORKS_WITH}.0")
+    monkeypatch.setitem(sys.modules, "nvflare.apis.filter", None)
+    with pytest.raises(BadInput, match=r"NVFlare does not import .*frostglass\[nvflare\]"):
+        availability.require_nvflare()
+
     def absent(name: str) -> str:
         raise availability.metadata.PackageNotFoundError(name)
 
