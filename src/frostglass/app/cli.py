@@ -15,6 +15,7 @@ import click
 
 import frostglass
 from frostglass.app import commands
+from frostglass.app.leaving import leave
 from frostglass.app.streams import make_lasting
 from frostglass.app.surroundings import cause_outside, no_room
 from frostglass.core.errors import BadInput, FrostglassError
@@ -245,13 +246,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if debug:  # wherever it stands
         arguments = ["--debug", *(a for a in arguments if a != "--debug")]
     make_lasting()
-    sys.exit(
-        _guarded(
-            lambda: cli.main(arguments, prog_name="frostglass", standalone_mode=False),
-            debug,
-            lambda: _goes_on(arguments),
-        )
+    code = _guarded(
+        lambda: cli.main(arguments, prog_name="frostglass", standalone_mode=False), debug, lambda: _goes_on(arguments)
     )
+    if argv is None:  # the process is ours
+        leave(code)
+    sys.exit(code)
 
 
 def _goes_on(arguments: Sequence[str]) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +166,32 @@ def test_an_interrupted_run_waits_for_no_gate(
     with pytest.raises(KeyboardInterrupt):
         engines.on_local(plan(), tmp_path, lambda words: None)
     assert not GATES._GATES
+
+
+ENDLESS = """
+import torch
+
+def check():
+    def decide(outgoing):
+        x = torch.ones(64, 64)
+        while True:
+            x = (x @ x).clamp(0, 1)
+    return decide
+"""
+
+
+def test_a_check_that_still_runs_at_the_end_does_not_abort_the_process(tmp_path: Path) -> None:
+    """Python ends its thread inside of PyTorch, whose C++ then aborts: exit status 134, after a whole run."""
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    (tmp_path / "plan.toml").write_text(plan('[gate]\naction = "warn"\nbudget = 0.2\nchecks = "endless:check"\n'))
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    words = [sys.executable, "-m", "frostglass", "federate", "plan.toml", "--out", "run"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Next: frostglass audit-updates" in done.stdout
+    assert "the checks were not done after 0.2 seconds" in (tmp_path / "run" / "gate.jsonl").read_text()
 
 
 def test_the_clients_app_travels_to_ray_without_the_gates_of_this_process(
