@@ -209,8 +209,14 @@ class Sharper(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_temperature_of_the_network_is_no_factor_of_the_loss(batch: int) -> None:
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_temperature_of_the_network_is_no_factor_of_the_loss(batch: int, zero: bool) -> None:
+    """Nor where the classifier begins with zeros, whose logits no temperature changes."""
     seen, private = observe("mlp", batch=batch)
     model = Sharper(seen.model)
+    if zero:
+        for weight in model.inner.head.parameters():
+            torch.nn.init.zeros_(weight)
     gradients = local_update(model, private.images, private.targets, LocalPlan()).gradients
-    assert warnings_of(replace(seen, model=model, messages=(GradientMessage(gradients, "gradient"),))) == []
+    told = warnings_of(replace(seen, model=model, messages=(GradientMessage(gradients, "gradient"),)))
+    assert [text for text in told if "zero throughout" not in text] == []  # layers behind a classifier of zeros

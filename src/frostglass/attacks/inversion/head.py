@@ -119,14 +119,22 @@ def fresh(seen: Observation) -> bool:
 def answers_plainly(seen: Observation) -> bool:
     """Whether the network answers what the classifier gives, up to a shift of each image, so that p - y holds there.
 
-    Not under a temperature, nor where a softmax is part of the network.
+    Not under a temperature, nor where a softmax is part of the network. A classifier that begins with zeros gives what
+    no temperature changes; there it is made to give random numbers.
     """
     layer = classifier_layer(seen.model, seen.classes, seen.image_shape)
     assert layer is not None
     kept: list[Tensor] = []
+
+    def give(_: nn.Module, __: object, made: Tensor) -> Tensor:
+        if bool((made == made[:, :1]).all()):
+            made = torch.randn(made.shape, generator=torch.Generator().manual_seed(0)).to(made)
+        kept.append(made)
+        return made
+
     buffers = {n: b.clone() for n, b in seen.model.named_buffers()}
     where = next(seen.model.parameters())
-    watch = seen.model.get_submodule(layer).register_forward_hook(lambda _, given, made: kept.append(made.detach()))
+    watch = seen.model.get_submodule(layer).register_forward_hook(give)
     try:
         with in_mode(seen.model, seen.mode), torch.no_grad(), kept_draws():
             answer = called_with(seen.model, buffers, dummy_images(seen, 8).to(where.device, where.dtype))
