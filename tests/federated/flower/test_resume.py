@@ -296,6 +296,18 @@ def test_a_folder_that_another_process_holds_is_refused(interrupted, capsys) -> 
     assert "another process is at work in" in err
 
 
+def test_rounds_without_a_history_are_not_thrown_away(interrupted, capsys) -> None:
+    """Neither an interrupted run's nor a whole one's: the record would be deleted, and accounts begin at nothing."""
+    path, out = interrupted
+    shutil.rmtree(out / "unfinished")
+    (out / "history.json").unlink()
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    code, _, err = call(capsys, "federate", path, "--out", out, "--resume")
+    assert code == 2
+    assert "history.json is missing, and" in err
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
 def test_a_lost_account_of_a_client_is_refused(tmp_path, monkeypatch, capsys) -> None:
     """Else it would begin at nothing, and what is told of its privacy be false."""
     from frostglass.core.errors import BadInput

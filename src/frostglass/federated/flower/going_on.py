@@ -18,7 +18,7 @@ from frostglass.federated.flower.unfinished import SERVER, UNFINISHED, Unfinishe
 from frostglass.federated.history import HISTORY
 from frostglass.federated.record_files import whole_headers
 
-JOURNAL = "gate.jsonl"
+JOURNAL, MODEL = "gate.jsonl", "model.safetensors"
 
 _WAITING = "Rulings of the gate are missing"
 
@@ -95,12 +95,17 @@ def _rounds(run: Path) -> list[Any]:
 
 
 def _refuse_lost(run: Path) -> None:
-    """Rounds that were made are not thrown away."""
+    """Rounds that were made are not thrown away, nor what clients have spent in them forgotten."""
     made = len(_rounds(run)) - 1
     if made > 0:
         raise BadInput(
             f"--resume: {run / UNFINISHED / SERVER} is missing, from which round {made + 1} could be begun; start anew "
             "in an empty folder."
+        )
+    if (run / MODEL).exists():  # the weights after some round
+        raise BadInput(
+            f"--resume: {run / HISTORY} is missing, and {run} holds weights after a round; bring it back, or start "
+            "anew in an empty folder."
         )
 
 

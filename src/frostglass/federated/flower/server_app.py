@@ -17,7 +17,7 @@ from frostglass.core.files import written_beside
 from frostglass.core.randomness import Rng
 from frostglass.federated.federation import Federation, federation_of
 from frostglass.federated.flower.client_apps import plan_text
-from frostglass.federated.flower.going_on import data_digest
+from frostglass.federated.flower.going_on import MODEL, data_digest
 from frostglass.federated.flower.strategy import Answer, AuditedFedAvg
 from frostglass.federated.flower.unfinished import Unfinished, Whole
 from frostglass.federated.flower.wire import ARRAYS, record_of, state_of
@@ -25,8 +25,6 @@ from frostglass.federated.global_accuracy import accuracy_of
 from frostglass.federated.history import UNITS, History, line
 from frostglass.federated.lone_images import caution_of
 from frostglass.federated.recording import Recorder
-
-MODEL = "model.safetensors"
 
 _PATIENCE = 30.0
 """Seconds that a round's end waits for the disk to take the record."""
