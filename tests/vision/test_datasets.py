@@ -553,3 +553,9 @@ def test_what_names_no_source_was_meant_as_a_folder(tmp_path, monkeypatch):
         catalogue("mine")
     with pytest.raises(BadInput, match="'foldr:mine' is not a known source; did you mean 'folder'"):
         catalogue("foldr:mine")
+
+
+@pytest.mark.parametrize("size", [(8,), (8, 8, 8), ()])
+def test_a_size_of_no_two_sides_is_refused(size) -> None:
+    with pytest.raises(BadInput, match=r"size: \(.*\) must be a side in pixels, or \(height, width\)"):
+        load("digits", size=size, limit=2)

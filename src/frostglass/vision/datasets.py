@@ -166,6 +166,8 @@ def _check_settings(size: Size | None, channels: int | None, limit: int | None) 
     problems = []
     if channels not in (None, 1, 3):
         problems.append(f"channels: {channels!r} must be 1 (grey) or 3 (colour).")
+    if isinstance(size, tuple) and len(size) != 2:
+        problems.append(f"size: {size!r} must be a side in pixels, or (height, width).")
     given = [("size", side) for side in (size if isinstance(size, tuple) else (size,))]
     for word, value in (*given, ("limit", limit)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
