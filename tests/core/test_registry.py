@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -120,3 +122,42 @@ def test_bad_input_holds_all_its_sentences() -> None:
     assert BadInput("one").problems == ("one",)
     assert str(BadInput(["one", "two"])) == "one\ntwo"
     assert not issubclass(AttackFailed, BadInput)
+
+
+SLOW: Registry[int] = Registry("slow thing", "slow_home")
+BROKEN: Registry[int] = Registry("broken thing", "broken_home")
+INSIDE, GO_ON = threading.Event(), threading.Event()
+
+
+def home(folder: Path, name: str, modules: dict[str, str]) -> None:
+    (folder / name).mkdir()
+    for module, text in ({"__init__": ""} | modules).items():
+        (folder / name / f"{module}.py").write_text(text)
+
+
+def test_a_thread_that_asks_during_the_scan_of_another_gets_all_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = f"from {__name__} import GO_ON, INSIDE, SLOW\n"
+    waits = "INSIDE.set()\nassert GO_ON.wait(60)\n"
+    entry = "@SLOW.register()\ndef {}() -> int:\n    return 1\n"
+    home(tmp_path, "slow_home", {"a": head + entry.format("one") + waits, "b": head + entry.format("two")})
+    monkeypatch.syspath_prepend(tmp_path)
+    found: list[list[str]] = []
+    first, second = (threading.Thread(target=lambda: found.append(SLOW.names())) for _ in range(2))
+    first.start()
+    assert INSIDE.wait(60)
+    second.start()
+    second.join(0.2)  # time enough for a wrong answer; the right one comes only once the first may go on
+    GO_ON.set()
+    first.join()
+    second.join()
+    assert found == [["one", "two"]] * 2
+
+
+def test_a_file_that_cannot_be_imported_is_an_error_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home(tmp_path, "broken_home", {"a": "raise ImportError('no such library')\n"})
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ImportError, match="no such library"):
+            BROKEN.names()

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -99,6 +100,8 @@ class Registry(Generic[T]):
         self._homes = homes
         self._entries: dict[str, Entry[T]] = {}
         self._scanned = False
+        self._scanning = threading.RLock()  # the thread that scans may ask, and gets what is there so far
+        self._inside = False
 
     def register(self, name: str | None = None, *, paper: str = "", **about: Any) -> Callable[..., Any]:
         """Decorator for a maker; the name defaults to the function's own."""
@@ -125,11 +128,18 @@ class Registry(Generic[T]):
     def _scan(self) -> None:
         if self._scanned:
             return
-        self._scanned = True
-        for home in self._homes:
-            package = importlib.import_module(home)
-            for module in pkgutil.walk_packages(package.__path__, home + "."):
-                importlib.import_module(module.name)
+        with self._scanning:  # a second thread waits: half a registry would refuse names that exist
+            if self._scanned or self._inside:
+                return
+            self._inside = True
+            try:
+                for home in self._homes:
+                    package = importlib.import_module(home)
+                    for module in pkgutil.walk_packages(package.__path__, home + "."):
+                        importlib.import_module(module.name)
+                self._scanned = True  # only now: a file that cannot be imported is an error each time
+            finally:
+                self._inside = False
 
     def __iter__(self) -> Iterator[Entry[T]]:
         self._scan()
