@@ -219,6 +219,21 @@ def test_labels_of_known_images_are_solved_exactly_and_a_wrong_image_is_noticed(
     assert not proof.holds
 
 
+@pytest.mark.parametrize("name", ["linear_exact", "spear"])
+def test_a_proof_under_dropout_neither_follows_nor_moves_the_generator_of_the_process(name: str) -> None:
+    seen, _ = observe("mlp", size=16, batch=1, knows=ONLY_COUNT, hidden=(64, 32))
+    dropping = replace(seen, model=nn.Sequential(seen.model, nn.Dropout(0.3)), mode="train")
+    gradients = {f"0.{n}": g for n, g in seen.gradients.items()}
+    dropping = replace(dropping, messages=(GradientMessage(gradients, "gradient"),))
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(drive(ATTACKS[name].make(), dropping, RUN).info["recomputed_gradient_error"])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1]
+
+
 class Auxiliary(nn.Module):
     """A second head that nothing uses, registered last."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from frostglass.core.randomness import Rng, global_draws
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import LocalPlan
 from frostglass.numerics.called import called_with, copied
@@ -23,6 +24,9 @@ Float32 leaves about 1e-6, gradients sent in half precision 1e-3 to 4e-3; a batc
 FITTED = 2e-3
 """The same where the factor of the loss was fitted, which takes up a part of what does not fit: of smoothed labels 6e-3
 is left then."""
+
+DRAWS = Rng.from_seed(0).at("proof")
+"""Of a network's dropout: the same at each reading of a result, and not taken from whoever runs the attack."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def solve_targets(seen: Observation, images: Tensor) -> Tensor | None:
         [b, classes], rounded to one-hot rows where they are within 0.05 of it; None if there is no classifier layer
         with a gradient, or its features are not linearly independent.
     """
-    solved = _solved(seen, images)
+    with global_draws(DRAWS, images.device):
+        solved = _solved(seen, images)
     return None if solved is None else _targets(*solved, 1.0)
 
 
@@ -90,6 +95,11 @@ def prove(seen: Observation, images: Tensor) -> Proof | None:
     if any(not isinstance(m, GradientMessage) or m.kind != "gradient" for m in seen.messages):
         return None
     images = images.to(next(seen.model.parameters()))
+    with global_draws(DRAWS, images.device):
+        return _prove(seen, images)
+
+
+def _prove(seen: Observation, images: Tensor) -> Proof | None:
     solved = _solved(seen, images)
     if solved is None:
         return None
