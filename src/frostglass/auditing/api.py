@@ -19,11 +19,13 @@ from frostglass.auditing.scorecard import AuditReport
 from frostglass.core.errors import BadInput
 from frostglass.core.events import Emit, silent
 from frostglass.core.runtime import pick_device
+from frostglass.core.undisturbed import undisturbed
 
 Entry = str | Mapping[str, Any]
 """A name, or a table with `name` and parameters, as in a plan."""
 
 
+@undisturbed()
 def audit(
     plan: str | Path | Mapping[str, Any] | Plan | None = None,
     *,
@@ -50,6 +52,8 @@ def audit(
     Either give a plan (a TOML file, a table, or a Plan), or your own objects:
 
         report = frostglass.audit(model=net, images=x, labels=y, attacks=["spear"], batch=8)
+
+    Calls from several threads of a process take turns.
 
     Args:
         plan: what to run; the keywords from `attacks` to `show_images` are then taken from it.

@@ -27,6 +27,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.events import Emit, silent
 from frostglass.core.files import placed, source_placed
 from frostglass.core.runtime import pick_device
+from frostglass.core.undisturbed import undisturbed
 
 PLACES = ("record", "before", "after", "gradients", "weights")
 SOURCES = ("truth", "others")
@@ -106,6 +107,7 @@ def run_request(
     return run_plan(plan, out, device=device, resume=resume, emit=emit, inputs=inputs, debug=debug)
 
 
+@undisturbed()
 def audit_updates(
     recorded: str | Path | UpdatesRequest | None = None,
     *,

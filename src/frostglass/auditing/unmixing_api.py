@@ -19,8 +19,10 @@ from frostglass.auditing.unmixing_plan import UnmixPlan, anchored, load_unmix_pl
 from frostglass.core.errors import BadInput
 from frostglass.core.events import Emit
 from frostglass.core.runtime import pick_device
+from frostglass.core.undisturbed import undisturbed
 
 
+@undisturbed()
 def unmix(
     encoded: str | Path | Tensor | UnmixPlan,
     *,
