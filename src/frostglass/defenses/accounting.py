@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from frostglass.core.opacus_import import import_opacus
+
 Accountant = Literal["rdp", "prv"]
 
 
@@ -20,6 +22,7 @@ def epsilon_of(sigma: float, delta: float, steps: int, accountant: Accountant = 
         accountant: "rdp" (Mironov 2017; an upper bound, loose by a few per cent) or "prv" (Gopi et al. 2021; tighter).
         rate: of Poisson sampling before each release; 1 for none.
     """
+    import_opacus()
     from opacus.accountants import PRVAccountant, RDPAccountant
 
     made = RDPAccountant() if accountant == "rdp" else PRVAccountant()

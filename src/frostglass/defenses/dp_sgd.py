@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from frostglass.core.batch import Batch
 from frostglass.core.defense import Defense, Mechanism
 from frostglass.core.errors import BadInput
+from frostglass.core.opacus_import import import_opacus
 from frostglass.core.randomness import Randomness, Rng
 from frostglass.core.update import LocalPlan, PrivacySpent, Update
 from frostglass.defenses.accounting import Accountant, epsilon_of, opacus_quiet
@@ -83,6 +84,7 @@ def dp_sgd(
 def _private_update(
     model: nn.Module, batch: Batch, plan: LocalPlan, rng: Rng, clip: float, sigma: float, divisor: int
 ) -> dict[str, Tensor]:
+    import_opacus()
     from opacus import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
@@ -125,6 +127,7 @@ def _private_update(
 
 def _draws(plan: LocalPlan, examples: int, rng: Rng) -> Iterator[list[int] | None]:
     """Rows of every step: None for all of them, else Opacus' Poisson draws."""
+    import_opacus()
     from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
     rate, steps = plan.sampling_rate(examples), plan.steps_for(examples) if plan.kind == "delta" else 1
@@ -151,6 +154,7 @@ def _noise_alone(model: nn.Module, plan: LocalPlan, rng: Rng, std: float) -> dic
 
 
 def _refuse_unsuitable(model: nn.Module, batch: Batch, plan: LocalPlan, expected: int | None) -> None:
+    import_opacus()
     from opacus.validators import ModuleValidator
 
     if plan.kind == "delta" and plan.optimizer != "sgd":

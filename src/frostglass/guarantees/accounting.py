@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from frostglass.core.opacus_import import import_opacus
 from frostglass.guarantees.domain import check
 
 Accountant = Literal["rdp", "prv"]
@@ -29,6 +30,7 @@ def accounted_epsilon(
         BadInput: a parameter that is out of range.
     """
     check(noise_multiplier=noise_multiplier, steps=steps, rate=rate, delta=delta)
+    import_opacus()
     from opacus.accountants import PRVAccountant, RDPAccountant
 
     chosen = RDPAccountant() if accountant == "rdp" else PRVAccountant()
@@ -46,6 +48,7 @@ def noise_for_epsilon(
         BadInput: a parameter that is out of range.
     """
     check(epsilon=epsilon, steps=steps, rate=rate, delta=delta)
+    import_opacus()
     from opacus.accountants.utils import get_noise_multiplier
 
     with quiet():

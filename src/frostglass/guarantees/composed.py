@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp, ndtr
 
+from frostglass.core.opacus_import import import_opacus
 from frostglass.guarantees.accounting import quiet
 from frostglass.guarantees.domain import SENSITIVITY, Adjacency, check
 
@@ -50,6 +51,7 @@ def composed_gammas(
         check(kappa=kappa)
     if not NOISE[0] <= noise_multiplier / SENSITIVITY[adjacency] <= NOISE[1] or min(kappas) < LEAST_KAPPA:
         return None
+    import_opacus()
     from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
 
     if adjacency == "replace_one":
@@ -80,6 +82,7 @@ def composed(pair: Any, steps: int, epsilon_error: float, delta_error: float, mo
         epsilon_error, delta_error: what the grid may be off by.
         most: None for no limit.
     """
+    import_opacus()
     from opacus.accountants import PRVAccountant
     from opacus.accountants.analysis.prv import TruncatedPrivacyRandomVariable, compose_heterogeneous, discretize
 

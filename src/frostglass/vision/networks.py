@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from frostglass.core.errors import BadInput, close_match
+from frostglass.core.opacus_import import import_opacus
 from frostglass.core.randomness import Rng
 from frostglass.core.registry import Registry
 from frostglass.numerics.local_update import in_mode
@@ -90,6 +91,7 @@ def fix_for_opacus(model: nn.Module) -> nn.Module:
         BadInput: layers that Opacus still refuses, and batch norms that it overlooks (frozen, without weights of
             their own, or of a subclass), which would mix the images of a batch all the same.
     """
+    import_opacus()
     from opacus.validators import ModuleValidator  # 3 s to import
 
     fixed: nn.Module = ModuleValidator.fix(model)
