@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import frostglass
 from frostglass.core.events import Event
+from frostglass.defenses.instahide import InstaHide
 
 ANYWHERE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no gradients": torch.no_grad,
@@ -37,7 +38,7 @@ def found(net: nn.Module, images: Tensor, emit: Callable[[Event], None] | None =
         model=net, images=images, labels=[0, 1], attacks=[{"name": "thaw", "steps": 2}, "linear_exact"],
         defenses=["soteria"], grants=["examples", "labels"], device="cpu", emit=emit,
     )  # fmt: skip
-    return [(c.status, c.error, c.objective, [i.psnr for i in c.images]) for c in report.cells]
+    return [(c.status, c.error, c.objective, [i.psnr for i in c.images]) for c in report.scorecard.cells]
 
 
 def settings() -> tuple[Any, ...]:
@@ -66,6 +67,29 @@ def test_networks_and_images_made_in_inference_mode_are_audited() -> None:
         made = victim()
         assert found(*made) == alone
     assert found(*made) == alone
+
+
+def test_another_default_type_changes_nothing_in_what_is_unmixed() -> None:
+    make = torch.Generator().manual_seed(0)
+    private = (torch.rand(6, 1, 8, 8, generator=make), torch.arange(6) % 3)
+    encoder = InstaHide(k=2, insecure_seed=3)
+    rounds = [r for _ in range(12) for r in encoder.epoch(private, batch_size=6, num_classes=3)]
+    encoded, targets = torch.cat([r.images for r in rounds]), torch.cat([r.targets for r in rounds])
+
+    def unmixed() -> list[Any]:
+        known = {"k": 2, "private": 2, "images": 6}
+        report = frostglass.unmix(
+            encoded, targets=targets, truth=private[0], known=known, attacks=["unmix_statistical"], device="cpu"
+        )
+        return [(c.status, c.error, c.objective, [i.psnr for i in c.images]) for c in report.scorecard.cells]
+
+    alone = unmixed()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert unmixed() == alone
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_two_threads_audit_one_after_the_other_and_leave_the_settings_of_the_process() -> None:
