@@ -96,7 +96,7 @@ def choose_distinct(words, population, out):  # type: ignore[no-untyped-def]
                     return r
                 product = np.uint64(words[next_word]) * left
                 low = product & np.uint64(0xFFFFFFFF)
-                fair = low >= left or low >= (np.uint64(1 << 32) - left) % left
+                fair = bool(low >= left or low >= (np.uint64(1 << 32) - left) % left)
                 next_word += 1
             value = np.int64(product >> np.uint64(32))
             for i in range(j):
