@@ -196,6 +196,16 @@ def test_decoys_equal_to_a_private_image_are_left_out() -> None:
     assert not found.not_run[0].failed
 
 
+def test_an_image_that_stands_twice_in_the_update_is_asked_for_in_no_game() -> None:
+    """Decoys are none of the update's images, so whoever knows the other copy names it without the update."""
+    x, y = digits()
+    given = leaving(2, alike=True)
+    twins = replace(given, private=replace(given.private, images=given.private.images[:1].repeat(2, 1, 1, 1)))
+    found = decide(gallery=0.5, decoys=(x[100:], y[100:]))(twins)
+    assert "gallery" not in [f.check for f in found.findings]
+    assert "stand twice" in found.not_run[0].reason
+
+
 def test_the_linter_reads_the_running_defence() -> None:
     private = DEFENSES["dp_sgd"].make(clipping_norm=1.0, noise_multiplier=1.0)
     assert not only(decide(linter=True)(leaving(defence=private)), "linter").exceeded

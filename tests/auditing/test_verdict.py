@@ -391,6 +391,21 @@ def test_the_headline_of_a_game_and_its_verdict_decide_alike(scenarios: int, wor
     assert ("named in 4 of 40 messages" in headline(cells)) is (word == "identified")
 
 
+def test_naming_an_image_that_stands_twice_in_its_message_proves_nothing() -> None:
+    """Decoys are none of the message's images, so whoever knows the other copy names it without the update."""
+    plan = plan_of(verdict={"event": "identified", "tolerance": 0.1}, batch=2)
+    rows = [row for i in range(20) for row in (image(2 * i, identified=True, candidates=50), image(2 * i + 1))]
+    played = summarise([rows[i : i + 2] for i in range(0, 40, 2)], plan.report.threshold)
+    (fair,) = with_verdicts(plan, cells_of(plan, rows, summary=played))
+    assert fair.verdict is not None
+    assert fair.verdict.verdict == "VIOLATED"
+    rows[1] = rows[1].model_copy(update={"sha256": rows[0].sha256})
+    (cell,) = with_verdicts(plan, cells_of(plan, rows, summary=played))
+    assert cell.verdict is not None
+    assert cell.verdict.verdict == "INCONCLUSIVE"
+    assert "stands twice in its message" in outcome(cell).sentence
+
+
 def test_a_game_that_the_verdict_cannot_count_is_no_headline() -> None:
     plan = plan_of(verdict={"event": "identified", "tolerance": 0.1})
     rows = [image(0, identified=True, candidates=50) for _ in range(40)]

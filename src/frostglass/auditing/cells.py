@@ -130,23 +130,37 @@ def beyond_chance(cell: Cell) -> bool:
     summary, verdict = cell.summary, cell.verdict
     if summary is None or not summary.asked or summary.identified is None or not summary.candidates:
         return False
-    if uncounted_game([row for row in cell.images if row.identified is not None]):
+    if uncounted_game(cell):
         return False
     level = 0.95 if verdict is None else shared_level(verdict.confidence, verdict.tests)
     return clopper_pearson(summary.identified, summary.asked, level)[0] > 1 / summary.candidates
 
 
-def uncounted_game(asked: Sequence[ImageScore]) -> list[str]:
-    """Why the successes of an identification game are no trials of one chance, a sentence each.
+def messages_of(cell: Cell) -> list[list[ImageScore]]:
+    """The rows of each message."""
+    size = len(cell.images) if cell.batches == 1 else cell.batch  # one message may hold more than is known of it
+    return [cell.images[i : i + size] for i in range(0, len(cell.images), max(1, size))]
 
-    Args:
-        asked: the image of each message that was to be named.
-    """
+
+def uncounted_game(cell: Cell) -> list[str]:
+    """Why the successes of an identification game are no trials of one chance, a sentence each."""
+    asked = [row for row in cell.images if row.identified is not None]
     found = []
     if repeated(asked):
         found.append("The same image is in several messages: trials are not independent.")
     if len({row.candidates for row in asked if row.candidates}) > 1:
         found.append("Messages have different numbers of candidates, so they have no common chance.")
+    copies = [
+        sum(other.sha256 == row.sha256 for other in message)
+        for message in messages_of(cell)
+        for row in message
+        if row.identified is not None
+    ]
+    if any(n > 1 for n in copies):
+        found.append(
+            "An image that was to be named stands twice in its message: whoever knows the others needs no update to "
+            "name it."
+        )
     return found
 
 

@@ -265,7 +265,7 @@ def _gallery(
     """How many of the client's images are told from others of their class, each knowing the rest of the message."""
     private, rng = looked.outgoing.private, looked.run.rng.at("gallery")
     hits = asked = 0
-    problem = f"{candidates - 1} decoys of one of the client's classes are lacking"
+    problem = f"{candidates - 1} decoys of one class are lacking, or the images stand twice in the update"
     late = False
     for i in rng.at("targets").permutation(len(private)).tolist():
         if asked == targets or late:

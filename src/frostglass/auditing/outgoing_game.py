@@ -39,6 +39,9 @@ def check_decoys(decoys: Any) -> None:
 def candidates_for(own: Batch, decoys: tuple[Tensor, Tensor], count: int, rng: Rng) -> tuple[Gallery, int] | None:
     """(the first image of `own` among others of its class, its place); None if there are too few others.
 
+    None, too, if that image stands twice in the message: as decoys equal to one of its images are left out, whoever
+    knows the others would name it without the update.
+
     Args:
         own: the message, the image that is asked for first.
         decoys: images in [0, 1] and their classes; those equal to an image of the message are left out.
@@ -46,6 +49,8 @@ def candidates_for(own: Batch, decoys: tuple[Tensor, Tensor], count: int, rng: R
         rng: of the choice and the place, fresh for every game.
     """
     images, labels = decoys
+    if bool((own.images[1:] == own.images[:1]).flatten(1).all(1).any()):
+        return None
     kind = int(own.targets[0].argmax())
     rows = (labels == kind).nonzero().flatten()
     others = images[rows[rng.at("rows").permutation(len(rows))]].to(own.images)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from frostglass.auditing.cells import CellPlan, expand, repeated, uncounted_game
+from frostglass.auditing.cells import CellPlan, expand, messages_of, repeated, uncounted_game
 from frostglass.auditing.claims import guarantee_of
 from frostglass.auditing.linting.plan_defenses import defense_facts
 from frostglass.auditing.linting.rules import findings
@@ -64,8 +64,7 @@ class Trials:
 
 def trials_of(plan: Plan, cell: Cell) -> Trials:
     """One trial for each finished message of a cell."""
-    size = len(cell.images) if cell.batches == 1 else cell.batch  # one message may hold more than is known of it
-    rows = [cell.images[i : i + size] for i in range(0, len(cell.images), max(1, size))]
+    rows = messages_of(cell)
     rng = Rng.from_seed(plan.seed, "verdict target").at(cell.scenario)
     targets = [t for u, unit in enumerate(rows) if (t := _target(plan, unit, rng.at(u))) is not None]
     named = plan.verdict.event == "identified"
@@ -106,7 +105,7 @@ def _invalid(plan: Plan, cell: Cell, rows: Sequence[Sequence[ImageScore]], targe
     found = []
     event = plan.verdict.event
     if event == "identified":
-        found += uncounted_game(targets)
+        found += uncounted_game(cell)
         if not targets:
             found.append('No image was named among candidates; run the attack "gallery" with the grant "gallery".')
     elif len(rows) > 1 and repeated([row for unit in rows for row in unit]):

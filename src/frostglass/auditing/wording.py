@@ -186,7 +186,7 @@ def _named(cell: Cell, summary: Summary) -> Outcome:
         f"The image was named among {n} candidates in {named} of {plural(asked, 'message')}; guessing names it in "
         f"{asked / n:.3g}"
     )
-    why = uncounted_game([row for row in cell.images if row.identified is not None])
+    why = uncounted_game(cell)
     if why:
         return Outcome("nothing", NOTHING, f"{said}. This cannot be counted: {' '.join(why)}")
     v = cell.verdict
