@@ -129,6 +129,27 @@ def test_other_sizes_and_channels_are_brought_to_the_victims() -> None:
     assert float(space.box(torch.full((2, 2), 9.0), target).max()) == 3
 
 
+class Normed(nn.Module):
+    """Keeps its weight of the last pass, on its graph, as `torch.nn.utils.spectral_norm` does."""
+
+    latent_shape = (2,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.utils.spectral_norm(nn.Linear(2, 48))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.sigmoid(self.inner(z)).view(-1, 3, 4, 4)
+
+
+def test_a_generator_that_was_used_before_is_copied_without_the_graph_of_its_last_pass() -> None:
+    generator = Normed()
+    generator(torch.zeros(1, 2))
+    seen, _ = observe("small_bn_cnn", width=8)
+    target, space = lay_out(seen, RUN), latent(generator)
+    assert space.images(torch.zeros(2, 2), target).shape == (2, 3, 16, 16)
+
+
 def test_a_users_generator_runs_and_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "import torch\nfrom frostglass.vision.generators import Decoder\n"
     source += "def make():\n    torch.manual_seed(0)\n    return Decoder(latent=4, channels=3, size=16, width=4)\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from frostglass.attacks.inversion.spaces import Space
 from frostglass.attacks.inversion.target import Target
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
+from frostglass.numerics.called import copied
 from frostglass.vision.generators import Untrained
 
 
@@ -98,7 +98,7 @@ class _Moved:
     def on(self, like: Tensor) -> Callable[[Tensor], Tensor]:
         where = (like.device, like.dtype)
         if where not in self.held:
-            self.held[where] = copy.deepcopy(self.network).to(*where).eval().requires_grad_(False)
+            self.held[where] = copied(self.network).to(*where).eval().requires_grad_(False)
         return self.held[where]
 
 
