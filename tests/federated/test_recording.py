@@ -193,7 +193,8 @@ for number in range(1, 6):
 raise SystemExit("broke off")
 """
     subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=120)
-    assert len([u for u in read_record(tmp_path / "r").updates if u.payload()]) >= 4
+    kept = [u for u in read_record(tmp_path / "r").updates if u.header.file]  # a slow disk may leave the last one out
+    assert len([u for u in kept if u.payload()]) >= 4
 
 
 def test_texts_of_another_side_do_not_make_a_header_unreadable(tmp_path: Path) -> None:

@@ -248,12 +248,13 @@ def test_lightning_s_callback_there(tmp_path: Path) -> None:
     from frostglass.federated.lightning_tap import RecordGradients
 
     model = network().to(THERE)
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(model=model))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(model=model), optimizers=[optimizer])
     record = RecordGradients(tmp_path)
     record.on_train_start(trainer, model)
     record.on_train_batch_start(trainer, model, (HELD.images[:4].to(THERE), HELD.labels[:4].to(THERE)), 0)
     one_pass(model)
-    record.on_before_optimizer_step(trainer, model, torch.optim.SGD(model.parameters(), 0.1))
+    record.on_before_optimizer_step(trainer, model, optimizer)
     record.on_train_end(trainer, model)
     (update,) = read_record(tmp_path / "rank-0").updates
     assert update.header.examples == 4
