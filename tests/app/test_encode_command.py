@@ -11,17 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from frostglass.app.cli import main
+from command_line import call
 from frostglass.app.commands.encode import read_labels
 from frostglass.core.errors import BadInput
 from frostglass.defenses.sets.reading import EncodedFolder
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("flwr")
 
+from command_line import call
 from federations import SMALL
-from frostglass.app.cli import main
 from frostglass.app.commands.federate import load_federate_plan
 from frostglass.core.errors import BadInput
 from frostglass.federated import global_accuracy
@@ -25,13 +25,6 @@ from frostglass.federated.recorded import read_record
 pytestmark = pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution")
 
 ROOT = Path(__file__).parents[2]
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from command_line import call
 from frostglass.app.cli import main
 from frostglass.app.commands.train import load_train_plan
 from frostglass.core.errors import BadInput
@@ -30,13 +31,6 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 @pytest.fixture

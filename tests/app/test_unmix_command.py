@@ -10,20 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from command_line import call
 from encoded_scenes import crops
-from frostglass.app.cli import main
 from frostglass.defenses.instahide import InstaHide
 from frostglass.defenses.sets.writing import SetWriter
 from frostglass.numerics.similarity_network import Shape, SimilarityNetwork, save_network
 
 pytestmark = pytest.mark.filterwarnings("ignore::frostglass.defenses.honesty.PrivacyCaution")
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from frostglass.app.cli import main
+from command_line import call
 from frostglass.auditing import collaboration
 from frostglass.auditing.collaboration_plan import BUNDLED_POOL, digits, load_collaboration, parse_collaboration
 from frostglass.auditing.collaboration_report import told_game
@@ -44,13 +44,6 @@ def as_toml(folder: Path, value: dict[str, Any]) -> Path:
     path = folder / "plan.toml"
     path.write_text(parse_collaboration(value).to_toml())
     return path
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 @pytest.mark.slow

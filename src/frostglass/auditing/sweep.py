@@ -19,7 +19,7 @@ from frostglass.auditing.score import Scored, score, summarise, unfit
 from frostglass.auditing.simulate import local_plan, play
 from frostglass.auditing.store import other_data
 from frostglass.auditing.sweep_plan import Point, SweepPlan, points
-from frostglass.auditing.trial_event import metric_words
+from frostglass.auditing.wording import metric_words
 from frostglass.core.defense import Defense
 from frostglass.core.drive import drive
 from frostglass.core.errors import AttackFailed, BadInput

@@ -9,7 +9,7 @@ from frostglass.auditing.metrics.registry import METRICS
 from frostglass.auditing.nonmembers import LEAST_NULL
 from frostglass.auditing.plan import Plan
 from frostglass.auditing.scorecard import Cell, ImageScore
-from frostglass.auditing.wording import plural
+from frostglass.auditing.wording import metric_words, plural
 
 
 def reaches(plan: Plan, row: ImageScore) -> bool:
@@ -30,11 +30,6 @@ def bar_words(plan: Plan) -> str:
     bar = plan.report.threshold
     side = "at least" if METRICS[bar.metric].make().higher_is_closer else "at most"
     return f"{metric_words(bar.metric)} {side} {bar.value:g}"
-
-
-def metric_words(metric: str) -> str:
-    """As sentences write it: PSNR and SSIM in capitals, others by their names."""
-    return metric.upper() if metric in ("psnr", "ssim") else metric
 
 
 def decided_on(

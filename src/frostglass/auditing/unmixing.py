@@ -14,6 +14,7 @@ from torch import Tensor
 
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.plan import Named, ReportPlan
+from frostglass.auditing.recorded_truth import MOST_IMAGES as MOST_TRUTH
 from frostglass.auditing.run import CHECKPOINTS
 from frostglass.auditing.score import Scored, closest, score, score_of_guess, summarise, unfit
 from frostglass.auditing.scorecard import Cell, Labels
@@ -38,8 +39,6 @@ from frostglass.vision import datasets
 from frostglass.vision.byte_images import load_bytes
 
 UNIT = Domain(0.0, 1.0)
-MOST_TRUTH = 20_000
-"""Images of `--truth` at the most: of more, those left out might be the private ones."""
 
 
 @dataclass(frozen=True)

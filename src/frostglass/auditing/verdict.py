@@ -16,17 +16,9 @@ from frostglass.auditing.metrics.registry import METRICS
 from frostglass.auditing.plan import Plan
 from frostglass.auditing.plan_verdict import LEAST_TRIALS
 from frostglass.auditing.scorecard import AuditVerdict, Cell, ImageScore, Verdict
-from frostglass.auditing.trial_event import (
-    bar_words,
-    calibrated,
-    decided_on,
-    matched_among,
-    metric_words,
-    reaches,
-    score_of,
-)
+from frostglass.auditing.trial_event import bar_words, calibrated, decided_on, matched_among, reaches, score_of
 from frostglass.auditing.verdict_rules import EXIT_CODES, Evidence, decide, overall
-from frostglass.auditing.wording import fell_short, plural
+from frostglass.auditing.wording import fell_short, metric_words, plural
 from frostglass.core.randomness import Rng
 from frostglass.guarantees.interval import clopper_pearson
 

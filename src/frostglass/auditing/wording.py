@@ -109,11 +109,14 @@ def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
             yield name, value_text(value)
 
 
+def metric_words(metric: str) -> str:
+    """As sentences write it: PSNR and SSIM in capitals, others by their names."""
+    return metric.upper() if metric in ("psnr", "ssim") else metric
+
+
 def threshold(over: OverThreshold) -> str:
     """`PSNR 20 dB`: the score from which an image counts as recovered."""
-    metric = over.metric.lower()
-    name = {"psnr": "PSNR", "ssim": "SSIM"}.get(metric, over.metric)
-    return f"{name} {over.value:g}{' dB' if metric == 'psnr' else ''}"
+    return f"{metric_words(over.metric)} {over.value:g}{' dB' if over.metric.lower() == 'psnr' else ''}"
 
 
 def null_words(null: NullRank | None) -> str:
@@ -122,8 +125,7 @@ def null_words(null: NullRank | None) -> str:
         return MISSING
 
     def told(ranks: Mapping[str, float]) -> str:
-        named = {"psnr": "PSNR", "ssim": "SSIM"}
-        return ", ".join(f"{named.get(name, name)} {p:.3f}" for name, p in ranks.items()) or MISSING
+        return ", ".join(f"{metric_words(name)} {p:.3f}" for name, p in ranks.items()) or MISSING
 
     if null.any_n0 is None:
         return f"{told(null.p)} (n0 = {null.n0})"

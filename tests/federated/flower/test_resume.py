@@ -20,6 +20,7 @@ pytest.importorskip("flwr")
 
 from safetensors import safe_open
 
+from command_line import call
 from federations import plan, weights
 from frostglass.app.cli import main
 from frostglass.core.files import alone_in
@@ -181,13 +182,6 @@ def test_a_ruling_that_still_waited_is_named(tmp_path, monkeypatch) -> None:
 
 
 # ---- the command
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 @pytest.fixture

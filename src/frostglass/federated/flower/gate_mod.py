@@ -22,6 +22,9 @@ from frostglass.federated.flower.wire import PARTITION, examples_of, partition_o
 from frostglass.federated.gate import Gate, Outgoing
 from frostglass.federated.local_client import NOTHING
 
+JOURNAL = "gate.jsonl"
+"""Rulings, in the run folder."""
+
 log = logging.getLogger(__name__)
 
 _GATES: dict[tuple[str, int], Gate] = {}
@@ -128,7 +131,7 @@ atexit.register(close_gates)
 def _journal(made: Federation) -> Path | None:
     """In the run folder, where that is on this machine."""
     folder = None if made.plan.server.folder is None else Path(made.plan.server.folder)
-    return folder / "gate.jsonl" if folder is not None and folder.is_dir() else None
+    return folder / JOURNAL if folder is not None and folder.is_dir() else None
 
 
 def _statistics(

@@ -14,11 +14,12 @@ from frostglass.core.errors import BadInput
 from frostglass.core.files import write_text
 from frostglass.defenses.sets.owner import digest_of
 from frostglass.federated.federation import Federation
+from frostglass.federated.flower.gate_mod import JOURNAL
 from frostglass.federated.flower.unfinished import SERVER, UNFINISHED, Unfinished, Whole
 from frostglass.federated.history import HISTORY
 from frostglass.federated.record_files import whole_headers
 
-JOURNAL, MODEL = "gate.jsonl", "model.safetensors"
+MODEL = "model.safetensors"
 
 _WAITING = "Rulings of the gate are missing"
 
