@@ -14,6 +14,7 @@ from frostglass.core.update import LocalPlan
 from frostglass.defenses.registry import DEFENSES
 from frostglass.federated.recording import DEFAULT_BYTES
 from frostglass.federated.train_plan import DataPlan, MethodPlan, ModelPlan, _Strict, _without_none
+from frostglass.numerics.key_rows import MixLaw
 
 ENCODERS = ("instahide", "mixup")
 """Defences that work in the loader, as an encoder with a ledger, instead of batch by batch."""
@@ -177,6 +178,11 @@ class FederatePlan(_Strict):
                 f"defense.rounds: {fresh} fresh encodings do not last {s.rounds} rounds of {epochs} epochs; set "
                 "reuse = true."
             )
+        if encoding is not None and self.evaluation.encodings:  # seen now, and not when the run folder is there
+            try:
+                MixLaw(encoding.k, 1, encoding.c1, 0.0, encoding.law, self.evaluation.min_private).check()
+            except BadInput as wrong:
+                found += [f"evaluation.{x}" if x.startswith("min_private") else x for x in wrong.problems]
         if c.optimizer == "adam" and c.momentum:
             found.append(f'client.momentum: {c.momentum} belongs to optimizer = "sgd"; leave it out for "adam".')
         return found
@@ -214,6 +220,8 @@ def _part_problems(number: int, part: DefensePart) -> list[str]:
     if part.name not in ENCODERS:
         entry: Entry[Any] = DEFENSES[part.name]
         return entry.problems(part.settings, where)
+    if "kind" in part.settings:  # of a method of `frostglass train`; here it would overrule the name
+        return [f"{where}.kind: unknown key; name = {part.name!r} says which defence it is. Leave it out."]
     try:
         MethodPlan.model_validate({"kind": part.name, **part.settings})
     except ValidationError as wrong:
