@@ -200,7 +200,7 @@ def test_a_grant_is_not_called_lacking_where_the_grants_were_misspelled() -> Non
         ({}, "scenario: missing"),
         ({"scenario": {"attack": [{"name": "thaw"}]}}, "write [[scenario]]"),
         ({"scenario": 3}, "scenario: 3 is not valid"),
-        ({"scenario": [3]}, "scenario.0: 3 is not valid"),
+        ({"scenario": [3]}, "scenario.0: 3 is not valid: a table is wanted, as { key = value }."),
         (SMALL | {"name": "x" * 201}, "name"),
         ({"scenario": SMALL["scenario"] * 2 + [{"name": "scenario 1", **SMALL["scenario"][0]}]}, "taken by another"),
         (scenario(attack=[{"name": "thaw", "tv": object()}]), "is not a number"),

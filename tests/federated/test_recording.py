@@ -230,6 +230,9 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
 def test_no_record(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no record of updates"):
         read_record(tmp_path)
+    filled(tmp_path / "taps" / "rank-1")
+    with pytest.raises(BadInput, match=r"it holds a record for each process; give one of them, as .*rank-1\.$"):
+        read_record(tmp_path / "taps")
     (tmp_path / INFO).write_text("{}")
     (tmp_path / HEADERS).write_text("")
     with pytest.raises(BadInput, match="no record of updates"):

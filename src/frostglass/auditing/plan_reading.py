@@ -26,7 +26,7 @@ def read_values(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise BadInput(f"plan: {path} does not exist; `frostglass init` writes one.") from None
+        raise BadInput(f"plan: {path} does not exist; `frostglass init` writes one for `frostglass audit`.") from None
     except OSError as wrong:
         raise BadInput(f"plan: {path} cannot be read ({wrong.strerror}); give a TOML file that you may read.") from None
     except UnicodeDecodeError as wrong:
@@ -123,6 +123,8 @@ def _sentence(loc: tuple[int | str, ...], kind: str, message: str, value: Any, r
     words = message.removeprefix("Value error, ")
     shown = repr(value)
     shown = shown if len(shown) <= SHOWN else shown[:SHOWN] + "..."
+    if kind == "model_type":  # pydantic's own words name a class of Python
+        return f"{where}: {shown} is not valid: a table is wanted, as {{ key = value }}."
     return f"{where}: {shown} is not valid: {words[0].lower()}{words[1:]}."
 
 

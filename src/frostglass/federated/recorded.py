@@ -88,6 +88,11 @@ def read_record(folder: str | Path) -> Record:
         lines = (root / HEADERS).read_bytes().split(b"\n")
     except (OSError, UnicodeDecodeError, ValidationError, ValueError) as wrong:
         text = str(getattr(wrong, "strerror", None) or wrong).splitlines()[0]
+        ranks = sorted(p.parent.name for p in root.glob(f"rank-*/{INFO}"))
+        if ranks:
+            raise BadInput(
+                f"{root}: it holds a record for each process; give one of them, as {root / ranks[0]}."
+            ) from None
         raise BadInput(
             f"{root}: no record of updates ({text}); give the folder that `frostglass federate` or a Recorder wrote."
         ) from None
