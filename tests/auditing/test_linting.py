@@ -276,6 +276,12 @@ def test_a_flower_project_is_read_with_its_sources(file: Write) -> None:
     assert at(found, "sensitivity") == [8]
     local = next(f for f in found.findings if f.rule == "sensitivity")
     assert local.where == "LocalDpMod (client.py)"
+    client = (project.parent / "app/client.py").as_posix()
+    assert f"{client}:8: error [sensitivity]" in as_text(found), "the line is one of the source, not of the project"
+    assert client in {f["file"] for f in as_json(found)["findings"]}
+    results = as_sarif([found])["runs"][0]["results"]
+    places = {r["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for r in results}
+    assert places == {client, (project.parent / "app/server.py").as_posix()}
     assert {f.where for f in found.findings if f.rule == "accounting"} == {
         "LocalDpMod (client.py)", "DifferentialPrivacyServerSideFixedClipping (server.py)",
     }  # fmt: skip

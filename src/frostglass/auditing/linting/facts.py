@@ -34,6 +34,7 @@ class Facts:
         calibrated: False for a mechanism without noise calibrated to a sensitivity (percentile, sparse vector, top-k).
         where: part of the file, for messages.
         lines: line of each fact, by field name; "name" is that of the whole.
+        file: that the lines are of; empty: the one that is checked.
         clip: clipping norm C.
         sensitivity: as declared, in the same units.
         noise_std: standard deviation s of the noise on the sum.
@@ -66,6 +67,7 @@ class Facts:
     calibrated: bool = True
     where: str = ""
     lines: Mapping[str, int] = field(default_factory=dict)
+    file: str = ""
     clip: float | None = None
     sensitivity: float | None = None
     noise_std: float | None = None
@@ -132,11 +134,12 @@ class Finding:
     Args:
         rule: its id.
         severity: errors make the command exit with 1.
-        line: in the file, None where there is none.
+        line: in `file`, None where there is none.
         where: the mechanism.
         found: what is there, one sentence.
         meaning: what that means for privacy, one sentence.
         fix: what to do, one sentence.
+        file: of the line; empty: the one that is checked.
     """
 
     rule: str
@@ -146,3 +149,4 @@ class Finding:
     found: str
     meaning: str
     fix: str
+    file: str = ""

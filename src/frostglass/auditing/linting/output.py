@@ -49,7 +49,8 @@ def as_text(checked: Checked) -> str:
     if not checked.mechanisms:
         lines.append("  No mechanism was found, so nothing was checked; without one, nothing is proved either.")
     for f in checked.findings:
-        place = f"{checked.name}:{f.line}" if f.line else checked.name
+        file = f.file or checked.name
+        place = f"{file}:{f.line}" if f.line else file
         lines += ["", f"{place}: {f.severity} [{f.rule}] {f.where}", *_wrapped(f.found)]
         lines += [*_wrapped(f"means: {f.meaning}"), *_wrapped(f"fix:   {f.fix}")]
     for n in checked.numbers:
@@ -103,7 +104,7 @@ def as_json(checked: Checked) -> dict[str, Any]:
         "kind": checked.kind,
         "mechanisms": checked.mechanisms,
         "errors": checked.errors,
-        "findings": [asdict(f) for f in checked.findings],
+        "findings": [asdict(f) | {"file": f.file or checked.name} for f in checked.findings],
         "recomputed": [n.to_json() for n in checked.numbers],
     }
 
@@ -133,7 +134,7 @@ def as_sarif(checked: Sequence[Checked]) -> dict[str, Any]:
 
 
 def _result(name: str, f: Finding, ids: Sequence[str]) -> dict[str, Any]:
-    place: dict[str, Any] = {"artifactLocation": {"uri": name.replace("\\", "/")}}
+    place: dict[str, Any] = {"artifactLocation": {"uri": (f.file or name).replace("\\", "/")}}
     if f.line:
         place["region"] = {"startLine": f.line}
     return {

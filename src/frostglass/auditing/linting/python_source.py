@@ -6,6 +6,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,6 @@ def _calls(tree: ast.Module) -> Iterator[ast.Call]:
 
 
 def _placed(facts: Facts, path: Path) -> Facts:
-    from dataclasses import replace
-
     return replace(facts, where=f"{facts.name} ({path.name})")
 
 
@@ -131,7 +130,8 @@ def flower_project_facts(path: Path, text: str, values: Any) -> list[Facts] | No
     for component in (_table(app, "components") or {}).values():
         module = path.parent / (str(component).partition(":")[0].replace(".", "/") + ".py")
         if module.is_file():
-            found += python_facts(module, _source_text(module), None, config) or []
+            of_module = python_facts(module, _source_text(module), None, config) or []
+            found += [replace(f, file=module.as_posix()) for f in of_module]
     return found or _by_names(text, config)
 
 

@@ -30,7 +30,7 @@ def findings(facts: Facts) -> list[Finding]:
     """All rules over one mechanism."""
     where = facts.where or facts.name
     return [
-        Finding(rule.id, severity, facts.line(*names), where, found, meaning, fix)
+        Finding(rule.id, severity, facts.line(*names), where, found, meaning, fix, facts.file)
         for rule in RULES
         for severity, names, found, meaning, fix in rule.look(facts)
     ]
