@@ -21,6 +21,7 @@ from frostglass.auditing.plan import ThresholdPlan
 from frostglass.auditing.score import score, summarise
 from frostglass.auditing.scorecard import Cell, ImageScore, Scorecard, load_scorecard
 from frostglass.auditing.simulate import Round, Truth
+from frostglass.auditing.unmixing_card import UnmixScorecard
 from frostglass.core.batch import Batch, Domain, Sealed, one_hot
 from frostglass.core.errors import BadInput
 from frostglass.core.reconstruction import Reconstruction
@@ -207,7 +208,7 @@ def test_a_threshold_on_a_distance_counts_downwards(monkeypatch: pytest.MonkeyPa
 
 
 MODELS = [scorecard.Scorecard, Cell, scorecard.Labels, ImageScore, scorecard.Summary, scorecard.OverThreshold]
-MODELS += [scorecard.Verdict, scorecard.AuditVerdict, scorecard.PitfallCheck]
+MODELS += [scorecard.Verdict, scorecard.AuditVerdict, scorecard.PitfallCheck, UnmixScorecard]
 
 
 def test_docs_explain_every_field_of_the_scorecard() -> None:
@@ -215,7 +216,9 @@ def test_docs_explain_every_field_of_the_scorecard() -> None:
     for model in MODELS:
         section = re.split(r"^## ", text.split(f"\n## {model.__name__}\n")[1], flags=re.M)[0]
         documented = dict(re.findall(r"^\| `(\w+)` \| .+? \| (.+) \|$", section, re.M))
-        assert documented == {n: f.description for n, f in model.model_fields.items()}, model.__name__
+        known = Scorecard.model_fields if model is UnmixScorecard else {}  # told once, above
+        own = {n: f.description for n, f in model.model_fields.items() if n not in known}
+        assert documented == own, model.__name__
 
 
 def a_card() -> Scorecard:
