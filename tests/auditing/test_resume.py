@@ -7,12 +7,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from frostglass.auditing import run as running
+from frostglass.auditing import store
 from frostglass.auditing.plan import parse_plan
 from frostglass.auditing.run import run_plan
 from frostglass.auditing.store import RunFolder
@@ -95,6 +97,32 @@ def test_resuming_a_finished_run_computes_nothing_and_changes_nothing(tmp_path: 
     same_outcome(whole, out)
     seconds = [[c["seconds"] for c in json.loads((f / "scorecard.json").read_text())["cells"]] for f in (whole, out)]
     assert seconds[0] == seconds[1]
+
+
+@pytest.mark.parametrize("kill", ["checkpoint", "progress"])
+def test_seconds_are_those_of_all_runs_that_made_the_result(
+    tmp_path: Path, kill: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that strikes at every report: what was done twice counts once, what lies before the kill too."""
+    now = [0.0]
+    monkeypatch.setattr(store, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def strike(event: Event) -> None:
+        now[0] += event.kind == "progress"
+
+    def until(event: Event) -> None:
+        strike(event)
+        if event.kind == kill and event.step >= 28:
+            raise Killed
+
+    def seconds(out: Path) -> list[float]:
+        return [c["seconds"] for c in json.loads((out / "scorecard.json").read_text())["cells"]]
+
+    go(tmp_path / "straight", emit=strike)
+    with contextlib.suppress(Killed):
+        go(tmp_path / "cut", emit=until)
+    go(tmp_path / "cut", emit=strike, resume=True)
+    assert seconds(tmp_path / "straight") == seconds(tmp_path / "cut") == [8.0, 2.0]  # 2 x 40 steps, 2 x 1 step
 
 
 def test_the_checkpoint_is_gone_when_the_result_is_there(whole: Path) -> None:

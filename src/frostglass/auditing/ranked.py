@@ -6,7 +6,7 @@ from typing import Any
 
 from frostglass.attacks.inversion import ranks
 from frostglass.auditing.scorecard import Cell
-from frostglass.auditing.store import CheckpointStore, RunFolder
+from frostglass.auditing.store import CheckpointStore, RunFolder, Stopwatch
 from frostglass.core.drive import Attack, drive
 from frostglass.core.errors import AttackFailed
 from frostglass.core.events import Emit, silent
@@ -64,12 +64,14 @@ def drive_share(
     return found
 
 
-def slots_of(folder: RunFolder, cell: str, unit: int, run: Runtime) -> tuple[CheckpointStore, CheckpointStore]:
+def slots_of(
+    folder: RunFolder, cell: str, unit: int, run: Runtime, watch: Stopwatch | None = None
+) -> tuple[CheckpointStore, CheckpointStore]:
     """Two checkpoints of this rank; those of another number of ranks hold other seeds, and are not looked at."""
     whole = folder.checkpoint(cell, unit, run.device).path
     mark = f"rank{run.world.rank}of{run.world.size}"
     first, second = (
-        CheckpointStore(whole.with_name(f"{whole.stem}.{mark}{slot}.safetensors"), run.device) for slot in "ab"
+        CheckpointStore(whole.with_name(f"{whole.stem}.{mark}{slot}.safetensors"), run.device, watch) for slot in "ab"
     )
     return first, second
 

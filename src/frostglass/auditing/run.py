@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -28,7 +27,7 @@ from frostglass.auditing.rows import Account, cell_row, pictures, scorecard
 from frostglass.auditing.score import Scored, score, unfit
 from frostglass.auditing.scorecard import AuditReport, Cell
 from frostglass.auditing.simulate import Round, play
-from frostglass.auditing.store import RunFolder, save_tensors
+from frostglass.auditing.store import RunFolder, Stopwatch, save_tensors
 from frostglass.core.defense import Defense
 from frostglass.core.drive import Attack, drive, film_steps
 from frostglass.core.errors import AttackFailed, BadInput, FrostglassError
@@ -308,26 +307,27 @@ def _attack_unit(
             "check the model's weights"
         )
     run = _runtime(plan, cell, unit, attack, prepared, world)
-    last = {"step": 0}
+    last, watch = {"step": 0}, Stopwatch()
 
     def listen(event: Event) -> None:
         last["step"] = event.step
+        if event.kind == "attack_started":
+            watch.goes_on(event.step)
         if event.kind == "candidate":
             folder.save_frame(cell.id, event.step, event.tensors["images"][:64])
             return
         tell(Event(event.kind, f"{cell.id}/{unit}", event.step, event.steps, event.values))
 
-    begun = time.perf_counter()
     film = film_steps(attack.steps) if plan.report.show_images and unit == 0 else frozenset()
     every = _save_every(attack)
     if run.world.size > 1:
         ranked.call_others(unit, world)
-        slots = ranked.slots_of(folder, cell.id, unit, run)
+        slots = ranked.slots_of(folder, cell.id, unit, run, watch)
         result = ranked.drive_share(attack, played.seen, run, slots, save_every=every, emit=listen, film=film)
     else:
-        store = folder.checkpoint(cell.id, unit, prepared.device)
+        store = folder.checkpoint(cell.id, unit, prepared.device, watch)
         result = drive(attack, played.seen, run, emit=listen, store=store, save_every=every, film=film)
-    note = {"seconds": time.perf_counter() - begun, "iterations": last["step"]}
+    note = {"seconds": watch.seconds, "iterations": last["step"]}
     folder.save_result(cell.id, unit, result, note)
     return result, note
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,17 +53,35 @@ def other_data(folder: Path) -> BadInput:
     )
 
 
+class Stopwatch:
+    """Seconds that an attack has taken, over all runs that went into its result."""
+
+    def __init__(self) -> None:
+        self._begun, self._before = time.perf_counter(), 0.0
+        self.known: dict[int, float] = {}  # at the steps of the checkpoints that were read
+
+    @property
+    def seconds(self) -> float:
+        """So far, those until the checkpoint that it went on from too."""
+        return self._before + time.perf_counter() - self._begun
+
+    def goes_on(self, step: int) -> None:
+        """Told of the step that the attack begins behind; what was computed after that checkpoint is done again."""
+        self._before = self.known.get(step, 0.0)
+
+
 class CheckpointStore:
     """The `Store` of one attack run: one file, replaced at each save. Holds tensors and numbers, no generator state."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, watch: Stopwatch | None = None) -> None:
         self.path = path
         self.device = device
+        self.watch = watch or Stopwatch()
 
     def save(self, step: int, state: object) -> None:
         """Keeps `state` as of after `step` steps."""
         tensors, skeleton = pack(state)
-        save_tensors(self.path, tensors, {"step": step, "skeleton": skeleton})
+        save_tensors(self.path, tensors, {"step": step, "skeleton": skeleton, "seconds": self.watch.seconds})
 
     def load(self, template: S) -> tuple[int, S] | None:
         """The last whole checkpoint, None if there is none."""
@@ -70,7 +89,9 @@ class CheckpointStore:
             return None
         tensors, note = load_tensors(self.path)
         try:
-            return int(note["step"]), unpack(template, tensors, note["skeleton"], self.device)
+            step = int(note["step"])
+            self.watch.known[step] = float(note.get("seconds", 0.0))
+            return step, unpack(template, tensors, note["skeleton"], self.device)
         except (KeyError, ValueError, TypeError) as wrong:
             raise BadInput(f"{self.path.name}: is of another version ({wrong}); delete it and run again.") from None
 
@@ -155,9 +176,9 @@ class RunFolder:
             held = None
         return held if isinstance(held, dict) else {}
 
-    def checkpoint(self, cell: str, unit: int, device: torch.device) -> CheckpointStore:
-        """Of one repetition of one cell."""
-        return CheckpointStore(self.path / "checkpoints" / f"{cell}-{unit}.safetensors", device)
+    def checkpoint(self, cell: str, unit: int, device: torch.device, watch: Stopwatch | None = None) -> CheckpointStore:
+        """Of one repetition of one cell, with the seconds that it has taken."""
+        return CheckpointStore(self.path / "checkpoints" / f"{cell}-{unit}.safetensors", device, watch)
 
     def result_path(self, cell: str, unit: int) -> Path:
         """Of a finished repetition."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from frostglass.auditing.run import CHECKPOINTS
 from frostglass.auditing.score import Scored, closest, score, score_of_guess, summarise, unfit
 from frostglass.auditing.scorecard import Cell, Labels
 from frostglass.auditing.simulate import Round, Truth
-from frostglass.auditing.store import RunFolder
+from frostglass.auditing.store import RunFolder, Stopwatch
 from frostglass.auditing.unmixing_card import UnmixScorecard, make_card
 from frostglass.auditing.unmixing_files import pictures_of, write_all
 from frostglass.auditing.unmixing_inputs import EncodedSet, range_of, read_encoded, within
@@ -233,22 +232,23 @@ def _driven(
     kept = folder.load_result(key, 0)
     if kept is not None:
         return kept
-    last = {"step": 0}
+    last, watch = {"step": 0}, Stopwatch()
 
     def listen(event: Event) -> None:
         last["step"] = event.step
+        if event.kind == "attack_started":
+            watch.goes_on(event.step)
         tell(Event(event.kind, f"{key}/0", event.step, event.steps, event.values))
 
-    begun = time.perf_counter()
     result = drive(
         attack,
         view.seen,
         Runtime(Rng.from_seed(plan.seed, "attack", attack.name).at(key), device),
         emit=listen,
-        store=folder.checkpoint(key, 0, device),
+        store=folder.checkpoint(key, 0, device, watch),
         save_every=max(1, min(200, attack.steps // CHECKPOINTS)),
     )
-    note = {"seconds": time.perf_counter() - begun, "iterations": last["step"]}
+    note = {"seconds": watch.seconds, "iterations": last["step"]}
     folder.save_result(key, 0, result, note)
     return result, note
 
