@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
+from frostglass.defenses.sets.owner import digest_of
 from frostglass.federated.train_plan import DataPlan
 from frostglass.vision.byte_images import ByteImages, load_bytes
 
@@ -44,6 +47,14 @@ def images_of(data: DataPlan, seed: int) -> tuple[ByteImages, ByteImages]:
         return replace(held, images=held.images[rows], labels=held.labels[rows], names=names)
 
     return part(order[cut:]), part(order[:cut][: data.test_limit])
+
+
+def digest_of_both(train: ByteImages, test: ByteImages) -> str:
+    """SHA-256 of all images and labels."""
+    h = hashlib.sha256()
+    for part in (train, test):
+        h.update(digest_of(part.images, part.labels.numpy().astype(np.int64)).encode())
+    return h.hexdigest()
 
 
 def _numbered_as(held: ByteImages, test: ByteImages) -> ByteImages:

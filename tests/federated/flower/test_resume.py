@@ -274,6 +274,23 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_alone(interrupted, caps
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
+def test_rulings_that_a_kill_kept_back_after_the_last_round_are_named(tmp_path, capsys) -> None:
+    """The run is done by then, and its last checks were waited for."""
+    path, out = tmp_path / "plan.toml", tmp_path / "run"
+    path.write_text(plan('[gate]\naction = "record"\n'))
+    code, _, err = call(capsys, "federate", path, "--out", out)
+    assert code == 0, err
+    first, *others = (out / "gate.jsonl").read_text().splitlines()
+    assert history(out)["notes"] == []
+    (out / "gate.jsonl").write_text(f"{first}\n{others[0][:20]}")
+    code, _, err = call(capsys, "federate", path, "--out", out, "--resume")
+    assert (code, err) == (0, "the run is done already\n")
+    (note,) = history(out)["notes"]
+    for place in ((r["round"], r["client"]) for r in map(json.loads, (first, *others))):
+        named = "round {} client {}".format(*place) in note
+        assert named == (place != (json.loads(first)["round"], json.loads(first)["client"]))
+
+
 def test_other_images_are_refused(interrupted, capsys, monkeypatch) -> None:
     path, out = interrupted
     monkeypatch.setattr("frostglass.federated.flower.going_on.data_digest", lambda made: "other")

@@ -181,7 +181,7 @@ def _run(
         except KeyboardInterrupt:  # elsewhere Ctrl-C is told with the advice to resume, which is not to be had here
             click.echo("Interrupted. The run was stopped at the SuperLink, and cannot be resumed.", err=True)
             sys.exit(130)
-    elif resume and is_done(out, plan.server.rounds):
+    elif resume and is_done(out, plan):
         tell("the run is done already")
     else:
         (on_ray if engine == "ray" else on_local)(text, out, tell, verbose=verbose, resume=resume)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from frostglass.core.errors import BadInput
-from frostglass.core.files import write_text
-from frostglass.defenses.sets.owner import digest_of
+from frostglass.core.files import write_json, write_text
+from frostglass.federated.federate_plan import FederatePlan
 from frostglass.federated.federation import Federation
 from frostglass.federated.flower.gate_mod import JOURNAL
 from frostglass.federated.flower.unfinished import SERVER, UNFINISHED, Unfinished, Whole
+from frostglass.federated.held_out import digest_of_both
 from frostglass.federated.history import HISTORY
 from frostglass.federated.record_files import whole_headers
 
@@ -24,16 +22,23 @@ MODEL = "model.safetensors"
 _WAITING = "Rulings of the gate are missing"
 
 
-def is_done(run: Path, rounds: int) -> bool:
+def is_done(run: Path, plan: FederatePlan) -> bool:
     """Whether nothing is left to do in a run folder; then what a late kill left of its checkpoints goes too.
+
+    Rulings that a kill kept from the journal after the last round are named in the history.
 
     Raises:
         BadInput: its history cannot be read.
     """
     held = Unfinished(run)
-    done = not held.begun and len(_rounds(run)) == rounds + 1
+    done = not held.begun and len(_rounds(run)) == plan.server.rounds + 1
     if done:
         held.remove()
+        history = json.loads((run / HISTORY).read_text(encoding="utf-8"))
+        before = list(history.get("notes", ()))
+        _name_missing(plan, history, {place for _, place in _rulings(run / JOURNAL)})
+        if history.get("notes", before) != before:
+            write_json(run / HISTORY, history)
     return done
 
 
@@ -78,10 +83,7 @@ def start_from(made: Federation, run: Path, engine: str) -> Whole | None:
 
 def data_digest(made: Federation) -> str:
     """Of all images and labels."""
-    h = hashlib.sha256()
-    for part in (made.train, made.test):
-        h.update(digest_of(part.images, part.labels.numpy().astype(np.int64)).encode())
-    return h.hexdigest()
+    return digest_of_both(made.train, made.test)
 
 
 def _rounds(run: Path) -> list[Any]:
@@ -112,23 +114,30 @@ def _refuse_lost(run: Path) -> None:
 
 def _cut_journal(made: Federation, path: Path, whole: Whole) -> None:
     """Rulings of later rounds go; those whose checks still waited ("record") are named in the history."""
-    kept, found = [], set()
+    kept = [(line, place) for line, place in _rulings(path) if place[0] <= whole.round]
+    if path.exists():
+        write_text(path, "".join(f"{line}\n" for line, _ in kept))
+    _name_missing(made.plan, whole.history, {place for _, place in kept})
+
+
+def _rulings(path: Path) -> list[tuple[str, tuple[int, str]]]:
+    """(line, (round, client)) of each ruling in a gate's journal."""
+    found = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
         try:
             row = json.loads(line)
-            place = int(row["round"]), str(row["client"])
+            found.append((line, (int(row["round"]), str(row["client"]))))
         except (ValueError, KeyError, TypeError):
             continue  # cut short by a kill
-        if place[0] <= whole.round:
-            kept.append(line)
-            found.add(place)
-    if path.exists():
-        write_text(path, "".join(f"{line}\n" for line in kept))
-    gate = made.plan.gate
-    if gate is None or gate.action != "record" or made.plan.server.folder is None:
+    return found
+
+
+def _name_missing(plan: FederatePlan, history: dict[str, Any], found: set[tuple[int, str]]) -> None:
+    gate = plan.gate
+    if gate is None or gate.action != "record" or plan.server.folder is None:
         return
-    used = {(row["round"], c["client"]) for row in whole.history["rounds"] for c in row["clients"]}
-    notes = whole.history["notes"]
+    used = {(row["round"], c["client"]) for row in history["rounds"] for c in row["clients"]}
+    notes = history["notes"]
     notes[:] = [n for n in notes if not n.startswith(_WAITING)]
     if used - found:
         where = ", ".join(f"round {r} client {c}" for r, c in sorted(used - found))
