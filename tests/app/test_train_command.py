@@ -191,6 +191,27 @@ def test_a_killed_encoded_run_goes_on_with_its_exposures_and_new_keys(plan, tmp_
     assert "delete it" in err
 
 
+def short(plan: Path, method: str = "kind='plain'", epochs: int = 2) -> None:
+    """The plan with one method."""
+    plan.write_text(plan.read_text().split("[[method]]")[0] + f"[[method]]\n{method}\n[training]\nbatch=50\n")
+    plan.write_text(plan.read_text() + f"epochs={epochs}\n[evaluation]\nencodings=[2]\n")
+
+
+def test_what_kills_leave_goes_and_blocks_nothing(plan, tmp_path, capsys) -> None:
+    """Before the plan was whole, in the middle of a checkpoint, and between the result and the last checkpoint."""
+    out = tmp_path / "run"
+    short(plan)
+    out.mkdir()
+    (out / ".plan.toml.abc.part").write_text("na")
+    assert call(capsys, "train", plan, "--out", out, "--resume")[0] == 0
+    names = {p.relative_to(out) for p in out.rglob("*")}
+    assert not any(p.suffix == ".part" for p in names)
+    for name in ("checkpoint.safetensors", ".checkpoint.safetensors.abc.part", ".log.csv.abc.part"):
+        (out / "plain-0" / name).write_bytes(b"half")
+    assert call(capsys, "train", plan, "--out", out, "--resume")[0] == 0
+    assert {p.relative_to(out) for p in out.rglob("*")} == names
+
+
 def coloured(folder: Path, classes: str) -> str:
     """One subfolder a class, whose images a network tells apart by their colour."""
     draw = np.random.default_rng(0)

@@ -148,6 +148,18 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_was_killed_before_its_plan_was_whole_blocks_nothing(tmp_path: Path, resume: bool) -> None:
+    plan = parse_collaboration(values())
+    (tmp_path / ".plan.toml.abc.part").write_text("na")
+    collaboration._claim(plan, tmp_path, resume)
+    (tmp_path / collaboration.POOL).mkdir()
+    collaboration._claim(plan, tmp_path, resume)
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="not empty|holds no comparison"):
+        collaboration._claim(plan, tmp_path, resume)
+
+
 def test_a_plan_that_is_refused_late_leaves_nothing_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from frostglass.app.commands import sweep as sweep_command
 from frostglass.app.commands.sweep import command
 from frostglass.auditing.plan import DefensePlan
 from frostglass.auditing.plan_checks import make_defense
@@ -126,6 +127,15 @@ def test_points_of_other_images_are_not_put_on_one_curve(tmp_path: Path) -> None
     (tmp_path / "data").unlink()
     (tmp_path / "data").symlink_to(tmp_path / "a")
     assert without_time(sweep()) == without_time(rows)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_sweep_that_was_killed_before_its_plan_was_whole_blocks_nothing(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / ".plan.toml.abc.part").write_text("na")
+    sweep_command._claim(tmp_path, "plan", resume, 0)
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="is not empty"):
+        sweep_command._claim(tmp_path, "plan", resume, 0)
 
 
 def test_the_command_writes_json_csv_and_a_picture(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from frostglass.core.files import (
     alone_in,
     check_writable,
     claimed,
+    clear_left_over,
+    is_free,
     placed,
     source_placed,
     write_json,
@@ -155,6 +157,24 @@ def test_what_a_refused_run_wrote_is_taken_back_and_what_was_there_stays(tmp_pat
     with pytest.raises(BadInput, match="wrong"):
         refused(tmp_path / "run", "result")
     assert (tmp_path / "run" / "plan.toml").read_text() == "mine", "what was begun can be resumed"
+
+
+def test_what_a_kill_left_of_the_first_file_is_no_obstacle_and_goes(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert is_free(out, "plan.toml")
+    (out / "below").mkdir(parents=True)
+    strays = out / ".plan.toml.abc.part", out / "below" / ".log.csv.abc.part"
+    for stray in strays:
+        stray.write_text("half")
+    assert not is_free(out, "plan.toml"), "there is another file"
+    with claimed(out, "plan.toml", "mine"):
+        assert not strays[0].exists()
+        clear_left_over(out)
+    assert sorted(p.name for p in out.rglob("*")) == ["below", "plan.toml"]
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / strays[0].name).write_text("half")
+    assert is_free(tmp_path / "begun", "plan.toml")
+    assert not is_free(tmp_path / "begun" / strays[0].name, "plan.toml"), "it is a file"
 
 
 def source() -> str:

@@ -18,7 +18,7 @@ from frostglass.auditing.collaboration_report import RESULTS, write_collaboratio
 from frostglass.auditing.recorded_api import audit_updates
 from frostglass.auditing.rows import environment_of
 from frostglass.core.errors import BadInput
-from frostglass.core.files import claimed, write_json, write_text
+from frostglass.core.files import claimed, left_over, write_json, write_text
 from frostglass.core.randomness import Rng
 from frostglass.defenses.public_pool import POOL as POOL_FILE
 from frostglass.defenses.public_pool import PoolSettings, make_pool
@@ -76,10 +76,13 @@ def _compared(plan: CollaborationPlan, out: Path, texts: dict[tuple[str, int], s
 
 def _claim(plan: CollaborationPlan, out: Path, resume: bool) -> None:
     held = out / PLAN
+    others = [p for p in out.iterdir() if p.name != POOL] if out.is_dir() else []
+    if others and all(left_over(p, f"{PLAN}.") for p in others):
+        return  # killed before its plan was whole
     if resume:
         if not held.is_file() or hashlib.sha256(held.read_bytes()).hexdigest() != plan.digest():
             raise BadInput(f"--resume: {out} holds no comparison of this plan; leave --resume out, or use its plan.")
-    elif out.exists() and (not out.is_dir() or any(held.name != POOL for held in out.iterdir())):
+    elif others or (out.exists() and not out.is_dir()):
         raise BadInput(f"--out: {out} is not empty; choose another folder, or go on with --resume.")
 
 

@@ -15,7 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frostglass.core.errors import BadInput
-from frostglass.core.files import alone_in, check_name, write_json, write_text, written_beside
+from frostglass.core.files import (
+    alone_in,
+    check_name,
+    clear_left_over,
+    left_over,
+    write_json,
+    write_text,
+    written_beside,
+)
 from frostglass.core.reconstruction import Reconstruction
 from frostglass.core.state import pack, unpack
 
@@ -96,11 +104,6 @@ class CheckpointStore:
             raise BadInput(f"{self.path.name}: is of another version ({wrong}); delete it and run again.") from None
 
 
-def _left_over(path: Path) -> bool:
-    """What a kill in the middle of `written_beside` leaves behind."""
-    return path.name.startswith(".") and path.name.endswith(".part")
-
-
 class RunFolder:
     """Where a run lives; as a context, what `open` has taken is free again behind it.
 
@@ -128,7 +131,7 @@ class RunFolder:
         check_name(self.path)
         try:
             held = self._mark()
-            others = [p for p in self.path.iterdir() if not _left_over(p)] if self.path.is_dir() else []
+            others = [p for p in self.path.iterdir() if not left_over(p)] if self.path.is_dir() else []
         except OSError as wrong:
             raise BadInput(f"--out: {self.path} cannot be read ({wrong.strerror or wrong}).") from None
         if held is None and (others or (self.path.exists() and not self.path.is_dir())):
@@ -158,8 +161,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(alone_in(self.path))
-            for stray in filter(_left_over, list(self.path.rglob(".*.part"))):
-                stray.unlink(missing_ok=True)
+            clear_left_over(self.path)
             write_json(self.path / MARK, {"plan_sha256": plan_sha256, "data_sha256": data_sha256})
             write_text(self.path / "plan.toml", plan_toml)
         except OSError as wrong:

@@ -87,6 +87,24 @@ def written_beside(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def left_over(path: Path, name: str = "") -> bool:
+    """Whether this is what a kill in the middle of `written_beside` leaves: of the file `name`, or of any."""
+    return path.name.startswith(f".{name}") and path.name.endswith(".part")
+
+
+def clear_left_over(folder: Path) -> None:
+    """Removes what kills have left in a folder that this process holds."""
+    for stray in filter(left_over, list(folder.rglob(".*.part"))):
+        stray.unlink(missing_ok=True)
+
+
+def is_free(folder: Path, name: str) -> bool:
+    """Whether a run may begin there: nothing lies there but what a kill left of `name`, its first file."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(left_over(held, f"{name}.") for held in folder.iterdir())
+
+
 def check_writable(path: Path, command: str, option: str = "--out") -> None:
     """Refuses a file that cannot be written, before the minutes of work that it is for; leaves nothing behind.
 
@@ -159,6 +177,8 @@ def claimed(folder: Path, name: str, text: str) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder), _taken_back(own, made):
+        for stray in folder.glob(f".{name}.*.part"):  # of a kill before this file was whole
+            stray.unlink(missing_ok=True)
         write_text(own, text)
         yield
 

@@ -111,6 +111,7 @@ class Run:
                 raise ValueError("what a result holds is missing")
         except (OSError, ValueError, TypeError) as wrong:
             raise BadInput(f"--resume: {path} cannot be used ({wrong}); delete its folder to start anew.") from None
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)  # a kill came between the two
         return held
 
     def _network(self) -> nn.Module:

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +144,11 @@ def import_flower() -> None:
 
 def _claim(out: Path, text: str, resume: bool) -> None:
     """Refuses a folder that holds something, unless that is a run of this plan to go on with."""
+    from frostglass.core.files import is_free
     from frostglass.federated.federate_plan import plan_of
 
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if is_free(out, "plan.toml"):
         return
-    if resume and out.is_dir() and all(fnmatch(p.name, ".plan.toml.*.part") for p in out.iterdir()):
-        return  # killed before its plan was whole
     if not resume:
         raise BadInput(f"--out: {out} is not empty; choose another folder, or --resume its run.")
     try:

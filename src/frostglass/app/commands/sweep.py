@@ -60,6 +60,8 @@ def command(
 
 def _claim(out: Path, text: str, resume: bool, rank: int) -> None:
     """Whether this rank may use the folder; ranks above 0 wait until rank 0 has taken it."""
+    from frostglass.core.files import is_free
+
     kept = out / PLAN
     if rank:
         while not kept.is_file():
@@ -68,5 +70,5 @@ def _claim(out: Path, text: str, resume: bool, rank: int) -> None:
         if kept.read_text(encoding="utf-8") != text:
             raise BadInput(f"--resume: {out} belongs to another plan; choose an empty folder.")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out, PLAN):
         raise BadInput(f"--out: {out} is not empty; choose another folder, or --resume its sweep.")

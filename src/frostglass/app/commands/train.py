@@ -23,7 +23,7 @@ from frostglass.core.errors import BadInput
 def command(plan: Path, out: Path, overrides: Sequence[str], resume: bool, device: str, as_json: bool) -> None:
     """Train what PLAN (a TOML file) compares, and test it with plain and with encoded images."""
     from frostglass.app.surroundings import run_folder
-    from frostglass.core.files import claimed, write_json
+    from frostglass.core.files import claimed, clear_left_over, write_json
     from frostglass.core.runtime import pick_device
 
     asked = load_train_plan(plan, overrides)
@@ -31,6 +31,7 @@ def command(plan: Path, out: Path, overrides: Sequence[str], resume: bool, devic
     _claim(out, asked, resume)
     with run_folder(out):
         with claimed(out, "plan.toml", asked.to_toml()):
+            clear_left_over(out)
             results = _runs(asked, out, resume, where)
         write_json(out / "results.json", {"name": asked.name, "device": str(where), "results": results})
     if as_json:
@@ -66,11 +67,13 @@ def load_train_plan(path: Path, overrides: Sequence[str] = ()) -> Any:
 
 
 def _claim(out: Path, plan: Any, resume: bool) -> None:
+    from frostglass.core.files import is_free
+
     kept = out / "plan.toml"
     if resume and kept.is_file():
         if kept.read_text(encoding="utf-8") != plan.to_toml():
             raise BadInput(f"--resume: {out} belongs to another plan; choose an empty folder.")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not is_free(out, "plan.toml"):
         raise BadInput(f"--out: {out} is not empty; choose another folder, or --resume its run.")
 
 
