@@ -212,6 +212,24 @@ def test_what_kills_leave_goes_and_blocks_nothing(plan, tmp_path, capsys) -> Non
     assert {p.relative_to(out) for p in out.rglob("*")} == names
 
 
+@pytest.mark.parametrize("method", ["kind='plain'", "kind='instahide'\ninsecure_seed=3"])
+def test_a_run_without_its_log_ends_with_the_same_result(method, plan, tmp_path, capsys, monkeypatch) -> None:
+    """Killed behind its last epoch: nothing is left to train, and the log is not what the result follows from."""
+    out = tmp_path / "run"
+    short(plan, method)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_weights", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            main(["train", str(plan), "--out", str(out)])
+    (log,) = out.rglob("log.csv")
+    row = list(csv.DictReader(log.open()))[-1]
+    log.unlink()
+    assert call(capsys, "train", plan, "--out", out, "--resume")[0] == 0
+    (result,) = json.loads((out / "results.json").read_text())["results"]
+    assert (result["epochs"], result["plain"]) == (2, float(row["test_plain"]))
+    assert result["encodings_per_image"] == float(row["encodings_per_image"])
+
+
 def coloured(folder: Path, classes: str) -> str:
     """One subfolder a class, whose images a network tells apart by their colour."""
     draw = np.random.default_rng(0)

@@ -151,10 +151,14 @@ class Run:
         seconds = time.perf_counter() - begun
         row = {"epoch": epoch + 1, "loss": total / seen, "lr": rate, "seconds": round(seconds, 2),
                "test_plain": self.accuracy_plain()}  # fmt: skip
-        ledger = self.feed.encoder.ledger if self.feed.encoder is not None else None
-        row["encodings_per_image"] = float(ledger.total.float().mean()) if ledger is not None else 0.0
+        row["encodings_per_image"] = self._exposure()
         self.tell(f"epoch {epoch + 1}/{t.epochs}: loss {row['loss']:.4f}, plain test {row['test_plain']:.4f}")
         return row
+
+    def _exposure(self) -> float:
+        """Encodings that an image is in, on average."""
+        ledger = self.feed.encoder.ledger if self.feed.encoder is not None else None
+        return float(ledger.total.float().mean()) if ledger is not None else 0.0
 
     # ---- tests
 
@@ -265,13 +269,13 @@ class Run:
         result = {
             "method": self.method.label,
             "seed": self.seed,
-            "epochs": len(rows),
+            "epochs": self.plan.training.epochs,
             "images": len(self.train),
             "test_images": len(self.test),
             "seconds": round(sum(row["seconds"] for row in rows), 1),
-            "plain": rows[-1]["test_plain"],
+            "plain": rows[-1]["test_plain"] if rows else self.accuracy_plain(),  # the log may have been lost
             "encoded": {str(n): value for n, value in encoded.items()},
-            "encodings_per_image": rows[-1]["encodings_per_image"],
+            "encodings_per_image": self._exposure(),
             "pixels": self.method.takes,
             "insecure": encoder is not None and encoder.insecure,
         }
