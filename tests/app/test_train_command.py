@@ -197,6 +197,33 @@ def short(plan: Path, method: str = "kind='plain'", epochs: int = 2) -> None:
     plan.write_text(plan.read_text() + f"epochs={epochs}\n[evaluation]\nencodings=[2]\n")
 
 
+@pytest.mark.parametrize("method", ["kind='plain'", "kind='instahide'\nk=2"])
+def test_a_run_does_not_go_on_with_other_images(method, plan, tmp_path, capsys, monkeypatch) -> None:
+    """Weights of some and exposures of others would be told as one run's; of an interrupted run and of a whole one."""
+    source, out = coloured(tmp_path / "photos", "abc"), tmp_path / "cut"
+    short(plan, method)
+    plan.write_text(plan.read_text().replace('"digits"', f'"{source}"').replace("batch=50", "batch=9"))
+    kill_after(1, monkeypatch)
+    with pytest.raises(Killed):
+        main(["train", str(plan), "--out", str(out)])
+    monkeypatch.undo()
+    changed = tmp_path / "photos" / "a" / "0.png"
+    own = changed.read_bytes()
+    for _ in range(2):
+        Image.new("RGB", (8, 8)).save(changed)
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        code, _, err = call(capsys, "train", plan, "--out", out, "--resume")
+        assert (code, err.count("error:")) == (2, 1), err
+        assert f"the images, labels or weights are not those that {out} began with" in err
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+        changed.write_bytes(own)
+        assert call(capsys, "train", plan, "--out", out, "--resume")[0] == 0
+    (out / "data.json").write_text("{")
+    code, _, err = call(capsys, "train", plan, "--out", out, "--resume")
+    assert code == 2
+    assert "data.json cannot be used" in err
+
+
 def test_what_kills_leave_goes_and_blocks_nothing(plan, tmp_path, capsys) -> None:
     """Before the plan was whole, in the middle of a checkpoint, and between the result and the last checkpoint."""
     out = tmp_path / "run"

@@ -58,6 +58,7 @@ class Run:
         folder: where log, checkpoints and result go.
         device: of network and images.
         tell: told of each epoch in words; tick: of each step.
+        keep: called when an epoch has ended well, before anything of it is written.
     """
 
     plan: TrainPlan
@@ -69,6 +70,7 @@ class Run:
     device: torch.device
     tell: Tell = lambda text: None
     tick: Tick = lambda steps: None
+    keep: Callable[[], object] = lambda: None
 
     def __call__(self, *, resume: bool = False) -> dict[str, Any]:
         """Trains to the end and returns the result, which is also in `result.json`.
@@ -93,6 +95,7 @@ class Run:
             for epoch in range(start, t.epochs):
                 row = self._epoch(epoch)
                 rows.append(row)
+                self.keep()
                 self._log(rows)
                 self._save(epoch + 1)
                 writer = writer or _tensorboard(self.folder, open_files)  # a first epoch that fails leaves no file

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from frostglass.core.errors import BadInput
+
+DATA = "data.json"
+"""Tells the images of a run, so that others are not gone on with."""
 
 
 @click.command("train")
@@ -81,10 +84,11 @@ def _runs(plan: Any, out: Path, resume: bool, device: Any) -> list[dict[str, Any
     from tqdm import tqdm
 
     from frostglass.federated.feeds import encoder_of
-    from frostglass.federated.held_out import images_of
+    from frostglass.federated.held_out import digest_of_both, images_of
     from frostglass.federated.training import Run
 
     train, test = images_of(plan.data, plan.seeds[0])
+    keep = _same_images(out, digest_of_both(train, test))
     for method in plan.method:  # what cannot be encoded is said before anything is trained
         if method.kind != "plain":
             encoder_of(method, plan.training, train.images.shape[-1]).begin(
@@ -99,9 +103,35 @@ def _runs(plan: Any, out: Path, resume: bool, device: Any) -> list[dict[str, Any
             title = f"{method.label}-{seed}"
             with tqdm(total=steps, desc=title, unit="step", disable=None) as bar:
                 tell = (lambda text, title=title: click.echo(f"  {title}: {text}", err=True)) if bar.disable else _quiet
-                run = Run(plan, method, seed, train, test, out / title, device, tell, bar.update)
+                run = Run(plan, method, seed, train, test, out / title, device, tell, bar.update, keep)
                 results.append(run(resume=resume))
     return results
+
+
+def _same_images(out: Path, sha256: str) -> Callable[[], object]:
+    """Refuses other images than the run began with; else what writes down which they are, before the first result."""
+    from frostglass.core.files import write_json
+
+    value, path = {"sha256": sha256}, out / DATA
+    if path.exists():
+        _refuse_others(out, path, value)
+
+    def keep() -> None:
+        if not path.exists():
+            write_json(path, value)
+
+    return keep
+
+
+def _refuse_others(out: Path, path: Path, value: dict[str, str]) -> None:
+    from frostglass.auditing.store import other_data
+
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as wrong:
+        raise BadInput(f"--resume: {path} cannot be used ({wrong}); choose an empty folder.") from None
+    if held != value:
+        raise other_data(out)
 
 
 def _quiet(_: str) -> None:
