@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from PIL import Image
 
 from command_line import call
 from frostglass.auditing import collaboration
@@ -156,7 +157,7 @@ def test_a_run_that_was_killed_before_its_plan_was_whole_blocks_nothing(tmp_path
     (tmp_path / collaboration.POOL).mkdir()
     collaboration._claim(plan, tmp_path, resume)
     (tmp_path / "file").touch()
-    with pytest.raises(BadInput, match="not empty|holds no comparison"):
+    with pytest.raises(BadInput, match=r"not empty|holds no comparison"):
         collaboration._claim(plan, tmp_path, resume)
 
 
@@ -200,7 +201,7 @@ def test_a_run_that_was_interrupted_before_any_training_goes_on(
     assert "--resume goes on" in err
     monkeypatch.setattr(collaboration, "make_pool", real)
     collaboration._claim(plan, out, resume=True)
-    assert len(collaboration._texts(plan, out)) == 8
+    assert len(collaboration._texts(plan, out)[0]) == 8
 
 
 def test_an_interruption_before_anything_was_written_promises_nothing(
@@ -215,12 +216,30 @@ def test_an_interruption_before_anything_was_written_promises_nothing(
         assert (code, err.strip()) == (130, "Interrupted.")
 
 
+def test_a_comparison_does_not_go_on_with_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Federations that are whole are kept, and would stand beside those of other images."""
+    pytest.importorskip("flwr")
+    for i in range(40):
+        place = tmp_path / "photos" / "ab"[i % 2] / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 3 * i).save(place)
+    job = values()["job"] | {"data": {"source": f"folder:{tmp_path / 'photos'}"}, "split": {"clients": 2}}
+    plan, out = parse_collaboration(values(job=job, method=[{"name": "plain"}])), tmp_path / "out"
+    monkeypatch.setattr(collaboration, "_compared", lambda *_: {"whole": True})
+    for resume in (False, True):
+        assert collaboration.run_collaboration(plan, out, tell=print, resume=resume) == {"whole": True}
+    Image.new("L", (8, 8), 255).save(tmp_path / "photos" / "a" / "0.png")
+    collaboration.federation_of.cache_clear()  # as in another process
+    with pytest.raises(BadInput, match="the images, labels or weights are not those"):
+        collaboration.run_collaboration(plan, out, tell=print, resume=True)
+
+
 def test_a_federation_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("flwr")
     from frostglass.federated.local_client import LocalClient
 
     plan = parse_collaboration(values(method=[{"name": "plain"}]))
-    text, folder = collaboration._texts(plan, tmp_path)["plain", 0], tmp_path / "runs" / "plain-0"
+    text, folder = collaboration._texts(plan, tmp_path)[0]["plain", 0], tmp_path / "runs" / "plain-0"
     train, left, said = LocalClient.train, [3], list[str]()
 
     def interrupted(*args: Any) -> Any:

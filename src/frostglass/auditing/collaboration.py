@@ -17,6 +17,7 @@ from frostglass.auditing.collaboration_plan import BUNDLED_POOL, CollaborationPl
 from frostglass.auditing.collaboration_report import RESULTS, write_collaboration
 from frostglass.auditing.recorded_api import audit_updates
 from frostglass.auditing.rows import environment_of
+from frostglass.auditing.store import other_data
 from frostglass.core.errors import BadInput
 from frostglass.core.files import claimed, left_over, write_json, write_text
 from frostglass.core.randomness import Rng
@@ -24,10 +25,11 @@ from frostglass.defenses.public_pool import POOL as POOL_FILE
 from frostglass.defenses.public_pool import PoolSettings, make_pool
 from frostglass.federated.federate_plan import FederatePlan
 from frostglass.federated.federation import Federation, federation_of
+from frostglass.federated.held_out import digest_of_both
 from frostglass.federated.history import HISTORY
 from frostglass.federated.recorded import read_record
 
-PLAN, RUNS, POOL, GAMES = "plan.toml", "runs", "public-pool", "games.json"
+PLAN, RUNS, POOL, GAMES, DATA = "plan.toml", "runs", "public-pool", "games.json", "data.json"
 WHOLE = ".whole"
 """Stands in a federation's folder once its record and model are written too, which the history comes before."""
 PATCHES = 1000
@@ -55,7 +57,17 @@ def run_collaboration(plan: CollaborationPlan, out: Path, *, tell: Tell, resume:
 
     _claim(plan, out, resume)
     with claimed(out, PLAN, plan.to_toml()):  # at once, so that `resume` can go on from there
-        return _compared(plan, out, _texts(plan, out), tell)
+        texts, sha256 = _texts(plan, out)
+        _same_images(out, {"sha256": sha256})
+        return _compared(plan, out, texts, tell)
+
+
+def _same_images(out: Path, value: dict[str, str]) -> None:
+    """Federations that are kept, their audits and those to come would be of other images, and stand side by side."""
+    path = out / DATA
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != value:
+        raise other_data(out)
+    write_json(path, value)
 
 
 def _compared(plan: CollaborationPlan, out: Path, texts: dict[tuple[str, int], str], tell: Tell) -> dict[str, Any]:
@@ -86,21 +98,22 @@ def _claim(plan: CollaborationPlan, out: Path, resume: bool) -> None:
         raise BadInput(f"--out: {out} is not empty; choose another folder, or go on with --resume.")
 
 
-def _texts(plan: CollaborationPlan, out: Path) -> dict[tuple[str, int], str]:
-    """The plan of each method and seed; all of them are built once before anything is trained.
+def _texts(plan: CollaborationPlan, out: Path) -> tuple[dict[tuple[str, int], str], str]:
+    """The plan of each method and seed, and a SHA-256 of their images; all are built once before anything is trained.
 
     Of a refused one the pool that was cut for it goes again.
     """
-    cut = not (out / POOL).exists()
+    cut, data = not (out / POOL).exists(), hashlib.sha256()
     try:
         texts = {(m.name, s): _text(plan, m, s, out) for m in plan.method for s in plan.seeds}
         for text in texts.values():
-            federation_of(text)
+            made = federation_of(text)
+            data.update(digest_of_both(made.train, made.test).encode())
     except BadInput:
         if cut:
             shutil.rmtree(out / POOL, ignore_errors=True)
         raise
-    return texts
+    return texts, data.hexdigest()
 
 
 def _folder(out: Path, method: MethodPlan, seed: int) -> Path:
