@@ -117,6 +117,28 @@ def test_bad_pools_and_sources(pictures, tmp_path) -> None:
     assert small.kept == 1
 
 
+def test_two_processes_do_not_make_one_pool(pictures, tmp_path) -> None:
+    """The first that was interrupted took the pixels of the other's pool with it."""
+    settings = PoolSettings(size=32, cut=64, crops=4)
+
+    def other(kept: int) -> None:
+        with pytest.raises(BadInput, match="public-pool: another process is at work in"):
+            make_pool(f"folder:{pictures}", tmp_path / "pool", settings, RNG)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_pool(f"folder:{pictures}", tmp_path / "pool", settings, RNG, other)
+    assert not (tmp_path / "pool").exists()
+
+
+def test_what_a_kill_left_of_a_pool_goes(pictures, tmp_path) -> None:
+    (tmp_path / "pool").mkdir()
+    for name in (".pool.uint8.abc.part", ".pool.json.abc.part"):
+        (tmp_path / "pool" / name).write_bytes(b"half")
+    make_pool(f"folder:{pictures}", tmp_path / "pool", PoolSettings(size=32, cut=64, crops=4), RNG)
+    assert {p.name for p in (tmp_path / "pool").iterdir()} == {"pool.json", "pool.uint8"}
+
+
 def test_a_pool_whose_description_cannot_be_written_leaves_nothing(pictures, tmp_path, monkeypatch) -> None:
     def full(path: Path, value: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frostglass.core.errors import BadInput
-from frostglass.core.files import write_json, written_beside
+from frostglass.core.files import alone_in, left_over, write_json, written_beside
 from frostglass.core.randomness import Rng
 from frostglass.defenses.sources import PublicPool
 from frostglass.vision.byte_images import OnError, pictures
@@ -124,13 +124,29 @@ def make_pool(
         tick: told of the patches kept, one by one.
 
     Raises:
-        BadInput: a pool is there already, the source is unusable, or no patch was kept.
+        BadInput: a pool is there already, or made by another process, the source is unusable, or no patch was kept.
     """
     if (out / POOL).exists():
         raise BadInput(f"public-pool: {out} holds a pool already; name another folder.")
+    made = [place for place in (out, *out.parents) if not place.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as wrong:
+        raise BadInput(f"public-pool: {out} cannot be written ({wrong.strerror or wrong}).") from None
+    with alone_in(out, "public-pool"):
+        if (out / POOL).exists():  # by now: another process has made it meanwhile
+            raise BadInput(f"public-pool: {out} holds a pool already; name another folder.")
+        for stray in (held for held in out.iterdir() if left_over(held, "pool.")):
+            stray.unlink(missing_ok=True)
+        return _written(source, out, made, settings, rng, tick)
+
+
+def _written(
+    source: str, out: Path, made: list[Path], settings: PoolSettings, rng: Rng, tick: Callable[[int], object]
+) -> PoolStatistics:
+    """Into a folder that is held; of a pool that is not made nothing stays, nor the folders that were made for it."""
     found = PoolStatistics()
     broken: list[str] = []
-    made = [place for place in (out, *out.parents) if not place.exists()]
     try:
         with written_beside(out / PIXELS) as beside, beside.open("wb") as held:
             for _ in _kept(source, settings, rng, found, broken, held):
