@@ -16,6 +16,7 @@ from PIL import Image
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from command_line import call
 from frostglass.app.commands import sweep as sweep_command
 from frostglass.app.commands.sweep import command
 from frostglass.auditing.plan import DefensePlan
@@ -136,6 +137,17 @@ def test_a_sweep_that_was_killed_before_its_plan_was_whole_blocks_nothing(tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="is not empty"):
         sweep_command._claim(tmp_path, "plan", resume, 0)
+
+
+def test_what_a_kill_left_half_written_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "plan.toml", tmp_path / "out"
+    path.write_text(small(vary=[{"name": "nothing"}], trials=2).to_toml())
+    assert call(capsys, "sweep", path, "--out", out)[0] == 0
+    names = sorted(out.rglob("*"))
+    for stray in (out / ".data.json.abc.part", out / "cells" / ".01.json.abc.part"):
+        stray.write_bytes(b"half")
+    assert call(capsys, "sweep", path, "--out", out, "--resume")[0] == 0
+    assert sorted(out.rglob("*")) == names
 
 
 def test_the_command_writes_json_csv_and_a_picture(tmp_path: Path) -> None:

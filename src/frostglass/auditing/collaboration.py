@@ -19,7 +19,7 @@ from frostglass.auditing.recorded_api import audit_updates
 from frostglass.auditing.rows import environment_of
 from frostglass.auditing.store import other_data
 from frostglass.core.errors import BadInput
-from frostglass.core.files import claimed, left_over, write_json, write_text
+from frostglass.core.files import claimed, clear_left_over, left_over, write_json, write_text
 from frostglass.core.randomness import Rng
 from frostglass.defenses.public_pool import POOL as POOL_FILE
 from frostglass.defenses.public_pool import PoolSettings, make_pool
@@ -57,6 +57,7 @@ def run_collaboration(plan: CollaborationPlan, out: Path, *, tell: Tell, resume:
 
     _claim(plan, out, resume)
     with claimed(out, PLAN, plan.to_toml()):  # at once, so that `resume` can go on from there
+        clear_left_over(out)
         texts, sha256 = _texts(plan, out)
         _same_images(out, {"sha256": sha256})
         return _compared(plan, out, texts, tell)

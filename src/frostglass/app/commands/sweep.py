@@ -36,7 +36,7 @@ def command(
     from frostglass.auditing.sweep import Sweep, complete
     from frostglass.auditing.sweep_plan import load_sweep
     from frostglass.auditing.sweep_report import table, write_sweep
-    from frostglass.core.files import claimed
+    from frostglass.core.files import claimed, clear_left_over
     from frostglass.core.runtime import World, pick_device
 
     asked = load_sweep(plan, overrides)
@@ -45,6 +45,8 @@ def command(
     _claim(out, asked.to_toml(), resume, world.rank)
     sweep = Sweep(asked, out, where, world, lambda text: click.echo(text, err=True))
     with run_folder(out), claimed(out, PLAN, asked.to_toml()) if world.rank == 0 else nullcontext():
+        if world.size == 1:  # others may be writing already
+            clear_left_over(out)
         sweep()
     if world.rank:
         return
