@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +42,35 @@ def test_what_is_no_matter_of_a_place_stays_what_it_is(tmp_path: Path, number: i
     """A full disk has a sentence of its own, and other exceptions are the program's."""
     with pytest.raises(OSError, match=os.strerror(number)):
         fails(tmp_path, number)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from frostglass.app import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+writes = {
+    "tensors": lambda: save_file({"a": torch.zeros(9999)}, sys.argv[2]),
+    "bytes": lambda: Path(sys.argv[2]).write_bytes(bytes(9999)),
+}
+sys.exit(cli._guarded(writes[sys.argv[1]], False))
+"""
+
+
+@pytest.mark.parametrize("what", ["tensors", "bytes"])
+def test_a_limit_on_the_size_of_files_is_no_internal_error(what: str, tmp_path: Path) -> None:
+    """As of ulimit -f, or of the file system; safetensors tells the operating system's number in its text."""
+    import frostglass
+
+    env = os.environ | {"PYTHONPATH": str(Path(frostglass.__file__).parents[1])}
+    call = [sys.executable, "-c", LIMITED, what, str(tmp_path / "file")]
+    done = subprocess.run(call, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        "error: a file cannot be written (File too large); raise the limit (ulimit -f), or name another place.\n"
+    )
 
 
 BEGUN: dict[str, Callable[[Path], list[str]]] = {

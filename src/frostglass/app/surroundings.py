@@ -48,17 +48,26 @@ def _lies_in(place: str | os.PathLike[str], out: Path) -> bool:
 
 def no_room(wrong: Exception) -> bool:
     """Whether a disk, or the user's part of it, is full; numpy and safetensors say so in words of their own."""
-    text = str(wrong)
+    short = isinstance(wrong, OSError) and re.search(r"\d+ requested and \d+ written", str(wrong)) is not None
+    return short or _number(wrong) in _FULL
+
+
+def _number(wrong: Exception) -> int | None:
+    """The operating system's, which safetensors hands on in its text alone; None of what is no error of its."""
     if isinstance(wrong, OSError):
-        return wrong.errno in _FULL or re.search(r"\d+ requested and \d+ written", text) is not None
-    return type(wrong).__name__ == "SafetensorError" and any(f"(os error {number})" in text for number in _FULL)
+        return wrong.errno
+    found = re.search(r"\(os error (\d+)\)", str(wrong)) if type(wrong).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
 
 
 def cause_outside(wrong: Exception) -> str | None:
-    """One sentence with the fix where permissions or the letters of a name are the cause, else None."""
+    """One sentence with the fix where permissions, a limit or the letters of a name are the cause, else None."""
     if isinstance(wrong, OSError) and wrong.errno in _CLOSED and isinstance(wrong.filename, str):
         place = _asked_for(wrong.filename)
         return f"{place} cannot be read or written ({wrong.strerror}); change its permissions, or name another place."
+    number = _number(wrong)
+    if number == errno.EFBIG:
+        return f"a file cannot be written ({os.strerror(number)}); raise the limit (ulimit -f), or name another place."
     if isinstance(wrong, UnicodeEncodeError):
         return _unkept(wrong)
     return None
