@@ -19,6 +19,7 @@ from torch import Tensor
 
 from frostglass.core.memory import freed_memory_kept
 from frostglass.numerics import tiled_convolution as tiles
+from frostglass.numerics.tile_weights import Kept
 from harness import parser, save
 
 LAYERS = ((64, 32), (128, 16), (256, 8), (512, 4), (32, 16), (64, 8))
@@ -52,23 +53,23 @@ def sides(channels: int, size: int, images: int) -> dict[str, dict[str, Callable
     x, g, a = ([torch.randn(images, channels, size, size, generator=made) for _ in range(INPUTS)] for _ in range(3))
     w, b = (torch.randn(channels, channels, 3, 3, generator=made) for _ in range(2))
     last = [[t.contiguous(memory_format=torch.channels_last) for t in part] for part in (x, g, a)]
-    kept, how = tiles.Kept(), tiling(x[0], w)
+    kept, how = Kept(), tiling(x[0], w)
     return {
         "forward": {
             "torch": lambda t: forward(x[t], w),
             "torch, channels last": lambda t: forward(last[0][t], w),
-            "tiles": lambda t: tiles.convolved(last[0][t], kept.spread(w, how.edge), how),
+            "tiles": lambda t: tiles.convolved(last[0][t], kept.of(w, how.edge), how),
         },
         "slopes": {
             "torch": lambda t: slopes(g[t], x[t], w, True, True),
             "torch, channels last": lambda t: slopes(last[1][t], last[0][t], w, True, True),
-            "tiles": lambda t: tiles.slopes(last[1][t], last[0][t], kept.spread(w, how.edge), how, True),
+            "tiles": lambda t: tiles.slopes(last[1][t], last[0][t], kept.of(w, how.edge), how, True),
         },
         "second": {
             "torch": lambda t: second(g[t], x[t], w, a[t], b),
             "torch, channels last": lambda t: second(last[1][t], last[0][t], w, last[2][t], b),
             "tiles": lambda t: tiles.second_slopes(
-                last[1][t], last[0][t], kept.spread(w, how.edge), last[2][t], b, how
+                last[1][t], last[0][t], kept.of(w, how.edge), last[2][t], b, how
             ),
         },
     }
@@ -86,11 +87,11 @@ def errors(channels: int, size: int, images: int) -> dict[str, float]:
     w, b = (torch.randn(channels, channels, 3, 3, generator=made) for _ in range(2))
     exact = [t.double() for t in (g, x, w, a, b)]
     how = tiling(x, w)
-    spread = tiles.Kept().spread(w, how.edge)
+    weights = Kept().of(w, how.edge)
     return {
-        "forward": off(tiles.convolved(x, spread, how), forward(exact[1], exact[2])),
-        "slopes": off(tiles.slopes(g, x, spread, how, True), slopes(*exact[:3], True, True)),
-        "second": off(tiles.second_slopes(g, x, spread, a, b, how), second(*exact)),
+        "forward": off(tiles.convolved(x, weights, how), forward(exact[1], exact[2])),
+        "slopes": off(tiles.slopes(g, x, weights, how, True), slopes(*exact[:3], True, True)),
+        "second": off(tiles.second_slopes(g, x, weights, a, b, how), second(*exact)),
         "forward, torch": off(forward(x, w), forward(exact[1], exact[2])),
     }
 

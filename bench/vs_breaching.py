@@ -214,6 +214,8 @@ def run_peer(path: Path, attack: str, steps: int, seed: int, seeds: int, device:
 
 
 def child(options: argparse.Namespace) -> None:
+    if options.device == "cpu":
+        sys.modules["triton"] = None  # type: ignore[assignment]  # for GPUs; where it is installed torch loads 65 MiB of it
     import torch
 
     torch.set_num_threads(options.threads)

@@ -13,7 +13,7 @@ from frostglass.numerics import distance
 from frostglass.numerics.many_clients import many_clients
 from frostglass.numerics.second_order import first_order_layers, second_order_layers
 from frostglass.numerics.second_order_norm import channel_statistics
-from frostglass.numerics.tiled_convolution import Kept
+from frostglass.numerics.tile_weights import Kept
 from frostglass.vision import networks
 
 F = torch.nn.functional

@@ -16,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from frostglass.numerics import distance, tile_kernels
+from frostglass.numerics import distance, tile_kernels, tile_weights
 from frostglass.numerics import tiled_convolution as tiles
 from frostglass.numerics.compiled import kernel
+from frostglass.numerics.panels import flat, matrices, numbers, run
 from frostglass.numerics.second_order import first_order_layers, second_order_layers
+from frostglass.numerics.tile_weights import Kept, Weights, add_slopes, spread
+from tile_panels import drawn, panels
 
 F = torch.nn.functional
 CLOSE = 1e-5
@@ -28,11 +31,6 @@ CLOSE = 1e-5
 
 def off(found: Tensor, wanted: Tensor) -> float:
     return float((found.detach().double() - wanted.detach().double()).norm() / wanted.detach().double().norm())
-
-
-def drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
-    made = torch.Generator().manual_seed(1)
-    return [torch.randn(s, generator=made) for s in shapes]
 
 
 CASES = [
@@ -58,12 +56,12 @@ def test_results_and_both_derivatives_are_those_of_a_convolution(case: tuple[int
     x, a = (t.contiguous(memory_format=layout) for t in (x, a))
     y = F.conv2d(x.double(), k.double(), padding=pad)
     (g,) = drawn(tuple(y.shape))
-    spread = tiles.Kept().spread(k, edge)
+    weights = Weights(k, edge)
 
     exact = [t.double().requires_grad_() for t in (g, x, k)]
     of_x, of_w = torch.autograd.grad(F.conv2d(exact[1], exact[2], padding=pad), exact[1:], exact[0], create_graph=True)
-    found_x, found_w = tiles.slopes(g, x, spread, how, True)
-    assert off(tiles.convolved(x, spread, how), y) < CLOSE
+    found_x, found_w = tiles.slopes(g, x, weights, how, True)
+    assert off(tiles.convolved(x, weights, how), y) < CLOSE
     assert found_x is not None
     assert found_w is not None
     assert off(found_x, of_x) < CLOSE
@@ -73,7 +71,7 @@ def test_results_and_both_derivatives_are_those_of_a_convolution(case: tuple[int
         sides = [(s, t) for s, t in ((of_x, to_x), (of_w, to_w)) if t is not None]
         total = torch.stack([(s * t.double()).sum() for s, t in sides]).sum()
         again = torch.autograd.grad(total, exact[:2], retain_graph=True, allow_unused=True)
-        for one, other in zip(tiles.second_slopes(g, x, spread, to_x, to_w, how), again, strict=True):
+        for one, other in zip(tiles.second_slopes(g, x, weights, to_x, to_w, how), again, strict=True):
             assert (one is None) == (other is None)
             if one is not None and other is not None:
                 assert off(one, other) < CLOSE
@@ -81,10 +79,10 @@ def test_results_and_both_derivatives_are_those_of_a_convolution(case: tuple[int
 
 def test_only_what_is_asked_for_is_computed() -> None:
     x, k, g = drawn((2, 32, 8, 8), (32, 32, 3, 3), (2, 32, 8, 8))
-    spread = tiles.Kept().spread(k, 4)
-    assert tiles.slopes(g, x, spread, LARGER, False)[1] is None
+    weights = Weights(k, 4)
+    assert tiles.slopes(g, x, weights, LARGER, False)[1] is None
     assert tiles.slopes(g, x, None, LARGER, True)[0] is None
-    assert tiles.second_slopes(g, x, spread, None, None, LARGER) == (None, None)
+    assert tiles.second_slopes(g, x, weights, None, None, LARGER) == (None, None)
 
 
 @settings(max_examples=40)
@@ -101,7 +99,7 @@ def test_each_map_and_its_transpose_agree(n: int, c: int, h: int, w: int, pad: i
     how = tiles.Tiling(pad, edge)
     size = tiles._size(torch.Size((n, c, h, w)), how)
     part = (0, n)
-    x, wide = drawn((n, c, h, w), (how.points, size.places, c))
+    (x,), wide = drawn((n, c, h, w)), panels(how.points, size.places, c)
     back = torch.zeros(n, h, w, c)
     tiles._cut_back(wide, size, part, back)
     same(tiles._cut(x, size, part), wide, x, back.permute(0, 3, 1, 2))
@@ -111,8 +109,10 @@ def test_each_map_and_its_transpose_agree(n: int, c: int, h: int, w: int, pad: i
     tiles._join(wide, size, part, joined)
     same(joined.permute(0, 3, 1, 2), y, wide, tiles._join_back(y, size, part))
 
-    k, spread = drawn((h, c, 3, 3), (how.points, h, c))
-    same(tiles._spread(k, edge), spread, k, tiles._spread_back(spread))
+    (k,), made = drawn((h, c, 3, 3)), panels(how.points, h, c)
+    back = torch.empty(h, c, 3, 3)
+    run(tile_kernels.spread_kernels_back, *numbers(made), 0, h, h, c, 0, c, edge, flat(back), 0)
+    same(spread(k, edge), made, k, back)
 
 
 def same(mx: Tensor, y: Tensor, x: Tensor, my: Tensor) -> None:
@@ -123,34 +123,66 @@ def same(mx: Tensor, y: Tensor, x: Tensor, my: Tensor) -> None:
 @edges
 def test_groups_of_images_give_what_all_at_once_give(edge: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, k, g, b = drawn((5, 32, 9, 8), (32, 32, 3, 3), (5, 32, 9, 8), (32, 32, 3, 3))
-    how, spread = tiles.Tiling(1, edge), tiles.Kept().spread(k, edge)
+    how, weights = tiles.Tiling(1, edge), Weights(k, edge)
 
     def everything() -> list[Tensor]:
-        found = [tiles.convolved(x, spread, how), *tiles.slopes(g, x, spread, how, True)]
-        return [t for t in [*found, *tiles.second_slopes(g, x, spread, x, b, how)] if t is not None]
+        found = [tiles.convolved(x, weights, how), *tiles.slopes(g, x, weights, how, True)]
+        return [t for t in [*found, *tiles.second_slopes(g, x, weights, x, b, how)] if t is not None]
 
     whole = everything()
-    monkeypatch.setattr(tiles, "GROUP", 1)
-    assert len(tiles._size(x.shape, how).groups(32)) == 5
+    monkeypatch.setattr(tiles._Size, "groups", lambda self, *_: [(n, n + 1) for n in range(self.images)])
     for one, other in zip(everything(), whole, strict=True):
         assert off(one, other) < CLOSE
 
 
+@pytest.mark.parametrize(
+    ("images", "channels", "size", "groups"), [(8, 64, 32, 3), (2, 64, 32, 1), (3, 32, 256, 3), (64, 256, 8, 1)]
+)
+def test_groups_are_about_as_large_as_a_cache_and_no_smaller_than_kernels(
+    images: int, channels: int, size: int, groups: int
+) -> None:
+    parts = tiles._size(torch.Size((images, channels, size, size)), LARGER).groups(channels, channels)
+    assert len(parts) == groups
+    assert [n for first, last in parts for n in range(first, last)] == list(range(images))
+
+
 @edges
-def test_several_threads_give_the_same_bits(edge: int) -> None:
-    x, k, g = drawn((5, 33, 9, 8), (34, 33, 3, 3), (5, 34, 9, 8))
-
-    def everything() -> list[Tensor | None]:
-        spread = tiles.Kept().spread(k, edge)
-        return [spread, tiles._cut(x, size, (0, 5)), tiles._join_back(g, size, (0, 5)), tiles._spread_back(spread)]
-
+@pytest.mark.parametrize("large", [False, True], ids=["whole", "by pieces"])
+def test_several_threads_give_the_same_bits(edge: int, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_weights, "LARGE", 1 if large else 2**20)
+    x, k, g = drawn((5, 65, 9, 8), (66, 65, 3, 3), (5, 66, 9, 8))
     size = tiles._size(x.shape, tiles.Tiling(1, edge))
+
+    def everything() -> list[Tensor]:
+        weights, to_w = Weights(k, edge), torch.empty(66, 65, 3, 3)
+        cut, wide = tiles._cut(x, size, (0, 5)), tiles._join_back(g, size, (0, 5))
+        add_slopes(wide, cut, edge, to_w, first=True)
+        return [cut, wide, to_w, weights.forward(cut), weights.back(wide), spread(k, edge)]
+
     one = everything()
     torch.set_num_threads(3)
     for a, b in zip(everything(), one, strict=True):
-        assert a is not None
-        assert b is not None
         assert torch.equal(a, b)
+
+
+def test_what_fills_up_a_panel_is_no_part_of_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, k, g, b = drawn((2, 33, 5, 5), (34, 33, 3, 3), (2, 34, 5, 5), (34, 33, 3, 3))
+
+    def everything(fill: float) -> list[Tensor]:
+        def filled(like: Tensor, points: int, rows: int, columns: int) -> Tensor:
+            made = matrices(like, points, rows, columns)
+            made[:, -1, :, columns % 32 :] = fill
+            return made
+
+        for module in (tiles, tile_weights):
+            monkeypatch.setattr(module, "matrices", filled)
+        weights = Weights(k, 4)
+        found = [tiles.convolved(x, weights, LARGER), *tiles.slopes(g, x, weights, LARGER, True)]
+        found += tiles.second_slopes(g, x, weights, x, b, LARGER)
+        return [t for t in found if t is not None]
+
+    for one, other in zip(everything(float("nan")), everything(0), strict=True):
+        assert torch.equal(one, other)
 
 
 @edges
@@ -161,31 +193,16 @@ def test_compiled_kernels_do_what_the_plain_functions_do(edge: int, channels: in
     size = tiles._size(x.shape, how)
     grid = size.height, size.width, channels, 1, edge, size.down, size.across
     flat = np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy()).reshape(-1)
-    found, back = np.empty(how.points * size.places * channels, np.float32), np.zeros_like(flat)
+    found, back = np.zeros(how.points * size.places * 32, np.float32), np.zeros_like(flat)
     cut, cut_back = (inspect.unwrap(f) for f in (tile_kernels.cut_tiles, tile_kernels.cut_tiles_back))
     with np.errstate(over="ignore"):
-        cut(flat, 0, size.places, *grid, found, size.places * channels)
-        cut_back(found, size.places * channels, 0, size.places, *grid, back)
-    shaped = torch.from_numpy(found).view(how.points, size.places, channels)
+        cut(flat, 0, size.places, *grid, found, size.places * 32, size.places)
+        cut_back(found, size.places * 32, size.places, 0, size.places, *grid, back)
+    shaped = torch.from_numpy(found).view(how.points, 1, size.places, 32)
     assert torch.allclose(shaped, tiles._cut(x, size, (0, 1)), rtol=1e-5, atol=1e-5)
     compiled = torch.zeros(1, 3, 3, channels)
     tiles._cut_back(shaped, size, (0, 1), compiled)
     assert np.allclose(back, compiled.numpy().reshape(-1), rtol=1e-4, atol=1e-4)
-
-
-def test_spread_kernels_are_kept_for_as_long_as_weights_stay_the_same() -> None:
-    k, other = drawn((4, 3, 3, 3), (4, 3, 3, 3))
-    kept = tiles.Kept()
-    first, small = kept.spread(k, 4), kept.spread(k, 2)
-    assert kept.spread(k, 4) is first
-    assert kept.spread(k, 2) is small
-    assert kept.spread(other, 4) is not first
-    k.mul_(2)
-    assert torch.allclose(kept.spread(k, 4), 2 * first)
-    assert torch.allclose(kept.spread(k, 2), 2 * small)
-    held = kept.spread(k, 4)
-    kept.forget(k)
-    assert kept.spread(k, 4) is not held
 
 
 def network() -> nn.Sequential:
@@ -237,7 +254,7 @@ def test_a_matching_loss_has_the_gradient_that_float64_has(calls: list[str]) -> 
 def test_one_backward_pass_has_the_gradients_of_float64(calls: list[str]) -> None:
     model = network().eval()
     (x,) = drawn((2, 3, 12, 12))
-    with first_order_layers(tiles.Kept()):
+    with first_order_layers(Kept()):
         z = x.clone().requires_grad_()
         loss = F.cross_entropy(model(z), torch.tensor([0, 1]))
     found = torch.autograd.grad(loss, [*model.parameters(), z])
@@ -273,7 +290,7 @@ def test_other_convolutions_are_left_to_torch(x: Any, w: Any, form: Any) -> None
 
 @pytest.mark.parametrize(
     ("channels", "images", "edge"),
-    [(256, 4, 2), (256, 8, 2), (256, 16, 4), (256, 2, None), (64, 8, 4), (64, 4, None), (512, 8, None), (512, 24, 4)],
+    [(256, 4, 2), (256, 8, 2), (256, 16, 4), (256, 2, None), (64, 8, 4), (64, 4, None), (512, 8, 2), (512, 24, 4)],
 )
 def test_small_images_take_small_tiles_where_these_gain(channels: int, images: int, edge: int | None) -> None:
     x, w = torch.empty(images, channels, 4, 4), torch.empty(channels, channels, 3, 3)
@@ -302,10 +319,10 @@ def test_weights_that_are_results_are_left_to_torch(calls: list[str]) -> None:
 
 def test_another_default_dtype_changes_nothing() -> None:
     x, k, g = drawn((2, 32, 8, 8), (32, 32, 3, 3), (2, 32, 8, 8))
-    wanted = tiles.slopes(g, x, tiles.Kept().spread(k, 4), LARGER, True)
+    wanted = tiles.slopes(g, x, Weights(k, 4), LARGER, True)
     torch.set_default_dtype(torch.float64)
     try:
-        found = tiles.slopes(g, x, tiles.Kept().spread(k, 4), LARGER, True)
+        found = tiles.slopes(g, x, Weights(k, 4), LARGER, True)
     finally:
         torch.set_default_dtype(torch.float32)
     for one, other in zip(found, wanted, strict=True):
@@ -335,7 +352,7 @@ def test_networks_that_flatten_by_view_work_as_ever(calls: list[str]) -> None:
     with second_order_layers():
         z = x.clone().requires_grad_()
         (found,) = torch.autograd.grad(matching(model, z, goal), z)
-    with first_order_layers(tiles.Kept()):
+    with first_order_layers(Kept()):
         again = x.clone().requires_grad_()
         once = F.cross_entropy(model(again), torch.tensor([0, 1]))
     assert calls.count("convolved") == 2
@@ -358,11 +375,11 @@ from frostglass.numerics.fused_mixing import mix_labels
 labels, rows, out = np.zeros(1, np.int64), np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32)
 kernel(mix_labels)(labels, 1, rows, out + 1, out)
 import torch
-from frostglass.numerics import tiled_convolution
-print(tuple(tiled_convolution.Kept().spread(torch.ones(2, 3, 3, 3), 4).shape), out.item())
+from frostglass.numerics.tile_weights import Weights
+print(tuple(Weights(torch.ones(2, 3, 3, 3), 4).whole.shape), out.item())
 """
     nothing_compiled = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=nothing_compiled
     )
-    assert done.stdout == "(36, 2, 3) 1.0\n", done.stderr
+    assert done.stdout == "(36, 1, 2, 32) 1.0\n", done.stderr

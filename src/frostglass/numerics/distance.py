@@ -15,6 +15,11 @@ def flatten(gradients: Sequence[Tensor]) -> Float[Tensor, " n"]:
     return torch.cat([g.reshape(-1) for g in gradients])
 
 
+def norm_of(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """L2 norm of all of them together, off the graph."""
+    return torch.stack(torch._foreach_norm([t.detach() for t in tensors])).norm()
+
+
 def cosine_distance(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     """1 - <a, b> / (||a|| ||b||) of two vectors. In [0, 2]; 1 where one of them is 0."""
     return cosine([a], [b])
@@ -69,20 +74,24 @@ def layer_norms(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, ""]:
 class _Norm(torch.autograd.Function):
     """(a, b) of one layer -> ||a - b||_2, with a slope in two passes over the layer where PyTorch's takes four.
 
-    The difference is taken again for the slope: it is as much memory as the weights. Differentiable twice.
+    The difference is taken again for the slope, as it is as much memory as the weights; but where a is on no graph, and
+    the slope is what is wanted next, it becomes the slope. Differentiable twice.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        norm: Tensor = torch.linalg.vector_norm(a - b)
+        difference = a - b
+        norm: Tensor = torch.linalg.vector_norm(difference)
         ctx.norm = norm.detach()  # not the result itself, which holds this node
+        ctx.difference = difference if a.requires_grad and a.is_leaf else None
         return norm
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
-        of_a = a - b
+        held, ctx.difference = ctx.difference, None
+        of_a = a - b if held is None or torch.is_grad_enabled() else held
         norm = torch.linalg.vector_norm(of_a) if torch.is_grad_enabled() else ctx.norm
         none = norm == 0
         share = (slopes[0] / norm.masked_fill(none, 1)).masked_fill(none, 0)  # never 0/0, not even in its own slope

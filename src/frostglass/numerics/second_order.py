@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from frostglass.numerics.second_order_norm import batch_norm
-from frostglass.numerics.tiled_convolution import CHANNELS, Kept, tiling
+from frostglass.numerics.tile_weights import Kept
+from frostglass.numerics.tiled_convolution import CHANNELS, tiling
 from frostglass.numerics.tiled_layer import tiled_convolution, wanted
 
 
@@ -64,10 +65,10 @@ class first_order_layers(TorchFunctionMode):
     one ordinary backward pass.
 
     Args:
-        kept: as for `second_order_layers`.
+        kept: as for `second_order_layers`; None for weights that are those of this block alone.
     """
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: Kept | None) -> None:
         super().__init__()
         self._kept = kept
 

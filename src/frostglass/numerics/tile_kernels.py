@@ -4,9 +4,9 @@ Plain Python over flat arrays (and run as such, slowly); `compiled.kernel` compi
 installed. Each gathers what belongs to one tile, `BLOCK` channels at a time, multiplies it by a constant matrix from
 both sides in the first-level cache, and puts the result where it belongs.
 
-Layouts, all flat float32: images [b, h, w, c]; tiles [points, places, c], where a place is a tile of an image and its
-points are `stride` numbers apart; kernels [o, i, 9]; spread kernels [points, o, i]. A tile gives edge x edge results
-from its (edge + 2)^2 points; an edge is 4 or 2.
+Layouts, all flat float32: images [b, h, w, c]; tiles [points, panels of c, places, BLOCK], where a place is a tile of
+an image; kernels [o, i, 9]; spread kernels [points, panels of i, o, BLOCK]. Points are `apart` numbers apart, and what
+fills up a last panel is not touched. A tile gives edge x edge results from its (edge + 2)^2 points; an edge is 4 or 2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from frostglass.numerics.compiled import RUN, both_sides, put, put_on
 
 BLOCK = RUN
-"""Channels at a time: 36 x BLOCK numbers lie in a first-level cache beside what they come from."""
+"""Channels at a time, those of a panel: 36 x BLOCK numbers lie in a first-level cache beside what they come from."""
 
 U = np.uint64  # numba tests every signed index for being negative, which keeps loops from becoming vector instructions
 ZERO = np.float32(0)
@@ -47,7 +47,7 @@ large_at, large_a = both_sides(_A), both_sides(_A.T)
 large_g, large_gt = both_sides(_G), both_sides(_G.T)
 
 
-def cut_tiles(x, first, last, h, w, c, pad, edge, down, across, tiles, stride):  # type: ignore[no-untyped-def]
+def cut_tiles(x, first, last, h, w, c, pad, edge, down, across, tiles, apart, places):  # type: ignore[no-untyped-def]
     """tiles = B^T x B for the pieces of images at some places, `edge` apart, from -pad on; zero outside."""
     side = edge + 2
     tile = np.zeros(36 * BLOCK, np.float32)
@@ -71,11 +71,11 @@ def cut_tiles(x, first, last, h, w, c, pad, edge, down, across, tiles, stride): 
             else:
                 small_bt(tile)
             for t in range(side * side):
-                at, to = U(t * BLOCK), U(t * stride + place * c + lo)
+                at, to = U(t * BLOCK), U(t * apart + lo * places + place * BLOCK)
                 put(tile, at, tiles, to, size)
 
 
-def cut_tiles_back(tiles, stride, first, last, h, w, c, pad, edge, down, across, x):  # type: ignore[no-untyped-def]
+def cut_tiles_back(tiles, apart, places, first, last, h, w, c, pad, edge, down, across, x):  # type: ignore[no-untyped-def]
     """The transpose of `cut_tiles`: x += B tile B^T where the tile was cut. Places of one image overlap."""
     side = edge + 2
     tile = np.zeros(36 * BLOCK, np.float32)
@@ -86,7 +86,7 @@ def cut_tiles_back(tiles, stride, first, last, h, w, c, pad, edge, down, across,
         for lo in range(0, c, BLOCK):
             size = U(min(BLOCK, c - lo))
             for t in range(side * side):
-                at, to = U(t * stride + place * c + lo), U(t * BLOCK)
+                at, to = U(t * apart + lo * places + place * BLOCK), U(t * BLOCK)
                 put(tiles, at, tile, to, size)
             if edge == 4:
                 large_b(tile)
@@ -100,7 +100,7 @@ def cut_tiles_back(tiles, stride, first, last, h, w, c, pad, edge, down, across,
                         put_on(tile, at, x, to, size)
 
 
-def join_tiles(tiles, stride, first, last, h, w, c, edge, down, across, y):  # type: ignore[no-untyped-def]
+def join_tiles(tiles, apart, places, first, last, h, w, c, edge, down, across, y):  # type: ignore[no-untyped-def]
     """y = A^T tile A, the pieces of the result side by side."""
     side = edge + 2
     tile = np.zeros(36 * BLOCK, np.float32)
@@ -111,7 +111,7 @@ def join_tiles(tiles, stride, first, last, h, w, c, edge, down, across, y):  # t
         for lo in range(0, c, BLOCK):
             size = U(min(BLOCK, c - lo))
             for t in range(side * side):
-                at, to = U(t * stride + place * c + lo), U(t * BLOCK)
+                at, to = U(t * apart + lo * places + place * BLOCK), U(t * BLOCK)
                 put(tiles, at, tile, to, size)
             if edge == 4:
                 large_at(tile)
@@ -125,7 +125,7 @@ def join_tiles(tiles, stride, first, last, h, w, c, edge, down, across, y):  # t
                         put(tile, at, y, to, size)
 
 
-def join_tiles_back(y, first, last, h, w, c, edge, down, across, tiles, stride):  # type: ignore[no-untyped-def]
+def join_tiles_back(y, first, last, h, w, c, edge, down, across, tiles, apart, places):  # type: ignore[no-untyped-def]
     """The transpose of `join_tiles`: tile = A y A^T."""
     side = edge + 2
     tile = np.zeros(36 * BLOCK, np.float32)
@@ -149,17 +149,20 @@ def join_tiles_back(y, first, last, h, w, c, edge, down, across, tiles, stride):
             else:
                 small_a(tile)
             for t in range(side * side):
-                at, to = U(t * BLOCK), U(t * stride + place * c + lo)
+                at, to = U(t * BLOCK), U(t * apart + lo * places + place * BLOCK)
                 put(tile, at, tiles, to, size)
 
 
-def spread_kernels(w, first, last, inputs, edge, spread, stride):  # type: ignore[no-untyped-def]
-    """spread = G w G^T for the kernels of outputs `first` to `last`."""
+def spread_kernels(w, first, last, outputs, inputs, left, right, edge, spread, apart):  # type: ignore[no-untyped-def]
+    """spread = G w G^T for the kernels of outputs `first` to `last` and inputs `left` (a multiple of BLOCK) to `right`.
+
+    Their panels begin with the one of `left`.
+    """
     side = edge + 2
     tile = np.zeros(36 * BLOCK, np.float32)
-    for o in range(first, last):
-        for lo in range(0, inputs, BLOCK):
-            size = U(min(BLOCK, inputs - lo))
+    for lo in range(left, right, BLOCK):
+        size = U(min(BLOCK, right - lo))
+        for o in range(first, last):
             at = U((o * inputs + lo) * 9)
             for i in range(size):
                 for r in range(U(3)):
@@ -170,26 +173,32 @@ def spread_kernels(w, first, last, inputs, edge, spread, stride):  # type: ignor
             else:
                 small_g(tile)
             for t in range(side * side):
-                start, to = U(t * BLOCK), U(t * stride + o * inputs + lo)
+                start, to = U(t * BLOCK), U(t * apart + (lo - left) * outputs + o * BLOCK)
                 put(tile, start, spread, to, size)
 
 
-def spread_kernels_back(spread, stride, first, last, inputs, edge, w):  # type: ignore[no-untyped-def]
-    """The transpose of `spread_kernels`: w = G^T spread G."""
+def spread_kernels_back(spread, apart, first, last, outputs, inputs, left, right, edge, w, add):  # type: ignore[no-untyped-def]
+    """The transpose of `spread_kernels`: w = G^T spread G, or w += that where `add` is 1."""
     side = edge + 2
     tile = np.zeros(36 * BLOCK, np.float32)
-    for o in range(first, last):
-        for lo in range(0, inputs, BLOCK):
-            size = U(min(BLOCK, inputs - lo))
+    for lo in range(left, right, BLOCK):
+        size = U(min(BLOCK, right - lo))
+        for o in range(first, last):
             for t in range(side * side):
-                at, to = U(t * stride + o * inputs + lo), U(t * BLOCK)
+                at, to = U(t * apart + (lo - left) * outputs + o * BLOCK), U(t * BLOCK)
                 put(spread, at, tile, to, size)
             if edge == 4:
                 large_gt(tile)
             else:
                 small_gt(tile)
             start = U((o * inputs + lo) * 9)
-            for i in range(size):
-                for r in range(U(3)):
-                    for s in range(U(3)):
-                        w[start + i * U(9) + r * U(3) + s] = tile[(r * U(side) + s) * U(BLOCK) + i]
+            if add:
+                for i in range(size):
+                    for r in range(U(3)):
+                        for s in range(U(3)):
+                            w[start + i * U(9) + r * U(3) + s] += tile[(r * U(side) + s) * U(BLOCK) + i]
+            else:
+                for i in range(size):
+                    for r in range(U(3)):
+                        for s in range(U(3)):
+                            w[start + i * U(9) + r * U(3) + s] = tile[(r * U(side) + s) * U(BLOCK) + i]

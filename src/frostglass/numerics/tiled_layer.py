@@ -9,12 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frostglass.numerics import tiled_convolution as tiles
+from frostglass.numerics.tile_weights import Kept, Weights
 
 
 def tiled_convolution(
     x: Float[Tensor, "b i h w"],
     w: Float[Tensor, "o i 3 3"],
-    kept: tiles.Kept,
+    kept: Kept | None,
     how: tiles.Tiling,
     *,
     once: bool = False,
@@ -24,12 +25,13 @@ def tiled_convolution(
     Args:
         x: images.
         w: what stays the same for as long as `kept` is used.
-        kept: where its spread kernels are kept.
+        kept: where it is kept as products use it; None for weights of this pass alone.
         how: as `tiles.tiling` says.
         once: for one ordinary backward pass. Otherwise weights get a gradient where a graph is kept and none in the
             pass after it, as `second_order_layers` has it.
     """
-    y: Tensor = _Tiled.apply(x, w, kept, how, once)  # type: ignore[no-untyped-call]
+    weights = Weights(w, how.edge) if kept is None else kept.of(w, how.edge)
+    y: Tensor = _Tiled.apply(x, w, weights, how, once)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -40,37 +42,34 @@ def wanted(w: Tensor) -> bool:
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, kept: tiles.Kept, how: tiles.Tiling, once: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, weights: Weights, how: tiles.Tiling, once: bool) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.kept, ctx.how, ctx.once = kept, how, once
-        return tiles.convolved(x, kept.spread(w, how.edge), how)
+        ctx.weights, ctx.how, ctx.once = weights, how, once
+        return tiles.convolved(x, weights, how)
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         of_x, of_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1] if ctx.once else wanted(w)
         if torch.is_grad_enabled():
-            found = _Slopes.apply(above[0], x, w, ctx.kept, ctx.how, of_x, of_w)  # type: ignore[no-untyped-call]
+            found = _Slopes.apply(above[0], x, w, ctx.weights, ctx.how, of_x, of_w)  # type: ignore[no-untyped-call]
         else:
-            found = tiles.slopes(above[0], x, ctx.kept.spread(w, ctx.how.edge) if of_x else None, ctx.how, of_w)
-            if ctx.once and not w.requires_grad:  # weights of one pass, not the model's own
-                ctx.kept.forget(w)
+            found = tiles.slopes(above[0], x, ctx.weights if of_x else None, ctx.how, of_w)
         return *found, None, None, None
 
 
 class _Slopes(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, x: Tensor, w: Tensor, kept: tiles.Kept, how: tiles.Tiling, of_x: bool, of_w: bool
+        ctx: Any, g: Tensor, x: Tensor, w: Tensor, weights: Weights, how: tiles.Tiling, of_x: bool, of_w: bool
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(g, x, w)
-        ctx.kept, ctx.how = kept, how
+        ctx.weights, ctx.how = weights, how
         ctx.set_materialize_grads(False)
-        return tiles.slopes(g, x, kept.spread(w, how.edge) if of_x else None, how, of_w)
+        return tiles.slopes(g, x, weights if of_x else None, how, of_w)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, x, w = ctx.saved_tensors
-        spread = ctx.kept.spread(w, ctx.how.edge)
-        return *tiles.second_slopes(g, x, spread, a, b, ctx.how), None, None, None, None, None
+        g, x, _ = ctx.saved_tensors
+        return *tiles.second_slopes(g, x, ctx.weights, a, b, ctx.how), None, None, None, None, None

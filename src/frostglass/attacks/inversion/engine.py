@@ -31,10 +31,10 @@ from frostglass.core.randomness import Rng, global_draws
 from frostglass.core.update import BNStatistics
 from frostglass.numerics.bn import recorded_bn
 from frostglass.numerics.called import called_with
+from frostglass.numerics.distance import norm_of
 from frostglass.numerics.image import anchor_distance
 from frostglass.numerics.local_update import Trace, in_mode, local_update, soft_cross_entropy, trainable
 from frostglass.numerics.second_order import first_order_layers, second_order_layers
-from frostglass.numerics.tiled_convolution import Kept
 
 Engine: TypeAlias = Literal["double_backward", "frozen_fd"]
 Augment: TypeAlias = Callable[[Tensor], Tensor]
@@ -255,10 +255,10 @@ def _frozen_differences(z: Tensor, problem: Objective) -> Evaluation:
     matched = Candidate(pixels.detach(), images.detach(), targets.detach(), replace(trace, gradients=own), target)
     loss, values, v = _matching(problem, matched)
     del own, matched  # as much memory as the weights
-    step = _step_size(list(weights.values()), v)
+    step = _step_size(target.size, v)
     moved = {n: torch.addcmul(w.detach(), v.pop(0), step) for n, w in weights.items()}
     reads = any(term.statistics and not term.gradient for term in problem.terms)
-    with problem.drawing(), first_order_layers(Kept()), choices.replayed():
+    with problem.drawing(), first_order_layers(None), choices.replayed():
         trace = _forward(target, moved, images, targets, statistics=reads)
     priors, rest, others = valued(problem, Candidate(pixels, images, targets, trace, target), only=False)
     # linear in the inputs: its slope is what the first pass found
@@ -277,9 +277,7 @@ def _matching(problem: Objective, candidate: Candidate) -> tuple[Tensor, dict[st
     return loss.detach(), {name: value.detach() for name, value in values.items()}, slopes
 
 
-def _step_size(weights: list[Tensor], v: list[Tensor]) -> Tensor:
-    def size(tensors: list[Tensor]) -> Tensor:
-        return torch.stack(torch._foreach_norm([t.detach() for t in tensors])).norm()
-
-    kind = weights[0].dtype
-    return RELATIVE_STEP.get(kind, 1e-5) * size(weights) / size(v).clamp_min(torch.finfo(kind).tiny)
+def _step_size(weights: Tensor, v: list[Tensor]) -> Tensor:
+    """Given the norm of the weights."""
+    size = norm_of(v)
+    return RELATIVE_STEP.get(size.dtype, 1e-5) * weights / size.clamp_min(torch.finfo(size.dtype).tiny)

@@ -15,10 +15,10 @@ from frostglass.core.runtime import Runtime
 from frostglass.core.threat import GradientMessage, Observation
 from frostglass.core.update import BNStatistics, LocalPlan
 from frostglass.numerics.called import copied
-from frostglass.numerics.distance import flatten
+from frostglass.numerics.distance import flatten, norm_of
 from frostglass.numerics.fedavg import Order, epoch_order
 from frostglass.numerics.local_update import trainable
-from frostglass.numerics.tiled_convolution import Kept
+from frostglass.numerics.tile_weights import Kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +83,11 @@ class Target:
     def kept(self) -> Kept:
         """What is computed from the weights alone, once for the whole run: nothing changes them here."""
         return Kept()
+
+    @cached_property
+    def size(self) -> Tensor:
+        """Norm of the weights that an update moves."""
+        return norm_of(list(trainable(self.model).values()))
 
     @cached_property
     def flat(self) -> Tensor:
