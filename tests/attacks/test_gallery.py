@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from frostglass.attacks.identification.encodings import Mixes
 from frostglass.attacks.identification.gallery import gallery
@@ -20,6 +21,7 @@ from frostglass.core.drive import drive
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.core.runtime import Runtime
+from frostglass.core.threat import GradientMessage
 from victims import Reused
 
 CPU = torch.device("cpu")
@@ -150,6 +152,23 @@ def test_a_weight_that_is_used_outside_of_its_layer_is_rehearsed(defense: dict[s
     found = evidence_of(seen, RUN)
     assert isinstance(found, Rehearsed | Images)
     assert not found.setting.streams
+
+
+@pytest.mark.parametrize("defense", [{"name": "none"}, {"name": "dp_sgd", "noise_multiplier": 0.0}])
+def test_dropout_follows_from_the_run_and_leaves_pytorchs_generator_alone(defense: dict[str, Any]) -> None:
+    """Each candidate's masks have an address: those that a run resumes with are those that it would have drawn."""
+    (played,) = rounds(plan_of(defense, batch=3))
+    model = nn.Sequential(nn.Dropout(0.5), played.seen.model)
+    gradients = {f"1.{name}": g for name, g in played.seen.gradients.items()}
+    seen = replace(played.seen, model=model, mode="train", messages=(GradientMessage(gradients, "gradient"),))
+    whole = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        whole.append(evidence_of(seen, RUN).scores(slice(0, 20), 8))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(whole[0], whole[1])
+    assert torch.equal(evidence_of(seen, RUN).scores(slice(7, 20), 8), whole[0][7:])
 
 
 def test_the_order_of_candidates_says_nothing_and_hangs_on_the_pixels() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from frostglass.attacks.identification.encodings import unmixed
 from frostglass.core.defense import Defense, Mechanism, Simulate, as_they_are
+from frostglass.core.randomness import Rng, global_draws
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Gallery, GradientMessage, Observation
 from frostglass.core.update import LocalPlan
@@ -48,6 +49,7 @@ class Setting:
         mechanism: the Gaussian mechanism, if the defence is granted and has one.
         simulate: what the defence does to own gradients, if it is granted.
         streams: whether inner products of single gradients can be had without the gradients.
+        draws: address of what the network draws (Dropout): of each candidate its own, whatever was computed before.
     """
 
     model: nn.Module
@@ -57,26 +59,33 @@ class Setting:
     mechanism: Mechanism | None
     simulate: Simulate
     streams: bool
+    draws: Rng
 
     @property
     def count(self) -> int:
         """Images in the message."""
         return 1 + len(self.gallery.other_images)
 
-    def update_of(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def computed(self, images: Tensor, targets: Tensor, *place: str | int) -> Gradients:
+        """What a client without a defence sends for these images, its network's draws following from `place`."""
+        with global_draws(self.draws.at(*place), images.device):
+            return local_update(self.model, images, targets, self.plan).gradients
+
+    def update_of(self, images: Tensor, targets: Tensor, *place: str | int) -> dict[str, Tensor]:
         """What a client without noise sends for these images: of the parameters that were observed."""
-        made = local_update(self.model, images, targets, self.plan).gradients
+        made = self.computed(images, targets, *place)
         return dict(self.simulate({n: made[n] for n in self.observed}, self.observed))
 
     def products(self, rows: slice, along: Sequence[Gradients]) -> tuple[Tensor, Tensor]:
         """(<g_i, v> for each v, ||g_i||^2) of candidates, each by itself."""
         images, targets = self.gallery.images[rows], self.gallery.targets[rows]
         if self.streams:
-            return products(self.model, images, targets, along, self.plan.mode, alone=self.count == 1)
+            with global_draws(self.draws.at("candidates", rows.start), images.device):
+                return products(self.model, images, targets, along, self.plan.mode, alone=self.count == 1)
         dots = images.new_zeros(len(images), len(along), dtype=torch.float64)
         squares = dots.new_zeros(len(images))
         for i in range(len(images)):
-            own = local_update(self.model, images[i : i + 1], targets[i : i + 1], self.plan).gradients
+            own = self.computed(images[i : i + 1], targets[i : i + 1], "candidate", rows.start + i)
             squares[i] = torch.stack([g.double().square().sum() for g in own.values()]).sum()
             for d, v in enumerate(along):
                 dots[i, d] = torch.stack([(own[n].double() * v[n].double()).sum() for n in v]).sum()
@@ -116,8 +125,10 @@ def evidence_of(seen: Observation, run: Runtime) -> Evidence:
         mechanism, simulate = None, as_they_are
     alone = not len(g.other_images)
     streams = set(weights) == set(observed) and streamable(model, plan.mode, alone=alone)
-    streams = streams and agrees(model, moved.images[:2], moved.targets[:2], plan.mode, alone=alone)
-    setting = Setting(model, observed, moved, plan, mechanism, simulate, streams)
+    draws = run.rng.at("model")
+    with global_draws(draws.at("form"), place):
+        streams = streams and agrees(model, moved.images[:2], moved.targets[:2], plan.mode, alone=alone)
+    setting = Setting(model, observed, moved, plan, mechanism, simulate, streams, draws)
     if seen.defence is not None and seen.defence.encodes:
         found = unmixed(seen, moved, run)
         if found is not None:
@@ -159,8 +170,8 @@ class Images:
         # A secure sum arrives as the mean of its clients' messages.
         total = s.count if mechanism.divisor is None else mechanism.divisor * s.gallery.clients
         rest = {n: total * v for n, v in s.observed.items()}
-        for x, y in zip(s.gallery.other_images, s.gallery.other_targets, strict=True):
-            own = clipped(local_update(s.model, x[None], y[None], s.plan).gradients, mechanism.clip)
+        for i, (x, y) in enumerate(zip(s.gallery.other_images, s.gallery.other_targets, strict=True)):
+            own = clipped(s.computed(x[None], y[None], "other", i), mechanism.clip)
             rest = {n: v - own[n] for n, v in rest.items()}
         return rest
 
@@ -195,7 +206,7 @@ class Updates:
         s, b = self.setting, self.setting.count
         if b == 1:
             return {n: torch.zeros_like(v) for n, v in s.observed.items()}
-        made = local_update(s.model, s.gallery.other_images, s.gallery.other_targets, s.plan).gradients
+        made = s.computed(s.gallery.other_images, s.gallery.other_targets, "others")
         return {n: made[n] * ((b - 1) / b) for n in s.observed}
 
     def scores(self, rows: slice, chunk: int) -> Float[Tensor, " n"]:
@@ -234,7 +245,7 @@ class Rehearsed:
         for i in range(rows.start, rows.stop):
             images = torch.cat([s.gallery.images[i : i + 1], s.gallery.other_images])
             targets = torch.cat([s.gallery.targets[i : i + 1], s.gallery.other_targets])
-            own = s.update_of(images, targets)
+            own = s.update_of(images, targets, "candidate", i)
             square = torch.stack([v.double().square().sum() for v in own.values()]).sum()
             dot = torch.stack([(v.double() * s.observed[n].double()).sum() for n, v in own.items()]).sum()
             found.append(s.likelihood(square, dot))
