@@ -19,7 +19,7 @@ from frostglass.core.defense import Defense
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure, Randomness, Rng
 from frostglass.core.threat import Knows, Observation
-from frostglass.core.update import LocalPlan
+from frostglass.core.update import LocalPlan, Update
 from frostglass.numerics.local_update import local_update
 
 CPU = torch.device("cpu")
@@ -310,3 +310,53 @@ def test_the_digest_covers_images_labels_and_weights() -> None:
     assert base == ready(plan_of(), Inputs(NET, X, [0, 1, 2, 0])).digest()
     for inputs in (Inputs(NET, X * 0.9, [0, 1, 2, 0]), Inputs(NET, X, [0, 1, 2, 1]), Inputs(other, X, [0, 1, 2, 0])):
         assert ready(plan_of(), inputs).digest() != base
+
+
+def test_a_step_of_somebody_elses_leaves_the_model_and_no_gradient_of_the_message_before() -> None:
+    """Written as a plain training step is: it leaves .grad behind, moves running statistics, and sets the mode."""
+
+    def gradient(model: nn.Module, batch: Batch, plan: LocalPlan, _: Randomness) -> Update:
+        nn.functional.cross_entropy(model.train()(batch.images), batch.targets).backward()
+        sent = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        return Update(sent, {}, len(batch), plan)
+
+    theirs = Defense("theirs", gradient=gradient)
+    model = {"model": {"name": "small_bn_cnn", "mode": "eval", "options": {"width": 4}}}
+    prepared = ready(plan_of({"batches": 2}, scenario=model))
+    before = {name: value.clone() for name, value in prepared.model.state_dict().items()}
+    play(prepared, theirs, 0)
+    second = play(prepared, theirs, 1)
+    assert all(torch.equal(value, before[name]) for name, value in prepared.model.state_dict().items())
+    assert all(p.grad is None for p in prepared.model.parameters())
+    assert not any(layer.training for layer in prepared.model.modules())
+    assert equal(second.seen, play(ready(plan_of({"batches": 2}, scenario=model)), theirs, 1).seen)
+
+
+def test_a_defence_that_encodes_in_place_does_not_change_what_is_scored() -> None:
+    def encode(batch: Batch, _: Randomness) -> Batch:
+        batch.images.zero_()
+        batch.targets.zero_()
+        return batch
+
+    truth = truth_of(play(ready(plan_of()), Defense("black", encode=encode, encodes=True), 0))
+    assert float(truth.trained.images.abs().max()) == 0
+    plain = truth_of(play(ready(plan_of()), NONE, 0))
+    assert torch.equal(truth.private.images, plain.private.images)
+    assert torch.equal(truth.private.targets, plain.private.targets)
+
+
+def test_what_an_attack_does_to_its_model_ends_with_its_message() -> None:
+    prepared = ready(plan_of())
+    seen = play(prepared, NONE, 0).seen
+    with torch.no_grad():
+        next(seen.model.parameters()).zero_()
+    seen.model.requires_grad_(False).eval()
+    seen.model.register_forward_hook(lambda *_: None)
+    again = play(prepared, NONE, 0).seen
+    assert equal(seen, again)
+    assert all(bool(p.any()) for p in again.model.parameters() if p.ndim > 1)
+    assert all(p.requires_grad for p in again.model.parameters())
+    assert all(layer.training for layer in again.model.modules())
+    assert not again.model._forward_hooks

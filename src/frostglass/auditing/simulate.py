@@ -19,6 +19,7 @@ from frostglass.core.threat import Facts, Observation, ThreatModel, parse_grants
 from frostglass.core.update import LocalPlan, PrivacySpent
 from frostglass.defenses.channels import direct, secure_sum
 from frostglass.numerics.bn import running_statistics
+from frostglass.numerics.called import copied
 from frostglass.numerics.client_step import defended_step
 
 
@@ -73,7 +74,8 @@ def play(prepared: Prepared, defense: Defense, unit: int) -> Round:
         raw = _draw(prepared, unit, member)
         key = prepared.rng.at("keys", unit, member, defense.name, _digest(raw.images))
         batch = _augmented(raw, client, key.at("augmentation"))
-        encoded, update = defended_step(prepared.model, batch, plan, defense, key)
+        own = replace(batch, images=batch.images.clone(), targets=batch.targets.clone())  # scored is what was drawn
+        encoded, update = defended_step(prepared.model, own, plan, defense, key)
         raws.append(raw)
         private.append(batch)
         trained.append(encoded)
@@ -83,7 +85,8 @@ def play(prepared: Prepared, defense: Defense, unit: int) -> Round:
     truth = Truth(_joined(private), _joined(trained), place)
     facts = replace(_facts(prepared, defense, plan, truth.trained, unit), gallery=gallery)
     threat = ThreatModel(prepared.threat.name, parse_grants(prepared.threat.grants))
-    return Round(threat.observe(prepared.model, sent, facts), Sealed(truth), sent[0].spent, plan)
+    # a copy: whatever an attack does to its model, the next one meets the network that the plan names
+    return Round(threat.observe(copied(prepared.model), sent, facts), Sealed(truth), sent[0].spent, plan)
 
 
 def local_plan(client: ClientPlan, mode: str) -> LocalPlan:

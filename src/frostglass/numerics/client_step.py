@@ -11,6 +11,7 @@ from frostglass.core.batch import Batch
 from frostglass.core.defense import Defense
 from frostglass.core.randomness import Insecure, Rng, global_draws
 from frostglass.core.update import LocalPlan, Update
+from frostglass.numerics.called import copied
 from frostglass.numerics.fedavg import Order, drawn_order
 from frostglass.numerics.local_update import local_update
 
@@ -44,8 +45,9 @@ def computed_step(
         order: rows that each step sees; None to draw them as the plan says.
     """
     if defense.gradient is not None:
+        own = copied(model)  # a step of somebody else's may train it: weights, gradients and statistics stay there
         with global_draws(key.at("model"), batch.images.device):
-            update = defense.gradient(model, batch, plan, Insecure(key.at("gradient")))
+            update = defense.gradient(own, batch, plan, Insecure(key.at("gradient")))
         return Computed(replace(update, buffers={}), update.buffers)
     if order is None:
         order = drawn_order(plan, len(batch), key.at("order"))
