@@ -24,6 +24,7 @@ from frostglass.auditing.metrics.psnr import psnr_values
 from frostglass.auditing.metrics.registered_psnr import registered_psnr_values
 from frostglass.auditing.metrics.registry import METRICS, Metric, MetricContext, NotAvailable
 from frostglass.auditing.metrics.ssim import ssim_values
+from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.vision import datasets, networks
 from frostglass.vision.borrowed import import_torchvision
@@ -255,6 +256,30 @@ def test_lpips_never_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert torch.equal(weight, state[f"features.{name.partition('.')[2]}"])
     tiny = photos(lpips_file.LEAST, 1)
     assert lpips_file.lpips_values(tiny, tiny).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (torch.zeros(1), r"'own': returned torch.float32 of shape \(1,\) for 4 pairs; return real numbers \[4\]"),
+        (torch.tensor(0.5), r"of shape \(\)"),
+        (torch.zeros(4, dtype=torch.complex64), "torch.complex64"),
+        ([0.0] * 4, "returned list"),
+        (None, "returned NoneType"),
+        (torch.tensor([1.0, 2.0, 3.0, math.inf]), "'own': gave an infinite score; limit it, or give NaN"),
+    ],
+)
+def test_what_a_metric_returns_is_one_real_number_a_pair(values: Any, sentence: str) -> None:
+    """One value for all would be written beside each image, and JSON has no infinity: the whole scorecard was lost."""
+    with pytest.raises(BadInput, match=sentence):
+        Metric("own", lambda found, truth: values).values(photos(8), photos(8))
+
+
+def test_a_metric_may_have_no_value_for_a_pair_and_comes_without_a_graph() -> None:
+    own = torch.tensor([1.0, math.nan], requires_grad=True)
+    found = Metric("own", lambda found, truth: own).values(photos(8, 2), photos(8, 2))
+    assert not found.requires_grad
+    assert found.isnan().tolist() == [False, True]
 
 
 def test_a_metric_says_when_it_lacks_its_context() -> None:

@@ -22,7 +22,7 @@ from frostglass.core.runtime import Runtime, pick_device
 from frostglass.core.state import pack, unpack
 from frostglass.core.threat import Knows, Observation
 
-SEEN = Observation(nn.Linear(1, 1), (), Domain(), "train", (1, 2, 2), 2)
+SEEN = Observation(nn.Linear(1, 1), (), Domain(-100.0, 100.0), "train", (1, 2, 2), 2)
 RUN = Runtime(Rng.from_seed(1))
 
 
@@ -106,6 +106,47 @@ def test_values_that_are_not_finite_end_the_run_without_a_result() -> None:
         run(Walk(broken=5))
     with pytest.raises(AttackFailed, match="not finite"):
         run(Walk(pixel=math.inf))
+
+
+SAID: dict[str, tuple[dict[str, Any], str]] = {
+    "another size": ({"images": torch.zeros(1, 1, 2, 3)}, r"images are torch.float32 of shape \(1, 1, 2, 3\); they"),
+    "no rows": ({"images": torch.zeros(1, 2, 2)}, r"of shape \(rows, 1, 2, 2\)"),
+    "bytes": ({"images": torch.zeros(1, 1, 2, 2, dtype=torch.uint8)}, "images are torch.uint8"),
+    "a graph": ({"images": torch.zeros(1, 1, 2, 2, requires_grad=True)}, "part of a graph"),
+    "another range": ({"images": torch.full((1, 1, 2, 2), 255.0)}, "from 255 to 255; pixels lie between -100 and 100"),
+    "proved as numbers": ({"proved": torch.zeros(1)}, "proved is torch.float32"),
+    "too few proved": ({"proved": torch.zeros(0, dtype=torch.bool)}, r"proved is torch.bool of shape \(0,\)"),
+    "proved left out": ({"proved": None}, "proved is NoneType"),
+    "no objective": ({"objective": None}, "objective is NoneType; it must be a number, NaN if there is none"),
+    "an objective that is a tensor": ({"objective": torch.tensor(1.0)}, "objective is torch.float32"),
+    "counts of other classes": ({"label_counts": torch.ones(3)}, "label_counts are .* must be 2 finite numbers from 0"),
+    "counts below 0": ({"label_counts": -torch.ones(2)}, "label_counts are"),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_result_that_is_none_of_this_observations_is_said_and_never_scored(case: str) -> None:
+    """Annotations are checked where results are made in tests alone: what is wrong is put in afterwards."""
+    fields, sentence = SAID[case]
+
+    class Wrong(Walk):
+        def read(self, seen: Observation, state: Any) -> Reconstruction:
+            found = super().read(seen, state)
+            for name, value in fields.items():
+                object.__setattr__(found, name, value)
+            return found
+
+    with pytest.raises(AttackFailed, match=f"walk: .*{sentence}"):
+        run(Wrong())
+
+
+def test_an_attack_that_returns_nothing_is_told_what_it_must_return() -> None:
+    class Silent(Walk):
+        def read(self, seen: Observation, state: Any) -> Any:
+            return None
+
+    with pytest.raises(AttackFailed, match="walk: read returned NoneType; it must return a Reconstruction"):
+        run(Silent(), film=(0, 10))
 
 
 @pytest.mark.parametrize("killed_at", range(1, 10))

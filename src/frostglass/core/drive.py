@@ -11,7 +11,7 @@ from torch import Tensor
 from frostglass.core.errors import AttackFailed
 from frostglass.core.events import Emit, Event, silent
 from frostglass.core.memory import freed_memory_kept
-from frostglass.core.reconstruction import Reconstruction
+from frostglass.core.reconstruction import Reconstruction, faults
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
 
@@ -105,7 +105,8 @@ def drive(
         stop: asked at every report; True ends the run early with what there is.
 
     Raises:
-        AttackFailed: a reported value or a pixel of the result is not finite: such a run has no result.
+        AttackFailed: a reported value or a pixel of the result is not finite, or the result is none of this
+            observation's (shape, range, `proved`, ...): such a run has no result.
     """
     with freed_memory_kept():
         state = attack.init(seen, run)
@@ -132,16 +133,17 @@ def drive(
                 store.save(t, state)
                 emit(Event("checkpoint", attack.name, t, attack.steps))
     result = attack.read(seen, state)
-    if not bool(result.images.isfinite().all()):
-        raise AttackFailed(
-            f"{attack.name}: the result holds values that are not finite; lower lr or the term's weight."
-        )
+    wrong = faults(result, seen.image_shape, seen.classes, seen.domain)
+    if wrong:
+        raise AttackFailed(f"{attack.name}: {'; '.join(wrong)}.")
     emit(Event("attack_finished", attack.name, t, attack.steps, {"objective": result.objective}))
     return result
 
 
 def _show(attack: Attack[S], seen: Observation, state: S, t: int, emit: Emit) -> None:
-    emit(Event("candidate", attack.name, t, attack.steps, tensors={"images": attack.read(seen, state).images}))
+    found: object = attack.read(seen, state)
+    if isinstance(found, Reconstruction):  # else the end of the run says so
+        emit(Event("candidate", attack.name, t, attack.steps, tensors={"images": found.images}))
 
 
 def _check_finite(name: str, t: int, values: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from frostglass.core.errors import BadInput
 from frostglass.core.registry import Registry
 
 
@@ -55,16 +56,28 @@ class Metric:
 
         Raises:
             NotAvailable: it cannot be computed here, or lacks its context, or the images are smaller than `least_side`.
+            BadInput: `score` returned something else than a number, or NaN, for each pair.
         """
         if len(found) and min(found.shape[-2:]) < self.least_side:
             raise NotAvailable(
                 f"{self.name} needs images of {self.least_side} pixels a side, not {min(found.shape[-2:])}"
             )
         if not self.needs_context:
-            return self.score(found, truth).double()
+            return self._checked(self.score(found, truth), len(found))
         if context is None:
             raise NotAvailable("it compares with a pool of private images, and there is none here")
-        return self.score(found, truth, context).double()
+        return self._checked(self.score(found, truth, context), len(found))
+
+    def _checked(self, values: object, pairs: int) -> Tensor:
+        """One value would be spread over all pairs in silence, and a scorecard holds no infinity."""
+        if not isinstance(values, Tensor) or values.shape != (pairs,) or values.is_complex():
+            got = type(values).__name__
+            if isinstance(values, Tensor):
+                got = f"{values.dtype} of shape {tuple(values.shape)}"
+            raise BadInput(f"metric {self.name!r}: returned {got} for {pairs} pairs; return real numbers [{pairs}].")
+        if bool(values.isinf().any()):
+            raise BadInput(f"metric {self.name!r}: gave an infinite score; limit it, or give NaN for no score.")
+        return values.detach().double()
 
 
 METRICS: Registry[Metric] = Registry("metric", "frostglass.auditing.metrics")
