@@ -239,6 +239,10 @@ class Answer(nn.Module):
 
 DIVERGED = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
 DIVERGED[1].bias.data[0] = float("nan")
+COMPLEX = Answer(lambda x: x.flatten(1)[:, :3])
+COMPLEX.register_parameter("w", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+PACKED = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Flatten(), nn.Linear(192, 8)), {nn.Linear})
+QUANTISED = nn.Sequential(*PACKED, nn.Linear(8, 3))
 
 
 @pytest.mark.parametrize(
@@ -268,6 +272,9 @@ DIVERGED[1].bias.data[0] = float("nan")
             "'0.running_mean' of 'Sequential' has no values yet",
         ),
         (Inputs(nn.Flatten(), X), "no parameter of the model requires a gradient"),
+        (Inputs(COMPLEX, X), "torch.complex64 parameters; keep whole numbers in buffers, and complex ones by"),
+        (Inputs(QUANTISED, X), "layer '1' of the model is quantised, and no gradient passes it"),
+        (Inputs(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), X), r"with \(2, 1\); .* two classes at the least"),
         (Inputs(Answer(lambda x: x.mean(1)), X), "must return logits"),
         (Inputs(Answer(lambda x: [x]), X), "must return logits"),
         (Inputs(Answer(lambda x: torch.zeros(1, 3)), X), "must return logits"),
@@ -278,6 +285,22 @@ def test_objects_that_cannot_be_used_are_refused_in_a_sentence(inputs: Inputs, s
     with pytest.raises(BadInput, match=sentence) as wrong:
         ready(plan_of(), inputs)
     assert all("\n" not in p for p in wrong.value.problems)
+
+
+def test_the_digest_of_a_network_bears_extra_state_and_sparse_buffers() -> None:
+    class Own(nn.Sequential):
+        def get_extra_state(self) -> Any:
+            return {"version": 2}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    net = Own(nn.Flatten(), nn.Linear(192, 3))
+    net.register_buffer("mask", torch.eye(3).to_sparse())
+    first = ready(plan_of(), Inputs(net, X)).digest()
+    assert ready(plan_of(), Inputs(net, X)).digest() == first
+    net.mask = 2 * torch.eye(3).to_sparse()
+    assert ready(plan_of(), Inputs(net, X)).digest() != first
 
 
 def test_own_objects_are_copied_and_missing_labels_are_said_to_be_arbitrary() -> None:

@@ -115,8 +115,10 @@ class Prepared:
     def digest(self) -> bytes:
         """SHA-256 of images, labels and weights: what a plan names, but does not hold."""
         h = hashlib.sha256(b"" if self.arrived is None else self.arrived.digest)
-        for t in (self.data.images, self.data.labels, *self.model.state_dict().values()):
-            h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b"-")
+        held = [t for t in self.model.state_dict().values() if isinstance(t, Tensor)]  # extra state may be anything
+        for t in (self.data.images, self.data.labels, *held):
+            plain = t.detach().cpu().to_dense() if t.layout != torch.strided else t.detach().cpu()
+            h.update(plain.contiguous().flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b"-")
         return h.digest()
 
 
@@ -251,9 +253,19 @@ def _model(scenario: ScenarioPlan, inputs: Inputs, data: datasets.ImageSet, rng:
         model = networks.fix_for_opacus(model)
     if spec.weights:
         weights.load_weights(model, Path(spec.weights))
-    others = sorted({str(p.dtype) for p in model.parameters() if p.dtype != torch.float32})
+    others = {p.dtype for p in model.parameters() if p.dtype != torch.float32}
     if others:
-        raise BadInput(f"{scenario.name}: the model has {', '.join(others)} parameters; convert it with .float().")
+        fix = "convert it with .float()"
+        if not all(dtype.is_floating_point for dtype in others):  # which .float() leaves as they are
+            fix = "keep whole numbers in buffers, and complex ones by torch.view_as_real"
+        named = ", ".join(sorted(map(str, others)))
+        raise BadInput(f"{scenario.name}: the model has {named} parameters; {fix}.")
+    packed = next((n for n, layer in model.named_modules() if hasattr(layer, "_packed_params")), None)
+    if packed is not None:  # an attack would go on without the layers before it, and look as if it had failed
+        raise BadInput(
+            f"{scenario.name}: layer {packed!r} of the model is quantised, and no gradient passes it; give the network "
+            "that it was made from."
+        )
     broken = next((n for n, p in model.named_parameters() if not bool(p.isfinite().all())), None)
     if broken is not None:
         raise BadInput(f"{scenario.name}: {broken!r} of the model has values that are not finite; give a trained one.")
@@ -297,6 +309,6 @@ def _outputs(scenario: ScenarioPlan, model: nn.Module, probe: Tensor) -> int:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise BadInput(
             f"{scenario.name}: the model answers {len(probe)} images with {got}; it must return logits "
-            "[batch, classes]."
+            "[batch, classes], two classes at the least."
         )
     return int(out.shape[1])
