@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,10 @@ def frozen_copy(seen: Observation) -> dict[str, Tensor]:
     """All tensors of an observation, to compare with later."""
     kept = {f"model.{k}": v.clone() for k, v in seen.model.state_dict().items()}
     kept |= {f"gradient.{k}": v.clone() for k, v in seen.gradients.items()}
-    if seen.labels is not None:
-        kept["labels"] = seen.labels.clone()
-    return kept
+    held = {"labels": seen.labels, "auxiliary": seen.auxiliary}
+    if seen.gallery is not None:
+        held |= {f"gallery.{f.name}": getattr(seen.gallery, f.name) for f in fields(seen.gallery)}
+    for kind, granted in (("batch", seen.bn_batch), ("running", seen.bn_running)):
+        for layer, s in (granted or {}).items():
+            held |= {f"{kind}.{layer}.mean": s.mean, f"{kind}.{layer}.var": s.var}
+    return kept | {name: t.clone() for name, t in held.items() if isinstance(t, Tensor)}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.plan import parse_plan
@@ -81,14 +84,64 @@ def test_it_leaves_the_observation_and_the_model_unchanged(name: str) -> None:
     attack = short(name)
     seen = victim_for(attack)
     before, training = frozen_copy(seen), [m.training for m in seen.model.modules()]
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in seen.model.modules())
+    hooks = hooks_of(seen.model)
     drive(attack, seen, RUN)
     after = frozen_copy(seen)
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert training == [m.training for m in seen.model.modules()]
     assert all(p.requires_grad for p in seen.model.parameters())
     assert all(p.grad is None for p in seen.model.parameters())
-    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in seen.model.modules())
+    assert hooks == hooks_of(seen.model)
+
+
+def hooks_of(model: nn.Module) -> int:
+    """Of all layers and parameters, forwards and backwards."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    on_layers = sum(len(getattr(layer, kind)) for layer in model.modules() for kind in kinds)
+    return on_layers + sum(len(p._backward_hooks or ()) for p in model.parameters())
+
+
+def test_it_neither_draws_from_nor_seeds_a_generator_of_the_process(name: str) -> None:
+    """Seeding is no better than drawing: the caller's next random numbers would be others."""
+    attack = short(name)
+    seen = victim_for(attack)
+    torch.manual_seed(4711)
+    before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]
+    drive(attack, seen, RUN)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    after = np.random.get_state(legacy=False)["state"]  # Python's own moves by itself here: beartype draws from it
+    assert after["pos"] == before[1]["pos"]
+    assert np.array_equal(after["key"], before[1]["key"])
+
+
+def test_what_it_calls_proved_is_a_private_image(name: str) -> None:
+    attack = short(name)
+    for victim, options in VICTIMS:
+        seen, private = observe(victim, auxiliary=Knows.AUXILIARY in attack.needs, **options)
+        if attack.check(seen):
+            continue
+        found = drive(attack, seen, RUN)
+        for image in found.images[found.proved]:
+            assert float((private.images - image).abs().amax((1, 2, 3)).min()) < 0.01
+        return
+
+
+def test_what_else_it_is_asked_has_an_answer(name: str) -> None:
+    """Both methods may be missing; scoring takes sentences and one finite number."""
+    attack: Any = short(name)
+    seen, private = next(
+        (seen, private)
+        for victim, options in VICTIMS
+        for seen, private in [observe(victim, auxiliary=Knows.AUXILIARY in attack.needs, **options)]
+        if not attack.check(seen)
+    )
+    drive(attack, seen, RUN)
+    if hasattr(attack, "warnings"):
+        said = attack.warnings(seen)
+        assert isinstance(said, list)
+        assert all(isinstance(sentence, str) for sentence in said)
+    if hasattr(attack, "objective_of"):
+        assert math.isfinite(float(attack.objective_of(seen, private.images, private.targets, RUN)))
 
 
 def test_the_same_run_twice_gives_the_same_result(name: str) -> None:

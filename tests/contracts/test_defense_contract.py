@@ -87,8 +87,10 @@ def test_what_an_attacker_rehearses_is_differentiable_and_keeps_names_and_shapes
     _, update = sent(defense, batch, SEED)
     own = {n: (g + 0.1).requires_grad_(True) for n, g in update.gradients.items()}
     before = {n: g.detach().clone() for n, g in own.items()}
+    observed = {n: g.clone() for n, g in update.gradients.items()}
     made = defense.simulate(own, update.gradients)
-    assert {n: g.shape for n, g in made.items()} == {n: g.shape for n, g in own.items()}
+    assert {n: (g.shape, g.dtype) for n, g in made.items()} == {n: (g.shape, g.dtype) for n, g in own.items()}
+    assert all(torch.equal(observed[n], g) for n, g in update.gradients.items())
     total = torch.stack([g.square().sum() for g in made.values()]).sum()
     slopes = torch.autograd.grad(total, list(own.values()))
     assert any(float(s.abs().max()) > 0 for s in slopes)
