@@ -68,9 +68,7 @@ def sides(channels: int, size: int, images: int) -> dict[str, dict[str, Callable
         "second": {
             "torch": lambda t: second(g[t], x[t], w, a[t], b),
             "torch, channels last": lambda t: second(last[1][t], last[0][t], w, last[2][t], b),
-            "tiles": lambda t: tiles.second_slopes(
-                last[1][t], last[0][t], kept.of(w, how.edge), last[2][t], b, how
-            ),
+            "tiles": lambda t: tiles.second_slopes(last[1][t], last[0][t], kept.of(w, how.edge), last[2][t], b, how),
         },
     }
 

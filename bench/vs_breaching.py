@@ -33,11 +33,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 NOTE = (
     "Eval-mode gradient, labels granted, the attacks' own settings at one number of iterations, TV alike. PSNR is "
     "after these few iterations, not what either attack reaches. double_backward takes second derivatives as the "
-    "peer does, seven times a forward pass in convolutions; frozen_fd needs five. Ours takes most 3 x 3 convolutions "
-    "by tiles (numerics.tiled_convolution) and leaves others to oneDNN as the peer does (stride 2, and 512 channels "
-    "of 4 x 4 images in small batches: two fifths of the time that is left); it keeps freed memory (core.memory), and "
-    "saves the slow forms of convolution and batch normalisation (numerics.second_order), the matching loss on one "
-    "long vector (numerics.distance) and unread statistics. Of the peak, numba in the process is some 120 MiB."
+    "peer does, seven times a forward pass in convolutions; frozen_fd needs five. Ours takes 3 x 3 convolutions of "
+    "stride 1 by tiles (numerics.tiled_convolution) and leaves others to oneDNN as the peer does; it keeps freed "
+    "memory (core.memory), and saves the slow forms of convolution and batch normalisation (numerics.second_order), the "
+    "matching loss on one long vector (numerics.distance) and unread statistics. Of the peak, numba in the process is "
+    "some 120 MiB. On a CPU neither side loads Triton, which is for GPUs (65 MiB where it is installed)."
 )
 ENGINES = ("double_backward", "frozen_fd", "graph")
 """Our sides; the last on CUDA alone."""

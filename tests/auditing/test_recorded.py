@@ -338,6 +338,25 @@ def test_the_readable_part_of_a_damaged_record_is_audited_and_the_rest_named(tmp
     assert "line 6" in updates_text(report.scorecard)
 
 
+def test_a_record_that_has_grown_is_not_gone_on_with_and_an_empty_one_has_no_update_yet(tmp_path: Path) -> None:
+    made, out = Federation(tmp_path, clients=2, **MLP), tmp_path / "out"
+    made.run()
+    headers = made.record / "updates.jsonl"
+    whole = headers.read_bytes()
+    headers.write_bytes(whole.splitlines(keepends=True)[0])
+    audit_updates(made.record, out=out)
+    headers.write_bytes(whole)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(BadInput, match=r"are not those that .* began with \(has it grown"):
+        audit_updates(made.record, out=out, resume=True)
+    with pytest.raises(BadInput, match="belongs to another plan"):
+        audit_updates(made.record, out=out, resume=True, seed=1)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    headers.write_bytes(b"")
+    with pytest.raises(BadInput, match="it holds no update yet; audit it when a round has ended"):
+        audit_updates(made.record)
+
+
 def test_a_record_of_which_nothing_is_left_is_refused_with_its_reasons(tmp_path: Path) -> None:
     made = Federation(tmp_path, **MLP)
     made.run()

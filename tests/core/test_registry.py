@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,3 +165,68 @@ def test_a_file_that_cannot_be_imported_is_an_error_each_time(tmp_path: Path, mo
     for _ in range(2):
         with pytest.raises(ImportError, match="no such library"):
             BROKEN.names()
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """Installs a package that names a module as a plug-in; returns the surroundings in which it is seen."""
+
+    def install(source: str) -> dict[str, str]:
+        about = tmp_path / "others_attacks-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: others-attacks\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text("[frostglass.plugins]\nmine = others_attacks\n")
+        (tmp_path / "others_attacks.py").write_text(source)
+        paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+        return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+    return install
+
+
+def frostglass(*words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "frostglass", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+
+PLUGIN = """
+from frostglass.attacks.recipes.dlg import dlg
+from frostglass.attacks.registry import ATTACKS
+from frostglass.auditing.metrics.registry import METRICS, Metric
+
+@ATTACKS.register(family="inversion")
+def others_attack(*, steps: int = 3):
+    \"\"\"An attack of another package.\"\"\"
+    return dlg(steps=steps)
+
+@METRICS.register()
+def others_metric():
+    \"\"\"A score of another package.\"\"\"
+    return Metric("others_metric", lambda found, truth: (found - truth).abs().amax((1, 2, 3)), higher_is_closer=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_package_of_somebody_else_brings_an_attack_and_a_metric_to_the_command_line(installed, tmp_path) -> None:
+    env = installed(PLUGIN)
+    listed = frostglass("list", "attacks", env=env)
+    assert "An attack of another package" in listed.stdout, listed.stderr
+    plan, out = tmp_path / "plan.toml", tmp_path / "out"
+    plan.write_text(
+        'name = "theirs"\n[[scenario]]\nname = "digits"\ndata = { source = "digits", size = 8 }\n'
+        'model = { name = "mlp" }\nclient = { batch = 1 }\ndefense = [{ name = "none" }]\n'
+        'attack = [{ name = "others_attack", steps = 2 }]\n[threat]\ngrants = ["examples"]\n'
+        '[report]\nmetrics = ["others_metric"]\n'
+    )
+    done = frostglass("audit", str(plan), "--out", str(out), env=env)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((out / "scorecard.json").read_text())
+    assert {cell["attack"] for cell in card["cells"]} == {"others_attack"}
+    assert "others_metric" in json.dumps(card)
+
+
+def test_a_package_of_somebody_else_that_cannot_be_imported_is_named(installed) -> None:
+    done = frostglass("list", "attacks", env=installed("raise ImportError('no such thing')"))
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "plug-in 'mine' of others-attacks" in line
+    assert "no such thing" in line

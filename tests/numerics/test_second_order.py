@@ -103,6 +103,19 @@ def test_layer_norms_have_the_derivatives_of_the_plain_formula() -> None:
             torch.testing.assert_close(x, y)
 
 
+def test_layer_norms_give_their_slopes_again_and_leave_their_arguments_alone() -> None:
+    a, b = (t.requires_grad_() for t in drawn((3, 2), (3, 2)))
+    before = a.detach().clone(), b.detach().clone()
+    total = 3 * distance.layer_norms([a], [b])
+    one = torch.autograd.grad(total, (a, b), retain_graph=True)
+    torch.testing.assert_close(one[0], 3 * (before[0] - before[1]) / (before[0] - before[1]).norm())
+    assert torch.equal(one[1], -one[0])
+    for again, first in zip(torch.autograd.grad(total, (a, b)), one, strict=True):
+        assert torch.equal(again, first)
+    assert torch.equal(a, before[0])
+    assert torch.equal(b, before[1])
+
+
 def test_layer_norms_are_flat_where_a_layer_is_matched() -> None:
     """Both slopes are 0 there: an attack that starts at the truth stays, instead of at NaN."""
     a = torch.ones(3, dtype=torch.float64, requires_grad=True)

@@ -25,7 +25,6 @@ from frostglass.defenses.public_pool import POOL as POOL_FILE
 from frostglass.defenses.public_pool import PoolSettings, make_pool
 from frostglass.federated.federate_plan import FederatePlan
 from frostglass.federated.federation import Federation, federation_of
-from frostglass.federated.held_out import digest_of_both
 from frostglass.federated.history import HISTORY
 from frostglass.federated.recorded import read_record
 
@@ -108,8 +107,7 @@ def _texts(plan: CollaborationPlan, out: Path) -> tuple[dict[tuple[str, int], st
     try:
         texts = {(m.name, s): _text(plan, m, s, out) for m in plan.method for s in plan.seeds}
         for text in texts.values():
-            made = federation_of(text)
-            data.update(digest_of_both(made.train, made.test).encode())
+            data.update(federation_of(text).digest().encode())
     except BadInput:
         if cut:
             shutil.rmtree(out / POOL, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from frostglass.auditing.plan import FROM_PYTHON, ReportPlan, Title
 from frostglass.auditing.plan_reading import read_values, sentences
 from frostglass.auditing.plan_verdict import Strict, VerdictPlan
 from frostglass.auditing.prepare import Inputs
-from frostglass.auditing.recorded_choice import audit_plan
+from frostglass.auditing.recorded_choice import UpdatesAudit, audit_plan
 from frostglass.auditing.recorded_plan import UpdatesPlan
 from frostglass.auditing.recorded_truth import Given
 from frostglass.auditing.recorded_view import load_recording
@@ -103,8 +104,25 @@ def run_request(
     plan = audit_plan(
         recording, name=request.name, seed=request.seed, report=request.report, verdict=request.verdict, device=device
     )
+    if resume:
+        _refuse_grown(plan, out)
     inputs = Inputs(model=model, recording=recording)
     return run_plan(plan, out, device=device, resume=resume, emit=emit, inputs=inputs, debug=debug)
+
+
+def _refuse_grown(plan: UpdatesAudit, out: Path) -> None:
+    """Says what has changed where it is the record: its updates are a part of the plan, which is what is compared."""
+    try:
+        held = tomllib.loads((out / "plan.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # told by the folder itself
+        return
+    now = tomllib.loads(plan.to_toml())
+    differ = {key for key in {*held, *now} if held.get(key) != now.get(key)}
+    if differ == {"scenario"}:
+        raise BadInput(
+            f"--resume: the updates in {plan.updates.record} are not those that {out} began with (has it grown?); "
+            "audit it in an empty folder."
+        )
 
 
 @undisturbed()

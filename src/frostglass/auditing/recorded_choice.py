@@ -162,6 +162,8 @@ def audit_plan(
         reasons |= why
         scenarios += made
     readable = [s for s in picked if s.header.number not in left]
+    if not recording.source.updates and not recording.source.problems:
+        raise BadInput(f"{recording.source.name}: it holds no update yet; audit it when a round has ended.")
     if not readable:
         told = [f"{s.title}: {left[s.header.number]}." for s in recording.source.updates if s.header.number in left]
         raise BadInput([f"{recording.source.name}: no update can be audited.", *recording.source.problems, *told[:5]])

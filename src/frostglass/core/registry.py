@@ -1,4 +1,7 @@
-"""Named things found by their existing: a module that registers an attack is all it takes to add one."""
+"""Named things found by their existing: a module that registers an attack is all it takes to add one.
+
+Modules of other packages are found where these name them as entry points of the group `PLUGINS`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,15 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any, Generic, TypeVar
 
 from frostglass.core.errors import BadInput, close_match
 
 T = TypeVar("T")
+
+PLUGINS = "frostglass.plugins"
+"""Entry points whose modules register attacks, defences, metrics, networks and data of other packages."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,19 @@ def _spell(hint: Any) -> str:
     return words.get(hint, str(hint).replace("typing.", ""))
 
 
+@functools.cache  # the search takes some milliseconds; an error is told each time
+def _import_plugins() -> None:
+    for point in metadata.entry_points(group=PLUGINS):
+        try:
+            importlib.import_module(point.module)
+        except Exception as wrong:
+            whose = f" of {point.dist.name}" if point.dist is not None else ""
+            raise BadInput(
+                f"plug-in {point.name!r}{whose}: {point.module} cannot be imported ({type(wrong).__name__}: {wrong}); "
+                "repair that package, or uninstall it."
+            ) from wrong
+
+
 class Registry(Generic[T]):
     """Makers by name; the packages in `homes` are imported on first use, so that a new file is found by existing."""
 
@@ -137,6 +157,7 @@ class Registry(Generic[T]):
                     package = importlib.import_module(home)
                     for module in pkgutil.walk_packages(package.__path__, home + "."):
                         importlib.import_module(module.name)
+                _import_plugins()
                 self._scanned = True  # only now: a file that cannot be imported is an error each time
             finally:
                 self._inside = False

@@ -20,7 +20,7 @@ from frostglass.defenses.instahide import InstaHide
 from frostglass.defenses.registry import DEFENSES
 from frostglass.federated.federate_plan import FederatePlan, plan_of
 from frostglass.federated.feeds import encoder_of, takes_encodings
-from frostglass.federated.held_out import images_of
+from frostglass.federated.held_out import digest_of_both, images_of
 from frostglass.federated.local_client import NOTHING, LocalClient, dirichlet_split
 from frostglass.federated.lone_images import refuse_lone_images
 from frostglass.federated.named import named
@@ -70,6 +70,11 @@ class Federation:
     def record_folder(self) -> str | None:
         """Where updates are recorded, in the run folder; None if they are not."""
         return self.plan.record.folder if self.plan.record.on else None
+
+    def digest(self) -> str:
+        """SHA-256 of all images and labels, and of what tells a public pool from others."""
+        encoding = self.plan.encoding
+        return digest_of_both(self.train, self.test, [None if encoding is None else encoding.public])
 
     @property
     def has_batch_norm(self) -> bool:

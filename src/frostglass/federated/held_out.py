@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
+from frostglass.defenses.public_pool import open_pool
 from frostglass.defenses.sets.owner import digest_of
+from frostglass.defenses.sets.writing import sample_digest
 from frostglass.federated.train_plan import DataPlan
 from frostglass.vision.byte_images import ByteImages, load_bytes
 
@@ -49,11 +52,19 @@ def images_of(data: DataPlan, seed: int) -> tuple[ByteImages, ByteImages]:
     return part(order[cut:]), part(order[:cut][: data.test_limit])
 
 
-def digest_of_both(train: ByteImages, test: ByteImages) -> str:
-    """SHA-256 of all images and labels."""
+def digest_of_both(train: ByteImages, test: ByteImages, pools: Iterable[str | None] = ()) -> str:
+    """SHA-256 of all images and labels, and of a sample of the public images that they are mixed with.
+
+    Args:
+        train, test: the two sets.
+        pools: folders of public pools; None for no pool.
+    """
     h = hashlib.sha256()
     for part in (train, test):
         h.update(digest_of(part.images, part.labels.numpy().astype(np.int64)).encode())
+    for folder in pools:
+        if folder is not None:
+            h.update(sample_digest(open_pool(folder)).encode())
     return h.hexdigest()
 
 

@@ -293,7 +293,7 @@ def test_rulings_that_a_kill_kept_back_after_the_last_round_are_named(tmp_path, 
 
 def test_other_images_are_refused(interrupted, capsys, monkeypatch) -> None:
     path, out = interrupted
-    monkeypatch.setattr("frostglass.federated.flower.going_on.data_digest", lambda made: "other")
+    monkeypatch.setattr("frostglass.federated.federation.Federation.digest", lambda made: "other")
     code, _, err = call(capsys, "federate", path, "--out", out, "--resume")
     assert code == 2
     assert "the images are not those that" in err

@@ -88,7 +88,7 @@ def _runs(plan: Any, out: Path, resume: bool, device: Any) -> list[dict[str, Any
     from frostglass.federated.training import Run
 
     train, test = images_of(plan.data, plan.seeds[0])
-    keep = _same_images(out, digest_of_both(train, test))
+    keep = _same_images(out, digest_of_both(train, test, (m.public for m in plan.method)))
     for method in plan.method:  # what cannot be encoded is said before anything is trained
         if method.kind != "plain":
             encoder_of(method, plan.training, train.images.shape[-1]).begin(

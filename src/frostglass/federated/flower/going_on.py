@@ -13,7 +13,6 @@ from frostglass.federated.federate_plan import FederatePlan
 from frostglass.federated.federation import Federation
 from frostglass.federated.flower.gate_mod import JOURNAL
 from frostglass.federated.flower.unfinished import SERVER, UNFINISHED, Unfinished, Whole
-from frostglass.federated.held_out import digest_of_both
 from frostglass.federated.history import HISTORY
 from frostglass.federated.record_files import whole_headers
 
@@ -69,7 +68,7 @@ def start_from(made: Federation, run: Path, engine: str) -> Whole | None:
         raise BadInput(
             f"--resume: {run} began with --engine {whole.history['engine']}; use that, or choose an empty folder."
         )
-    if whole.data != data_digest(made):
+    if whole.data != made.digest():
         raise BadInput(f"--resume: the images are not those that {run} began with; choose an empty folder.")
     if record is not None and len(whole_headers(run / record, whole.round)) != whole.recorded:
         raise BadInput(
@@ -79,11 +78,6 @@ def start_from(made: Federation, run: Path, engine: str) -> Whole | None:
     held.clear_behind(whole.round)
     _cut_journal(made, run / JOURNAL, whole)
     return whole
-
-
-def data_digest(made: Federation) -> str:
-    """Of all images and labels."""
-    return digest_of_both(made.train, made.test)
 
 
 def _rounds(run: Path) -> list[Any]:

@@ -17,7 +17,7 @@ from frostglass.core.files import written_beside
 from frostglass.core.randomness import Rng
 from frostglass.federated.federation import Federation, federation_of
 from frostglass.federated.flower.client_apps import plan_text
-from frostglass.federated.flower.going_on import MODEL, data_digest
+from frostglass.federated.flower.going_on import MODEL
 from frostglass.federated.flower.strategy import Answer, AuditedFedAvg
 from frostglass.federated.flower.unfinished import Unfinished, Whole
 from frostglass.federated.flower.wire import ARRAYS, record_of, state_of
@@ -82,7 +82,7 @@ class Serving:
         self.caution = caution_of(*made.steps)
         self.recorder = self._recorder()
         self.unfinished = None if engine == "deployment" else Unfinished(folder)  # its clients remember elsewhere
-        self.data = "" if self.unfinished is None else data_digest(made)
+        self.data = "" if self.unfinished is None else made.digest()
         self.begun = time.perf_counter()
 
     def __call__(self, grid: Grid) -> None:
