@@ -35,9 +35,9 @@ NOTE = (
     "after these few iterations, not what either attack reaches. double_backward takes second derivatives as the "
     "peer does, seven times a forward pass in convolutions; frozen_fd needs five. Ours takes 3 x 3 convolutions of "
     "stride 1 by tiles (numerics.tiled_convolution) and leaves others to oneDNN as the peer does; it keeps freed "
-    "memory (core.memory), and saves the slow forms of convolution and batch normalisation (numerics.second_order), the "
-    "matching loss on one long vector (numerics.distance) and unread statistics. Of the peak, numba in the process is "
-    "some 120 MiB. On a CPU neither side loads Triton, which is for GPUs (65 MiB where it is installed)."
+    "memory (core.memory), and saves the slow forms of convolution and batch normalisation (numerics.second_order), "
+    "the matching loss on one long vector (numerics.distance) and unread statistics. numba is 120 MiB of the peak. "
+    "On a CPU neither side loads Triton, which is for GPUs (65 MiB where it is installed)."
 )
 ENGINES = ("double_backward", "frozen_fd", "graph")
 """Our sides; the last on CUDA alone."""

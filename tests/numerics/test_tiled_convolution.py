@@ -235,7 +235,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_matching_loss_has_the_gradient_that_float64_has(calls: list[str]) -> None:
     model = network().eval()
-    (x,) = drawn((2, 3, 12, 12))
+    (x,) = drawn((2, 3, 16, 16))
     goal = [torch.randn_like(p) for p in model.parameters()]
     before = [p.clone() for p in model.parameters()]
     with second_order_layers():
@@ -253,7 +253,7 @@ def test_a_matching_loss_has_the_gradient_that_float64_has(calls: list[str]) -> 
 
 def test_one_backward_pass_has_the_gradients_of_float64(calls: list[str]) -> None:
     model = network().eval()
-    (x,) = drawn((2, 3, 12, 12))
+    (x,) = drawn((2, 3, 16, 16))
     with first_order_layers(Kept()):
         z = x.clone().requires_grad_()
         loss = F.cross_entropy(model(z), torch.tensor([0, 1]))
@@ -290,7 +290,18 @@ def test_other_convolutions_are_left_to_torch(x: Any, w: Any, form: Any) -> None
 
 @pytest.mark.parametrize(
     ("channels", "images", "edge"),
-    [(256, 4, 2), (256, 8, 2), (256, 16, 4), (256, 2, None), (64, 8, 4), (64, 4, None), (512, 8, 2), (512, 24, 4)],
+    [
+        (256, 4, 2),
+        (256, 8, 2),
+        (256, 16, 4),
+        (256, 2, None),
+        (64, 8, 4),
+        (64, 4, None),
+        (512, 8, 2),
+        (512, 24, 4),
+        (32, 16, None),
+        (32, 32, 4),
+    ],
 )
 def test_small_images_take_small_tiles_where_these_gain(channels: int, images: int, edge: int | None) -> None:
     x, w = torch.empty(images, channels, 4, 4), torch.empty(channels, channels, 3, 3)

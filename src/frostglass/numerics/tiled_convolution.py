@@ -111,12 +111,13 @@ def tiling(
 def _fewest(w: Tensor, how: Tiling) -> float:
     """Places from which on they gain (`bench/convolution.py`): spread kernels beyond a cache cost a pass over them.
 
-    Small tiles gain nothing with 64 channels.
+    Little work is done before its loops have begun. Small tiles gain nothing with 64 channels.
     """
-    numbers = how.points * w.shape[0] * w.shape[1]
+    kernels = w.shape[0] * w.shape[1]
+    numbers = how.points * kernels
     if how.edge == 2:
         return 16 if 2**18 <= numbers <= 2**22 else float("inf")
-    return 8 if numbers <= 2**18 else 16 if numbers <= 2**22 else 24
+    return max(8, 2**15 / kernels) if numbers <= 2**18 else 16 if numbers <= 2**22 else 24
 
 
 def convolved(x: Float[Tensor, "b i h w"], weights: Weights, how: Tiling) -> Float[Tensor, "b o p q"]:
