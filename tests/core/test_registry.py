@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pytest
 
+from frostglass.core import registry
 from frostglass.core.errors import AttackFailed, BadInput, close_match
 from frostglass.core.registry import Registry
 
@@ -171,11 +172,11 @@ def test_a_file_that_cannot_be_imported_is_an_error_each_time(tmp_path: Path, mo
 def installed(tmp_path: Path) -> Callable[[str], dict[str, str]]:
     """Installs a package that names a module as a plug-in; returns the surroundings in which it is seen."""
 
-    def install(source: str) -> dict[str, str]:
+    def install(source: str, value: str = "others_attacks") -> dict[str, str]:
         about = tmp_path / "others_attacks-1.0.dist-info"
         about.mkdir()
         (about / "METADATA").write_text("Metadata-Version: 2.1\nName: others-attacks\nVersion: 1.0\n")
-        (about / "entry_points.txt").write_text("[frostglass.plugins]\nmine = others_attacks\n")
+        (about / "entry_points.txt").write_text(f"[frostglass.plugins]\nmine = {value}\n")
         (tmp_path / "others_attacks.py").write_text(source)
         paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
         return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -230,3 +231,56 @@ def test_a_package_of_somebody_else_that_cannot_be_imported_is_named(installed) 
     (line,) = done.stderr.strip().splitlines()
     assert "plug-in 'mine' of others-attacks" in line
     assert "no such thing" in line
+
+
+@pytest.fixture
+def seen(installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Installs it for this process, as if no registry had been scanned."""
+
+    def install(*words: str) -> None:
+        installed(*words)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(registry, "_PLUGINS", registry._Plugins())
+        monkeypatch.delitem(sys.modules, "others_attacks", raising=False)
+
+    return install
+
+
+def test_an_entry_point_that_names_no_module_is_told(seen) -> None:
+    seen("", "others-attacks")
+    with pytest.raises(BadInput, match="plug-in 'mine' of others-attacks: 'others-attacks' names no module"):
+        Registry("thing").names()
+
+
+def test_a_plugin_that_ends_the_program_is_told(seen) -> None:
+    seen("raise SystemExit(0)")
+    with pytest.raises(BadInput, match=r"others_attacks cannot be imported \(SystemExit: 0\)"):
+        Registry("thing").names()
+
+
+ASKED: Registry[int] = Registry("asked thing")
+
+
+def test_a_plugin_that_asks_another_registry_and_then_fails_is_told_each_time(seen) -> None:
+    seen(f"from {__name__} import ASKED\nASKED.names()\nraise ImportError('no such thing')")
+    for asked in (Registry("thing"), ASKED, ASKED):
+        with pytest.raises(BadInput, match="no such thing"):
+            asked.names()
+
+
+SHARED: Registry[int] = Registry("shared thing")
+WITHIN, ASK = threading.Event(), threading.Event()
+
+
+def test_a_plugin_that_asks_a_registry_that_another_thread_scans_goes_on(seen) -> None:
+    seen(f"from {__name__} import ASK, SHARED, WITHIN\nWITHIN.set()\nassert ASK.wait(60)\nSHARED.names()\n")
+    first, second = (threading.Thread(target=r.names, daemon=True) for r in (Registry("thing"), SHARED))
+    first.start()
+    assert WITHIN.wait(60)
+    second.start()
+    second.join(0.2)  # time enough to wait for the plug-in's import, where it does
+    ASK.set()
+    first.join(60)
+    second.join(60)
+    assert not first.is_alive()
+    assert not second.is_alive()

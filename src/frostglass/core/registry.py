@@ -99,17 +99,47 @@ def _spell(hint: Any) -> str:
     return words.get(hint, str(hint).replace("typing.", ""))
 
 
-@functools.cache  # the search takes some milliseconds; an error is told each time
-def _import_plugins() -> None:
-    for point in metadata.entry_points(group=PLUGINS):
-        try:
-            importlib.import_module(point.module)
-        except Exception as wrong:
-            whose = f" of {point.dist.name}" if point.dist is not None else ""
-            raise BadInput(
-                f"plug-in {point.name!r}{whose}: {point.module} cannot be imported ({type(wrong).__name__}: {wrong}); "
-                "repair that package, or uninstall it."
-            ) from wrong
+_SCANNING = threading.RLock()
+"""Held by the thread that scans any registry, which may ask all of them, and gets what is there so far.
+
+One for all: a plug-in that asks while it is imported would wait for a thread that waits for its import.
+"""
+
+
+class _Plugins:
+    """Of others, imported once; an error is told each time."""
+
+    def __init__(self) -> None:
+        self.whole = self._inside = False
+
+    def bring(self) -> bool:
+        """Imports them; whether all are there, which they are not yet for one that asks while it is imported."""
+        if not self.whole and not self._inside:
+            self._inside = True
+            try:
+                for point in metadata.entry_points(group=PLUGINS):
+                    _import_plugin(point)
+                self.whole = True
+            finally:
+                self._inside = False
+        return self.whole
+
+
+_PLUGINS = _Plugins()
+
+
+def _import_plugin(point: metadata.EntryPoint) -> None:
+    whose = f"plug-in {point.name!r}" + (f" of {point.dist.name}" if point.dist is not None else "")
+    parts = point.pattern.match(point.value)  # `point.module` takes for granted that it is one
+    if parts is None:
+        raise BadInput(f'{whose}: {point.value!r} names no module; write it as "package.module" there.')
+    try:
+        importlib.import_module(parts["module"])
+    except (Exception, SystemExit) as wrong:  # a module that is a script would end the command without a word
+        raise BadInput(
+            f"{whose}: {parts['module']} cannot be imported ({type(wrong).__name__}: {wrong}); "
+            "repair that package, or uninstall it."
+        ) from wrong
 
 
 class Registry(Generic[T]):
@@ -120,7 +150,6 @@ class Registry(Generic[T]):
         self._homes = homes
         self._entries: dict[str, Entry[T]] = {}
         self._scanned = False
-        self._scanning = threading.RLock()  # the thread that scans may ask, and gets what is there so far
         self._inside = False
 
     def register(self, name: str | None = None, *, paper: str = "", **about: Any) -> Callable[..., Any]:
@@ -148,7 +177,7 @@ class Registry(Generic[T]):
     def _scan(self) -> None:
         if self._scanned:
             return
-        with self._scanning:  # a second thread waits: half a registry would refuse names that exist
+        with _SCANNING:  # a second thread waits: half a registry would refuse names that exist
             if self._scanned or self._inside:
                 return
             self._inside = True
@@ -157,8 +186,7 @@ class Registry(Generic[T]):
                     package = importlib.import_module(home)
                     for module in pkgutil.walk_packages(package.__path__, home + "."):
                         importlib.import_module(module.name)
-                _import_plugins()
-                self._scanned = True  # only now: a file that cannot be imported is an error each time
+                self._scanned = _PLUGINS.bring()  # only now: a file that cannot be imported is an error each time
             finally:
                 self._inside = False
 
