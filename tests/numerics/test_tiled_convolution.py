@@ -317,6 +317,13 @@ def test_other_numbers_and_devices_are_left_to_torch(monkeypatch: pytest.MonkeyP
     assert not tiles.tiling(x, w, *FORM)
 
 
+@pytest.mark.parametrize("channels", [W[1] - 1, W[1] + 1, 2 * W[1]])
+def test_kernels_of_other_channels_than_the_images_are_refused_as_by_torch(channels: int) -> None:
+    x, w = torch.zeros(X[0], channels, *X[2:]), nn.Parameter(torch.zeros(W))
+    with second_order_layers(), pytest.raises(RuntimeError, match="to have"):
+        F.conv2d(x, w, padding=1)
+
+
 def test_weights_that_are_results_are_left_to_torch(calls: list[str]) -> None:
     x, w = drawn(X, W)
     x, w = x.requires_grad_(), nn.Parameter(w)

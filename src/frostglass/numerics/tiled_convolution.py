@@ -90,6 +90,7 @@ def tiling(
     if not (
         w.shape[2:] == (3, 3)
         and w.ndim == x.ndim == 4
+        and w.shape[1] == x.shape[1]  # of others PyTorch says what is wrong; loops would read beyond their arrays
         and stride == (1, 1)
         and padding in ((0, 0), (1, 1))
         and dilation == (1, 1)
