@@ -232,6 +232,9 @@ def test_a_comparison_does_not_go_on_with_other_images(tmp_path: Path, monkeypat
     collaboration.federation_of.cache_clear()  # as in another process
     with pytest.raises(BadInput, match="the images, labels or weights are not those"):
         collaboration.run_collaboration(plan, out, tell=print, resume=True)
+    (out / collaboration.DATA).write_text("{")
+    with pytest.raises(BadInput, match=r"data\.json cannot be used"):
+        collaboration.run_collaboration(plan, out, tell=print, resume=True)
 
 
 def test_a_federation_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

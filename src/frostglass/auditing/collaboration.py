@@ -17,7 +17,7 @@ from frostglass.auditing.collaboration_plan import BUNDLED_POOL, CollaborationPl
 from frostglass.auditing.collaboration_report import RESULTS, write_collaboration
 from frostglass.auditing.recorded_api import audit_updates
 from frostglass.auditing.rows import environment_of
-from frostglass.auditing.store import other_data
+from frostglass.auditing.store import refuse_other_data
 from frostglass.core.errors import BadInput
 from frostglass.core.files import claimed, clear_left_over, left_over, write_json, write_text
 from frostglass.core.randomness import Rng
@@ -65,8 +65,8 @@ def run_collaboration(plan: CollaborationPlan, out: Path, *, tell: Tell, resume:
 def _same_images(out: Path, value: dict[str, str]) -> None:
     """Federations that are kept, their audits and those to come would be of other images, and stand side by side."""
     path = out / DATA
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != value:
-        raise other_data(out)
+    if path.exists():
+        refuse_other_data(out, path, value)
     write_json(path, value)
 
 

@@ -61,6 +61,25 @@ def other_data(folder: Path) -> BadInput:
     )
 
 
+def refuse_other_data(folder: Path, path: Path, value: Mapping[str, str]) -> None:
+    """For runs that write down which data they began with.
+
+    Args:
+        folder: of the run.
+        path: what it wrote.
+        value: the same of the data that are there now.
+
+    Raises:
+        BadInput: they differ, or it cannot be read.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as wrong:
+        raise BadInput(f"--resume: {path} cannot be used ({wrong}); choose an empty folder.") from None
+    if held != value:
+        raise other_data(folder)
+
+
 class Stopwatch:
     """Seconds that an attack has taken, over all runs that went into its result."""
 

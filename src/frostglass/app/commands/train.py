@@ -110,28 +110,18 @@ def _runs(plan: Any, out: Path, resume: bool, device: Any) -> list[dict[str, Any
 
 def _same_images(out: Path, sha256: str) -> Callable[[], object]:
     """Refuses other images than the run began with; else what writes down which they are, before the first result."""
+    from frostglass.auditing.store import refuse_other_data
     from frostglass.core.files import write_json
 
     value, path = {"sha256": sha256}, out / DATA
     if path.exists():
-        _refuse_others(out, path, value)
+        refuse_other_data(out, path, value)
 
     def keep() -> None:
         if not path.exists():
             write_json(path, value)
 
     return keep
-
-
-def _refuse_others(out: Path, path: Path, value: dict[str, str]) -> None:
-    from frostglass.auditing.store import other_data
-
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as wrong:
-        raise BadInput(f"--resume: {path} cannot be used ({wrong}); choose an empty folder.") from None
-    if held != value:
-        raise other_data(out)
 
 
 def _quiet(_: str) -> None:
