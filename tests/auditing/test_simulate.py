@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -370,8 +371,12 @@ def test_a_defence_that_encodes_in_place_does_not_change_what_is_scored() -> Non
     assert torch.equal(truth.private.targets, plain.private.targets)
 
 
-def test_what_an_attack_does_to_its_model_ends_with_its_message() -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_an_attack_does_to_its_model_ends_with_its_message(recorded: bool) -> None:
     prepared = ready(plan_of())
+    if recorded:
+        message: Any = SimpleNamespace(round=play(prepared, NONE, 0))
+        prepared = replace(prepared, arrived=message)
     seen = play(prepared, NONE, 0).seen
     with torch.no_grad():
         next(seen.model.parameters()).zero_()

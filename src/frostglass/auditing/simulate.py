@@ -66,7 +66,8 @@ def play(prepared: Prepared, defense: Defense, unit: int) -> Round:
     plan's seed, cannot rebuild them. A message that was recorded is played back.
     """
     if prepared.arrived is not None:
-        return prepared.arrived.round
+        held = prepared.arrived.round
+        return replace(held, seen=replace(held.seen, model=copied(held.seen.model)))  # as below
     client = prepared.scenario.client
     plan = local_plan(client, prepared.scenario.model.mode)
     raws, private, trained, updates = [], [], [], []
