@@ -17,7 +17,7 @@ from frostglass.auditing.plan_checks import make_attack, make_defense
 from frostglass.auditing.prepare import Prepared, prepare
 from frostglass.auditing.score import Scored, score, summarise, unfit
 from frostglass.auditing.simulate import local_plan, play
-from frostglass.auditing.store import other_data
+from frostglass.auditing.store import refuse_other_data
 from frostglass.auditing.sweep_plan import Point, SweepPlan, points
 from frostglass.auditing.wording import metric_words
 from frostglass.core.defense import Defense
@@ -84,8 +84,8 @@ class Sweep:
         for t in (held.images, held.labels, test.images, test.labels):
             digest.update(t.cpu().contiguous().numpy().tobytes())
         value, path = {"sha256": digest.hexdigest()}, self.out / DATA
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != value:
-            raise other_data(self.out)
+        if path.exists():
+            refuse_other_data(self.out, path, value)
         return value
 
     def path(self, point: Point) -> Path:
