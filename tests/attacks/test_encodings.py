@@ -46,6 +46,13 @@ def test_unmixing_takes_a_sample_where_there_are_too_many() -> None:
     assert (found.info["encodings_used"], found.info["of"]) == (60, 120)
 
 
+def test_unmixing_bounds_coefficients_by_the_encoder_s_c1() -> None:
+    held = scene(images=4, rounds=4, c1=0.9)
+    attack = ATTACKS["unmix_statistical"].make()
+    given = attack._problem(held.seen, torch.arange(16), torch.device("cpu"))  # type: ignore[attr-defined]
+    assert given.most == 0.9
+
+
 def test_labels_of_zeros_leave_out_their_encodings_alone() -> None:
     held = scene(images=6, rounds=20)
     message = held.seen.messages[0]

@@ -246,6 +246,16 @@ def test_coefficients_are_fitted_to_the_images() -> None:
     assert float((slots.weight - true).abs().mean()) < 0.5 * float((true - 0.2).abs().mean())
 
 
+def test_coefficients_are_held_to_the_bound_of_the_encoder() -> None:
+    made = encoded(classes=6, public=0)  # two images alone: one of them mostly has more than .65
+    slots = Slots(made["design"].topk(2).indices, made["design"].topk(2).values)
+    true = made["design"].gather(1, slots.image)
+    given = made["y"].abs(), made["x"], torch.full((len(true),), 1e-3), slots, made["mass"], made["label"], "none"
+    assert float(true.max()) > 0.85
+    assert float((fit_shares(*given, 1.0).weight - true).abs().max()) < 0.05
+    assert float(fit_shares(*given, 0.65).weight.max()) <= 0.65
+
+
 @pytest.mark.parametrize("kind", ["exact", "quantised", "renormalised"])
 def test_fitted_coefficients_keep_what_the_label_says(kind: LabelKind) -> None:
     made = encoded(classes=2, rounds=10)

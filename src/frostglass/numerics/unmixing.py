@@ -74,13 +74,14 @@ class UnmixState:
 
 @dataclass(frozen=True)
 class UnmixProblem:
-    """The attacker's view, checked: absolute values, label mass, images of each class, slots a row, kind of label."""
+    """The attacker's view, checked: absolute values, label mass, images of a class, slots a row, kind of label, c1."""
 
     y: Float[Tensor, "e c h w"]
     mass: Float[Tensor, "e k"]
     per_class: Int64[Tensor, " k"]
     private: int
     kind: LabelKind = "exact"
+    most: float = 0.65
 
     @property
     def class_of(self) -> Int64[Tensor, " p"]:
@@ -101,6 +102,7 @@ def problem(
     private: int,
     images: int,
     kind: LabelKind = "exact",
+    most: float = 0.65,
 ) -> UnmixProblem:
     """The attacker's view.
 
@@ -111,6 +113,7 @@ def problem(
         private: private images in one encoding.
         images: private images in all.
         kind: what label rows tell.
+        most: no coefficient exceeds it (c1 of the encoder).
 
     Raises:
         BadInput: shapes that do not fit, values that are not finite, fewer encodings than images, or labels of no mass.
@@ -143,7 +146,7 @@ def problem(
     mass, per_class = mass.to(encodings.device).float(), per_class.to(encodings.device).long()
     if kind in ("one_hot", "none"):  # of the coefficient they tell nothing
         mass = (mass == mass.max(1, keepdim=True).values).float() * OPEN_MASS
-    return UnmixProblem(encodings.float().abs(), mass, per_class, private, kind)
+    return UnmixProblem(encodings.float().abs(), mass, per_class, private, kind, most)
 
 
 def unmix_start(
@@ -173,7 +176,7 @@ def unmix_round(given: UnmixProblem, state: UnmixState, how: FoldEM | None = Non
     present = (given.mass > 0) if given.kind != "none" else torch.zeros_like(given.mass, dtype=torch.bool)
     groups = groups_of(present, given.class_of, given.private, given.open)
     slots, _ = best_slots(match(given.y, x), given.mass, groups, held)
-    slots = fit_shares(given.y, x, noise, slots, given.mass, given.class_of, given.kind)
+    slots = fit_shares(given.y, x, noise, slots, given.mass, given.class_of, given.kind, given.most)
     x, slots = same_contrast(x, slots, given.kind)
     changed = float((slots.image.sort(1).values != state.pairs.sort(1).values).float().mean())
     told = {"round": float(state.round), "log_likelihood": value, "changed": changed}
@@ -207,6 +210,7 @@ def unmix(
     rounds: int = 8,
     similarity: Tensor | None = None,
     kind: LabelKind = "exact",
+    most: float = 0.65,
     on_round: Callable[[UnmixState], None] | None = None,
 ) -> Unmixed:
     """Private images from encodings: the likeliest result of `starts` starts of at most `rounds` rounds.
@@ -220,12 +224,13 @@ def unmix(
         kind: what label rows tell: coefficients exactly, in quarters, their ratios, one class, or nothing.
         rng: of the k-means starts.
         similarity: [E, E], where a better one than `similarity` is at hand.
+        most: no coefficient exceeds it (c1 of the encoder).
         on_round: called after each round.
 
     Raises:
         BadInput: as in `problem`.
     """
-    given = problem(encodings, mass, per_class, private=private, images=images, kind=kind)
+    given = problem(encodings, mass, per_class, private=private, images=images, kind=kind, most=most)
     best: UnmixState | None = None
     for start in range(max(starts, 1)):
         state = unmix_start(given, rng.at("start", start), similarity=similarity)

@@ -21,7 +21,7 @@ from frostglass.numerics.unmixing_similarity import differences
 LabelKind: TypeAlias = Literal["exact", "quantised", "renormalised", "one_hot", "none"]
 """What a label row tells: the coefficient of each class; that, in quarters; their ratios; one class; nothing."""
 
-_LEAST, _GREATEST = 0.01, 0.65
+_LEAST = 0.01
 _QUANTUM = 0.25
 
 
@@ -33,8 +33,9 @@ def fit_shares(
     mass: Float[Tensor, "e k"],
     class_of: Int64[Tensor, " p"],
     kind: LabelKind,
+    most: float = 0.65,
 ) -> Slots:
-    """`slots` with coefficients by least squares, within what the label allows."""
+    """`slots` with coefficients by least squares, none above `most` (the c1 of the set), as the label allows."""
     mean = (slots.design(len(images)) @ images.flatten(1)).view_as(y)
     v = y * torch.tanh(y * mean / noise.view(-1, 1, 1, 1))
     flat = differences(images).flatten(1)
@@ -44,7 +45,7 @@ def fit_shares(
     a = gram[held[:, :, None], held[:, None, :]]
     ridge = 0.03 * a.diagonal(dim1=1, dim2=2).mean(1)  # towards what was: two images may be alike
     a = a + ridge[:, None, None] * torch.eye(a.shape[1], device=a.device)
-    w = torch.linalg.solve(a, b + ridge[:, None] * slots.weight).clamp(_LEAST, _GREATEST)
+    w = torch.linalg.solve(a, b + ridge[:, None] * slots.weight).clamp(_LEAST, most)
     w = torch.where(slots.image >= 0, w, 0.0)
     return Slots(slots.image, _within_label(w, slots.image, mass, class_of, kind))
 

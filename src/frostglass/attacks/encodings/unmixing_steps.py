@@ -166,7 +166,7 @@ class Unmix:
         )
 
     def _problem(self, seen: Observation, rows: Tensor, device: torch.device) -> unmixing.UnmixProblem:
-        targets = targets_of(seen)
+        targets, mixing = targets_of(seen), mixing_of(seen)
         return unmixing.problem(
             encodings_of(seen)[rows].to(device).float(),
             None if targets is None else targets[rows].float(),
@@ -174,6 +174,7 @@ class Unmix:
             private=private_slots(seen) or 2,
             images=seen.examples or 1,
             kind=label_kind(seen),
+            most=(MixLaw() if mixing is None else mixing.law).c1,
         )
 
     def _start(self, seen: Observation, rows: Tensor, run: Runtime, start: int) -> unmixing.UnmixState:
