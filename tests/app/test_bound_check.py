@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.stats import norm
 
+from documented import misfits
 from frostglass.app.cli import main
 
 PLAN = """\
@@ -69,6 +70,7 @@ def test_bound_as_json_and_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFi
     assert run("bound", *arguments, "--plot", str(picture)) == 0
     first = capsys.readouterr().out
     held = json.loads(first)
+    assert misfits("bound --format json", held) == []
     assert [b["kappa"] for b in held["bounds"]] == [0.1, 0.01, 0.001]
     assert all(b["standard_error"] > 0 and b["gamma"] > b["kappa"] for b in held["bounds"])
     assert len(held["assumptions"]) == 5
@@ -164,7 +166,9 @@ def test_check_of_a_plan_in_every_format(tmp_path: Path, capsys: pytest.CaptureF
     assert run("check", str(path)) == 0
     assert "noise multiplier s / C = 8" in capsys.readouterr().out
     assert run("check", str(path), "--format", "json") == 0
-    assert json.loads(capsys.readouterr().out)["mechanisms"] == 1
+    held = json.loads(capsys.readouterr().out)
+    assert held["mechanisms"] == 1
+    assert misfits("check --format json", held) == []
     assert run("check", str(path), "--format", "sarif") == 0
     assert json.loads(capsys.readouterr().out)["version"] == "2.1.0"
 

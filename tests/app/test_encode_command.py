@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from command_line import call
+from documented import misfits
 from frostglass.app.commands.encode import read_labels
 from frostglass.core.errors import BadInput
 from frostglass.defenses.sets.reading import EncodedFolder
@@ -67,6 +68,7 @@ def test_json_and_insecure_seed(images, tmp_path, capsys) -> None:
     )  # fmt: skip
     assert code == 0
     made = json.loads(out)
+    assert misfits("manifest.json", made) == []
     assert made["insecure"] is True
     assert (made["mask"], made["law"], made["labels"], made["dtype"]) == ("abs", "dirichlet", "exact", "bfloat16")
     assert made["cautions"], "no pool, and nothing is said about it"
@@ -207,6 +209,7 @@ def test_cost(capsys) -> None:
     assert "(epsilon, delta): none" in out
     code, out, _ = call(capsys, "cost", *setting, "--json")
     assert json.loads(out)["encodings_per_image"] == 100
+    assert misfits("cost --json", json.loads(out)) == []
     assert call(capsys, "cost", "--private-images", "1.5")[0] == 2
 
 

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("flwr")
 
 from command_line import call
+from documented import misfits
 from federations import SMALL
 from frostglass.app.commands.federate import load_federate_plan
 from frostglass.core.errors import BadInput
@@ -68,6 +69,7 @@ def test_json_and_only_json(plan, tmp_path, capsys) -> None:
     assert code == 0
     value = json.loads(text)
     assert value == json.loads((tmp_path / "run" / "history.json").read_text())
+    assert misfits("history.json", value) == []
     assert value["seed"] == 3
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from command_line import call
+from documented import misfits
 from frostglass.app.cli import main
 from frostglass.app.commands.train import load_train_plan
 from frostglass.core.errors import BadInput
@@ -66,12 +67,15 @@ def test_every_method_leaves_log_weights_and_result(plan, tmp_path, capsys) -> N
     assert "no (epsilon, delta)" in text
     labels = ["plain-0", "mixup-inside-k2-0", "instahide-inside-k4-0"]
     assert all(label in err for label in labels)
-    results = json.loads((out / "results.json").read_text())["results"]
+    written = json.loads((out / "results.json").read_text())
+    assert misfits("results.json", written) == []
+    results = written["results"]
     assert [f"{r['method']}-{r['seed']}" for r in results] == labels
     for label, result in zip(labels, results, strict=True):
         rows = list(csv.DictReader((out / label / "log.csv").open()))
         assert [row["epoch"] for row in rows] == ["1", "2"]
         assert float(rows[-1]["test_plain"]) == result["plain"]
+        assert json.loads((out / label / "result.json").read_text()) == result
         assert set(result["encoded"]) == (set() if label == "plain-0" else {"2", "3"})
         assert (out / label / "model.safetensors").exists()
         assert not (out / label / "checkpoint.safetensors").exists()

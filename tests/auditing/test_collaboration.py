@@ -11,6 +11,7 @@ import tomli_w
 from PIL import Image
 
 from command_line import call
+from documented import misfits
 from frostglass.auditing import collaboration
 from frostglass.auditing.collaboration_plan import BUNDLED_POOL, digits, load_collaboration, parse_collaboration
 from frostglass.auditing.collaboration_report import told_game
@@ -55,8 +56,10 @@ def test_accuracy_and_leakage_in_one_report(tmp_path: Path, capsys: pytest.Captu
     code, text, err = call(capsys, "collaborate", plan, "--out", out)
     assert code == 0, err
     value = json.loads((out / "collaboration.json").read_text())
+    assert misfits("collaboration.json", value) == []
     assert [m["name"] for m in value["methods"]] == ["plain", "inside", "cross", "dp"]
     for method in value["methods"]:
+        assert [text for run in method["runs"] for text in misfits("history.json", run)] == []
         assert [run["seed"] for run in method["runs"]] == [0, 1]
         assert all(len(run["rounds"]) == 3 for run in method["runs"])
         assert {(row["round"], row["client"]) for row in method["leakage"]} == {(1, "0"), (1, "1")}

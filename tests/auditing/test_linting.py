@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from documented import misfits
 from frostglass.auditing.linting.check import check_facts, check_file
 from frostglass.auditing.linting.facts import Facts
 from frostglass.auditing.linting.flower_mechanisms import flower_object_facts
@@ -562,6 +563,7 @@ def test_json_holds_no_nan(file: Write) -> None:
     for checked in (check_facts([FLIP], "numbers", "n"), check_file(file("train.py", OPACUS))):
         text = json.dumps(as_json(checked), allow_nan=False)
         assert json.loads(text)["errors"] == checked.errors
+        assert misfits("check --format json", json.loads(text)) == []
     assert math.isfinite(as_json(check_facts([FLIP], "n", "n"))["recomputed"][0]["epsilon"]["zCDP"])
 
 

@@ -17,6 +17,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from command_line import call
+from documented import misfits
 from frostglass.app.commands import sweep as sweep_command
 from frostglass.app.commands.sweep import command
 from frostglass.auditing.plan import DefensePlan
@@ -158,6 +159,7 @@ def test_the_command_writes_json_csv_and_a_picture(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "All numbers in %" in done.output
     held = json.loads((out / "sweep.json").read_text())
+    assert misfits("sweep.json", held) == []
     assert [p["family"] for p in held["points"]] == ["a", "sign"]
     with (out / "sweep.csv").open(newline="") as lines:
         assert [r["title"] for r in csv.DictReader(lines)] == ["a", "sign"]

@@ -275,7 +275,7 @@ class Run:
             "epochs": self.plan.training.epochs,
             "images": len(self.train),
             "test_images": len(self.test),
-            "seconds": round(sum(row["seconds"] for row in rows), 1),
+            "seconds": round(sum((row["seconds"] for row in rows), 0.0), 1),
             "plain": rows[-1]["test_plain"] if rows else self.accuracy_plain(),  # the log may have been lost
             "encoded": {str(n): value for n, value in encoded.items()},
             "encodings_per_image": self._exposure(),
