@@ -541,6 +541,21 @@ def test_spear_is_chosen_for_rounded_values_and_without_the_number_of_images(
     assert ("thaw" in proved) == (dtype != torch.float32)  # where rounding may end the proof a search stands beside it
 
 
+def test_a_loss_summed_over_the_images_is_divided_out(tmp_path: Path) -> None:
+    made = Federation(tmp_path, **MLP)
+    trace = local_update(made.model, made.data.images[:4], one_hot(made.data.labels[:4], 10), LocalPlan(mode="train"))
+    save_file({n: 4 * g for n, g in trace.gradients.items()}, tmp_path / "g.safetensors")
+    save_file(made.model.state_dict(), tmp_path / "w.safetensors")
+    held = UpdatesPlan(
+        gradients=str(tmp_path / "g.safetensors"), weights=str(tmp_path / "w.safetensors"), model="mlp",
+        options=made.options, channels=1, size=8, examples=4, loss_scale=4.0,
+    )  # fmt: skip
+    seen = observed(held)
+    assert all(torch.equal(seen.gradients[n], g) for n, g in trace.gradients.items())
+    states = held.model_copy(update={"gradients": None, "weights": None, "before": "a", "after": "b"})
+    assert any("multiply lr by it" in text for text in states.problems())
+
+
 def test_raw_gradients_give_what_audit_gives_on_the_same_batch(tmp_path: Path) -> None:
     made = Federation(tmp_path, **MLP)
     x, y = made.data.images[:4], made.data.labels[:4]

@@ -205,6 +205,8 @@ def _of_gradients(plan: UpdatesPlan) -> Source:
     assert plan.gradients is not None
     assert plan.weights is not None
     gradients, weights = read_weights(plan.gradients, "gradients"), read_weights(plan.weights)
+    if plan.loss_scale != 1:
+        gradients = {n: t / plan.loss_scale for n, t in gradients.items()}
     header = Header(
         number=1, round=0, client=Path(plan.gradients).stem, kind="gradient", examples=plan.examples,
         defence=_declared(plan),

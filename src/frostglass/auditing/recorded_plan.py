@@ -51,6 +51,9 @@ class UpdatesPlan(Strict):
     channels: int | None = Field(None, ge=1, description="of the images; none: the record's")
     size: int | None = Field(None, ge=1, description="pixels a side; none: the record's")
     examples: int | None = Field(None, ge=1, description="images in the update, where the client does not say it")
+    loss_scale: float = Field(
+        1.0, gt=0, description="of raw gradients: what the loss, a mean over images, was multiplied by"
+    )
     local: LocalTable = Field(default_factory=LocalTable, description="the client's steps, where no record says them")
     rounds: list[int] = Field(default_factory=list, description="to be audited; none: first, middle and last")
     clients: list[str] = Field(default_factory=list, description="to be audited; none: all")
@@ -82,6 +85,11 @@ class UpdatesPlan(Strict):
             found.append("updates: before and after go together; give both states.")
         if self.gradients and not self.weights:
             found.append("updates.weights: missing; gradients need the weights that they were taken at.")
+        if self.loss_scale != 1 and not self.gradients:
+            found.append(
+                f"updates.loss_scale: {self.loss_scale:g} is of raw gradients; of two states multiply lr by it, and "
+                "the taps of a record have divided by it."
+            )
         if not self.record and self.model is None:
             found.append("updates.model: missing; states and gradients do not name their network: give --model.")
         if self.record and self.local != LocalTable():

@@ -22,6 +22,7 @@ LOCAL = ("mode", "lr", "local_steps", "epochs", "minibatch", "optimizer", "momen
 @click.option("--others", help="Images that no client holds: a folder, digits, or parquet:FILE.")
 @click.option("--gradients", type=click.Path(path_type=Path), help="Raw gradients by parameter name, with --weights.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights that the gradients were taken at.")
+@click.option("--loss-scale", type=float, help="Of raw gradients: their loss is so many times a mean over images.")
 @click.option("--model", help="A network by name, or package.module:factory.  [default: the record's]")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="A parameter of the network's maker.")
 @click.option("--classes", type=int, help="Outputs of the network.")
@@ -100,7 +101,7 @@ def _request(sources: Sequence[Path], overrides: Sequence[str], options: dict[st
         raise BadInput(f"audit-updates: {len(sources)} sources; give one record, two states, or a plan.")
     local = {k: options[k] for k in LOCAL if options[k] is not None}
     plain = ("truth", "others", "gradients", "weights", "model", "classes", "channels", "size", "examples", "most",
-             "budget")  # fmt: skip
+             "loss_scale", "budget")  # fmt: skip
     table: dict[str, Any] = {k: _plain(options[k]) for k in plain if options[k] is not None}
     table |= {k: list(options[k]) for k in ("rounds", "clients", "grants") if options[k]}
     table |= {

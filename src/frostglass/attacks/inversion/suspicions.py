@@ -75,7 +75,7 @@ def _loss(seen: Observation, gradients: Mapping[str, Tensor]) -> Iterator[str]:
         yield (
             f"Update: positive entries of the classifier's bias gradient sum to {most:.3g}, at most 1 is possible for "
             f"a mean over the batch: the loss was multiplied by {most:.3g} or more, as by a sum over the batch, a loss "
-            "scale of mixed precision, or a wrong lr. L2 matching needs it divided out."
+            "scale of mixed precision, or a wrong lr. L2 matching needs it divided out (--loss-scale of raw gradients)."
         )
 
 
