@@ -16,6 +16,7 @@ import click
 import frostglass
 from frostglass.app import commands
 from frostglass.app.leaving import leave
+from frostglass.app.sections import Sections
 from frostglass.app.streams import make_lasting
 from frostglass.app.surroundings import cause_outside, no_room
 from frostglass.core.errors import BadInput, FrostglassError
@@ -28,7 +29,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 verbose_option = click.option("-v", "--verbose", count=True, help="Print the progress of every attack.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(frostglass.__version__, "--version", prog_name="frostglass")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
@@ -37,7 +38,7 @@ def cli(context: click.Context, debug: bool) -> None:
     context.obj = {"debug": debug}
 
 
-@cli.command()
+@cli.command(short_help="Attack real photographs: a first look, in two minutes")
 @click.option("--out", default="frostglass-demo", show_default=True, type=click.Path(path_type=Path))
 @click.option("--hide-images", is_flag=True, help="Leave pictures out of the report.")
 @click.option("--print-plan", is_flag=True, help="Write the demonstration's plan to stdout instead of running it.")
@@ -64,7 +65,7 @@ def demo(
     _run(context, plan, _fresh(out), device, resume=False, as_json=as_json, verbose=verbose)
 
 
-@cli.command()
+@cli.command(short_help="Run the attacks of a plan and write a report")
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder: new or empty.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as scenario.client.batch=8.")
@@ -92,7 +93,7 @@ def audit(
     _run(context, checked, out, device, resume=resume, as_json=as_json, verbose=verbose, gate=gate)
 
 
-@cli.command()
+@cli.command(short_help="Write a commented starter plan")
 @click.argument("path", type=click.Path(path_type=Path), default=Path("plan.toml"))
 def init(path: Path) -> None:
     """Write a commented starter plan to PATH (plan.toml)."""
@@ -108,7 +109,7 @@ def init(path: Path) -> None:
     click.echo(f"Wrote {path}. Next: frostglass audit {path} --out run")
 
 
-@cli.command("list")
+@cli.command("list", short_help="List attacks, defences, metrics, models, data, grants")
 @click.argument(
     "what", required=False, type=click.Choice(["attacks", "defenses", "metrics", "models", "datasets", "grants"])
 )
@@ -130,7 +131,7 @@ def list_(what: str | None, as_json: bool) -> None:
                 click.echo(f"  {'':<22}source: {row['paper']}")
 
 
-@cli.command()
+@cli.command(short_help="Write a finished run's report.html anew")
 @click.argument("folder", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
     """Write FOLDER/report.html anew from a finished run."""

@@ -15,7 +15,7 @@ from frostglass.core.errors import BadInput
 LOCAL = ("mode", "lr", "local_steps", "epochs", "minibatch", "optimizer", "momentum", "weight_decay")
 
 
-@click.command("audit-updates")
+@click.command("audit-updates", short_help="Attack updates that a federated engine really sent")
 @click.argument("sources", nargs=-1, type=click.Path(path_type=Path), metavar="SOURCE...")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder: new or empty.")
 @click.option("--truth", help="The private images, to score with: a folder (of clients), digits, or parquet:FILE.")

@@ -23,7 +23,7 @@ MOST_STEPS = 10**12
 """Releases beyond which floating point says nothing."""
 
 
-@click.command("bound")
+@click.command("bound", short_help="What a noise level proves against every attack")
 @click.option("--sigma", required=True, type=float, help="Noise multiplier: noise on the sum / clipping norm.")
 @click.option("--steps", default=1, show_default=True, help="Releases that are composed (T).")
 @click.option("--rate", default=1.0, show_default=True, help="Poisson sampling rate q; 1: no amplification.")

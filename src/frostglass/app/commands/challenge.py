@@ -11,7 +11,7 @@ import click
 from frostglass.core.errors import BadInput
 
 
-@click.group("challenge")
+@click.group("challenge", short_help="Make or score a public challenge on encodings")
 def command() -> None:
     """Make a challenge on encodings, or score a submission to one."""
 

@@ -11,7 +11,7 @@ import click
 from frostglass.core.errors import BadInput
 
 
-@click.command("check")
+@click.command("check", short_help="Find misconfigured privacy in plans, jobs and models")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--model", metavar="FILE|PKG:FACTORY", help="Does a received model carry a layer that copies images?")
 @click.option("--clip", type=float, help="Clipping norm C.")

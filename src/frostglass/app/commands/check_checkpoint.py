@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command("check-checkpoint")
+@click.command("check-checkpoint", short_help="Find generator states that would give keys away")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.pass_context
 def command(context: click.Context, file: Path) -> None:

@@ -11,7 +11,7 @@ import click
 from frostglass.core.errors import FrostglassError
 
 
-@click.command("collaborate")
+@click.command("collaborate", short_help="Accuracy beside leakage under several defences")
 @click.argument("plan", required=False, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder: new or empty.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as seeds=[0].")

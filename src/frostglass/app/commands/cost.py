@@ -9,7 +9,7 @@ import click
 from frostglass.core.errors import BadInput
 
 
-@click.command("cost")
+@click.command("cost", short_help="What a set claims to cost an attacker, and what it does")
 @click.option("--k", default=4, show_default=True, help="Images in one encoding.")
 @click.option("--private", type=int, help="Private ones among them.  [default: 2 with public images, else k]")
 @click.option("--private-images", required=True, type=float, help="Size of the private set; 5e4 is fine.")

@@ -51,7 +51,7 @@ def _with_settings(function: Any) -> Any:
     return function
 
 
-@click.command("encode")
+@click.command("encode", short_help="Encode images with InstaHide into a set to be shared")
 @click.argument("paths", nargs=-1, metavar="IMAGES OUT", type=click.Path(path_type=Path))
 @_with_settings
 @click.option("--resume", is_flag=True, help="Go on with an encoding that was interrupted.")

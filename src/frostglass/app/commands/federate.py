@@ -20,7 +20,7 @@ ENGINES = ("local", "ray", "deployment")
 _OPTIONS = {"address": "--superlink", "root_certificates": "--root-certificates"}
 
 
-@click.command("federate")
+@click.command("federate", short_help="Train with several clients on Flower; record updates")
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder: new or empty.")
 @click.option(

@@ -9,7 +9,7 @@ import click
 from frostglass.core.errors import BadInput
 
 
-@click.command("fit-generator")
+@click.command("fit-generator", short_help="Fit a generator for latent_projection to images")
 @click.argument("images")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file, ending in .safetensors.")
 @click.option("--size", default=32, show_default=True, help="Side of a drawn image, pixels.")

@@ -10,7 +10,7 @@ import click
 from frostglass.core.errors import BadInput
 
 
-@click.command("fit-similarity")
+@click.command("fit-similarity", short_help="Fit a network for unmix_learned to images")
 @click.argument("images")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file, ending in .safetensors.")
 @click.option("--k", default=6, show_default=True, help="Images in one encoding.")

@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 
-@click.command("public-pool")
+@click.command("public-pool", short_help="Cut patches for public partners out of images")
 @click.argument("images")
 @click.argument("pool", type=click.Path(path_type=Path))
 @click.option("--size", default=32, show_default=True, help="Side of a patch in the pool, pixels.")

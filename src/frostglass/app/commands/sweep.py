@@ -17,7 +17,7 @@ PLAN = "plan.toml"
 """Of the run folder: whose run it is."""
 
 
-@click.command("sweep")
+@click.command("sweep", short_help="Leakage against accuracy over a defence's parameter")
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder: new or empty.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as trials=30.")

@@ -16,7 +16,7 @@ DATA = "data.json"
 """Tells the images of a run, so that others are not gone on with."""
 
 
-@click.command("train")
+@click.command("train", short_help="Train plain, with Mixup and with InstaHide; compare")
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder: new or empty.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as training.epochs=2.")

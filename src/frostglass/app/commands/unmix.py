@@ -13,7 +13,7 @@ import click
 from frostglass.core.errors import BadInput
 
 
-@click.command("unmix")
+@click.command("unmix", short_help="Recover the private images behind InstaHide encodings")
 @click.argument("encoded", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder: new or empty.")
 @click.option("--truth", help="The private images, to score with: a folder, digits, or parquet:FILE.")
