@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 import frostglass
 from frostglass.app import cli
+from frostglass.app.commands.list import lines, listing
 from frostglass.app.terminal import listener
 from frostglass.auditing.plan import load_plan, parse_plan
 from frostglass.auditing.scorecard import load_scorecard
@@ -301,6 +302,18 @@ def test_lists(run: Run, what: str) -> None:
     assert code == 0
     assert all(row["name"] in out and row["summary"] for row in rows)
     assert {"name", "summary", "paper", "parameters"} == set(rows[0])
+
+
+def test_a_list_is_broken_to_a_terminal_and_to_nothing_else() -> None:
+    rows = listing("attacks")
+    for whole in (False, True):
+        broken, plain = (list(lines(rows, whole, width)) for width in (80, None))
+        assert max(map(len, broken)) <= 80
+        assert " ".join(broken).split() == " ".join(plain).split()
+        assert all(line.startswith(" " * 24) or line[2] != " " for line in broken)
+        assert whole or len(plain) == len(rows), "no line of its own for each, as grep wants it"
+    long = [{"name": "n" * 30, "summary": "words", "parameters": {}, "paper": ""}]
+    assert list(lines(long, False, None)) == [f"  {'n' * 30} words"]
 
 
 def test_everything_is_listed_together(run: Run) -> None:

@@ -109,28 +109,6 @@ def init(path: Path) -> None:
     click.echo(f"Wrote {path}. Next: frostglass audit {path} --out run")
 
 
-@cli.command("list", short_help="List attacks, defences, metrics, models, data, grants")
-@click.argument(
-    "what", required=False, type=click.Choice(["attacks", "defenses", "metrics", "models", "datasets", "grants"])
-)
-@json_option
-def list_(what: str | None, as_json: bool) -> None:
-    """List attacks, defenses, metrics, models, datasets or grants, with their parameters."""
-    found = {kind: _listing(kind) for kind in ([what] if what else _KINDS)}
-    if as_json:
-        click.echo(json.dumps(found[what] if what else found, indent=2))
-        return
-    for kind, rows in found.items():
-        if not what:
-            click.echo(f"{kind}:")
-        for row in rows:
-            click.echo(f"  {row['name']:<22}{row['summary']}")
-            if what and row["parameters"]:
-                click.echo(f"  {'':<22}parameters: " + ", ".join(f"{k} = {v}" for k, v in row["parameters"].items()))
-            if what and row["paper"]:
-                click.echo(f"  {'':<22}source: {row['paper']}")
-
-
 @cli.command(short_help="Write a finished run's report.html anew")
 @click.argument("folder", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
@@ -141,51 +119,6 @@ def report(folder: Path) -> None:
     if not (folder / "scorecard.json").exists():
         raise BadInput(f"report: {folder} holds no scorecard.json; finish the run with --resume first.")
     click.echo(str(write_unmix_report(folder) if is_unmix_run(folder) else write_report(folder)))
-
-
-_KINDS = ("attacks", "defenses", "metrics", "models", "datasets", "grants")
-
-
-def _listing(kind: str) -> list[dict[str, Any]]:
-    if kind == "grants":
-        from frostglass.core.threat import ALWAYS, MEANING
-
-        return [
-            {"name": k.value, "summary": m + (" (always)" if k in ALWAYS else ""), "paper": "", "parameters": {}}
-            for k, m in MEANING.items()
-        ]
-    rows = []
-    for entry in _registry(kind):
-        hidden = ("classes", "channels", "size") if kind == "models" else ()
-        parameters = {
-            k: ("required" if p.default is p.empty else repr(p.default))
-            for k, p in entry.parameters.items()
-            if k not in hidden
-        }
-        rows.append({"name": entry.name, "summary": entry.summary, "paper": entry.paper, "parameters": parameters})
-    return rows
-
-
-def _registry(kind: str) -> Any:
-    if kind == "attacks":
-        from frostglass.attacks.registry import ATTACKS
-
-        return ATTACKS
-    if kind == "defenses":
-        from frostglass.defenses.registry import DEFENSES
-
-        return DEFENSES
-    if kind == "metrics":
-        from frostglass.auditing.metrics.registry import METRICS
-
-        return METRICS
-    if kind == "models":
-        from frostglass.vision.networks import MODELS
-
-        return MODELS
-    from frostglass.vision.datasets import DATASETS
-
-    return DATASETS
 
 
 def _run(
