@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from frostglass.auditing import scorecard
 from frostglass.auditing.metrics.psnr import CEILING
-from frostglass.auditing.metrics.registry import METRICS, Metric
+from frostglass.auditing.metrics.registry import METRICS, Metric, NotAvailable
 from frostglass.auditing.plan import ThresholdPlan
 from frostglass.auditing.score import score, summarise
 from frostglass.auditing.scorecard import Cell, ImageScore, Scorecard, load_scorecard
@@ -205,6 +205,20 @@ def test_a_threshold_on_a_distance_counts_downwards(monkeypatch: pytest.MonkeyPa
     assert held.over_threshold.count == 1
     extra = score(found(TRUTH), a_round(), ["far"]).private[0].extra
     assert extra["far"] == pytest.approx(float(TRUTH[0].mean()), abs=1e-6)
+
+
+def test_a_metric_that_raises_is_told_by_its_name() -> None:
+    def lost(found: Tensor, truth: Tensor) -> Tensor:
+        raise KeyError("weights")
+
+    def absent(found: Tensor, truth: Tensor) -> Tensor:
+        raise NotAvailable("no weights here")
+
+    x = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(BadInput, match="metric 'lost': raised KeyError: 'weights'; return a number for each pair"):
+        Metric("lost", lost).values(x, x)
+    with pytest.raises(NotAvailable, match="no weights here"):
+        Metric("absent", absent).values(x, x)
 
 
 MODELS = [scorecard.Scorecard, Cell, scorecard.Labels, ImageScore, scorecard.Summary, scorecard.OverThreshold]

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import frostglass
 from encoded_scenes import crops
 from frostglass.attacks.encodings import unmixing_steps
+from frostglass.auditing.metrics.registry import METRICS, Metric
 from frostglass.auditing.unmixing import Given, run_unmix
 from frostglass.auditing.unmixing_card import load_unmix_scorecard
 from frostglass.auditing.unmixing_files import decryption
@@ -75,6 +76,28 @@ def test_images_are_recovered_scored_and_written(made: Path, report: Any) -> Non
     assert np.allclose(shown, kept[0].permute(1, 2, 0).numpy(), atol=0.003)
     assert np.load(made / "out" / "recovered" / f"{key}.npy").shape == (6, 16, 16, 3)
     assert not (made / "out" / "decryption.npy").exists(), "that is for challenges"
+
+
+def test_a_metric_that_breaks_is_named_in_the_cells_and_the_run_is_kept(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    METRICS.names()
+    monkeypatch.setattr(METRICS, "_entries", dict(METRICS._entries))
+    METRICS.register("theirs")(lambda: Metric("theirs", lambda found, truth: found[7]))
+    plan = parse_unmix_plan(
+        {"encoded": str(made / "set"), "truth": str(made / "images"), "attack": [{"name": "demask"}],
+         "report": {"metrics": ["theirs"]}}
+    )  # fmt: skip
+    out = tmp_path / "out"
+    (cell,) = run_unmix(plan, out, device=torch.device("cpu")).scorecard.cells
+    assert cell.status == "failed"
+    assert cell.error is not None
+    assert cell.error.startswith("metric 'theirs': raised IndexError: index 7")
+    METRICS._entries.pop("theirs")
+    METRICS.register("theirs")(lambda: Metric("theirs", lambda found, truth: found.flatten(1).mean(1)))
+    (cell,) = run_unmix(plan, out, device=torch.device("cpu"), resume=True).scorecard.cells
+    assert cell.status == "done"
+    assert "theirs" in cell.images[0].extra
 
 
 def test_the_words_know_ledger_keys_and_limits(report: Any) -> None:

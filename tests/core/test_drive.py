@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from frostglass.core.batch import Domain
-from frostglass.core.drive import Attack, Store, drive, film_steps
+from frostglass.core.drive import Attack, Store, drive, film_steps, problems_of, warnings_of
 from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.events import Event
 from frostglass.core.randomness import Rng
@@ -121,6 +121,9 @@ SAID: dict[str, tuple[dict[str, Any], str]] = {
     "an objective that is a tensor": ({"objective": torch.tensor(1.0)}, "objective is torch.float32"),
     "counts of other classes": ({"label_counts": torch.ones(3)}, "label_counts are .* must be 2 finite numbers from 0"),
     "counts below 0": ({"label_counts": -torch.ones(2)}, "label_counts are"),
+    "targets that are no tensor": ({"targets": [[1.0, 0.0]]}, "targets are list; they must be None, or a tensor"),
+    "targets of other rows": ({"targets": torch.ones(3, 2)}, "targets are torch.float32 of shape"),
+    "no info": ({"info": None}, "info is NoneType; it must be a mapping"),
 }
 
 
@@ -138,6 +141,28 @@ def test_a_result_that_is_none_of_this_observations_is_said_and_never_scored(cas
 
     with pytest.raises(AttackFailed, match=f"walk: .*{sentence}"):
         run(Wrong())
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [(None, "NoneType"), (True, "bool"), ("too small", "str"), ([1], "a list with int"), (iter([]), "list_iterator")],
+)
+def test_a_check_that_returns_no_sentences_is_told_by_its_attack(returned: Any, got: str) -> None:
+    wrong: Any = Walk()
+    for method, ask in (("check", problems_of), ("warnings", warnings_of)):
+        object.__setattr__(wrong, method, lambda _: returned)
+        with pytest.raises(BadInput, match=f"attack 'walk': {method} returned {got}; it must return a list of sentenc"):
+            ask(wrong, SEEN)
+
+
+def test_a_check_that_raises_is_told_by_its_attack() -> None:
+    wrong: Any = Walk()
+    object.__setattr__(wrong, "check", lambda _: 1 / 0)
+    with pytest.raises(BadInput, match="attack 'walk': check raised ZeroDivisionError: division by zero; it must"):
+        problems_of(wrong, SEEN)
+    object.__setattr__(wrong, "check", lambda _: ("one.",))
+    assert problems_of(wrong, SEEN) == ["one."]
+    assert warnings_of(wrong, SEEN) == []
 
 
 def test_an_attack_that_returns_nothing_is_told_what_it_must_return() -> None:

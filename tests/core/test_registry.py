@@ -9,11 +9,13 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 
 from frostglass.core import registry
+from frostglass.core.drive import Attack
 from frostglass.core.errors import AttackFailed, BadInput, close_match
 from frostglass.core.registry import Registry
 
@@ -59,6 +61,16 @@ def test_a_maker_checks_what_it_is_given_as_a_plan_does() -> None:
         THINGS["widget"].make(needed="x", stepps=5)
     with pytest.raises(BadInput, match="needed: missing"):
         THINGS["widget"].make()
+
+
+def test_a_maker_that_returns_something_else_is_told_what_it_must_return() -> None:
+    attacks: Registry[Any] = Registry("attack", makes=Attack)
+    attacks.register("silent")(lambda: None)
+    attacks.register("bare")(lambda: SimpleNamespace(name="bare"))
+    with pytest.raises(BadInput, match=r"attack 'silent': its function returned NoneType; it must return Attack\.$"):
+        attacks["silent"].make()
+    with pytest.raises(BadInput, match="must return Attack, and that has no 'needs'"):
+        attacks["bare"].make()
 
 
 @pytest.mark.parametrize(

@@ -7,4 +7,4 @@ from typing import Any
 from frostglass.core.drive import Attack
 from frostglass.core.registry import Registry
 
-ATTACKS: Registry[Attack[Any]] = Registry("attack", "frostglass.attacks")
+ATTACKS: Registry[Attack[Any]] = Registry("attack", "frostglass.attacks", makes=Attack)

@@ -29,6 +29,7 @@ from frostglass.auditing.recorded_inputs import Sent
 from frostglass.auditing.recorded_plan import RecordedPlan, UpdatesPlan
 from frostglass.auditing.recorded_selection import chosen, unreadable
 from frostglass.auditing.recorded_view import Recording, known, mode_of, one_step, prepare_scenario
+from frostglass.core.drive import problems_of
 from frostglass.core.errors import AttackFailed, BadInput, close_match
 from frostglass.core.threat import Knows, Observation
 
@@ -244,7 +245,7 @@ def _refusals(entry: Named, seen: Observation, grants: set[str]) -> list[str]:
     lacking = sorted(k.value for k in attack.needs if k.value not in grants and k.value not in ("model", "messages"))
     if lacking:
         return [f"it needs {', '.join(map(repr, lacking))}, which this server does not know"]
-    return attack.check(seen)
+    return problems_of(attack, seen)
 
 
 def _fitting(recording: Recording, sent: Sent, seen: Observation) -> list[Named]:

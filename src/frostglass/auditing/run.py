@@ -29,11 +29,12 @@ from frostglass.auditing.scorecard import AuditReport, Cell
 from frostglass.auditing.simulate import Round, play
 from frostglass.auditing.store import RunFolder, Stopwatch, save_tensors
 from frostglass.core.defense import Defense
-from frostglass.core.drive import Attack, drive, film_steps
+from frostglass.core.drive import Attack, drive, film_steps, problems_of, warnings_of
 from frostglass.core.errors import AttackFailed, BadInput, FrostglassError
 from frostglass.core.events import Emit, Event, broadcast, silent
 from frostglass.core.files import write_json
 from frostglass.core.journal import Journal
+from frostglass.core.memory import is_memory
 from frostglass.core.precision import full_float32
 from frostglass.core.randomness import Rng
 from frostglass.core.reconstruction import Reconstruction
@@ -44,9 +45,6 @@ ALONE = World()
 
 CHECKPOINTS = 10
 """At the least so many in one attack; long attacks write one every 200 steps."""
-
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
-"""What torch's RuntimeErrors say where it raises no OutOfMemoryError."""
 
 
 UNSCORED = "done, with no truth to score it against"
@@ -118,7 +116,7 @@ def _prepare_all(plan: Plan, device: torch.device, inputs: Inputs | None, debug:
         try:
             ready.append(prepare(plan, index, device, inputs))
         except (BadInput, MemoryError, RuntimeError) as wrong:
-            if not isinstance(wrong, BadInput) and not _is_memory(wrong):
+            if not isinstance(wrong, BadInput) and not is_memory(wrong):
                 raise
             ready.append(None)
             problems += wrong.problems if isinstance(wrong, BadInput) else [f"{scenario.name}: {_explained(wrong)}."]
@@ -131,7 +129,7 @@ def _prepare_all(plan: Plan, device: torch.device, inputs: Inputs | None, debug:
         try:
             seen = _play(held, make_defense(cell.defense), 0, debug).seen
             if not _not_finite(seen):  # such a cell fails alone, later
-                problems += [f"{cell.title}: {p}" for p in make_attack(cell.attack).check(seen)]
+                problems += [f"{cell.title}: {p}" for p in problems_of(make_attack(cell.attack), seen)]
         except BadInput as wrong:
             problems += [f"{cell.title}: {p}" for p in wrong.problems]
     if problems:
@@ -216,8 +214,8 @@ def _run_cell(
             played = _play(prepared, defense, unit, debug)
             result, note = _attack_unit(plan, cell, attack, played, unit, prepared, folder, tell, world)
             scored = score(result, played, plan.report.metrics, others(), null=plan.report.null)
-            if unit == 0 and hasattr(attack, "warnings"):
-                done.notes += attack.warnings(played.seen)
+            if unit == 0:
+                done.notes += warnings_of(attack, played.seen)
             done.at_truth += _objective_at_truth(attack, played, scored, prepared)
             done.scored.append(scored)
             done.results.append(result)
@@ -267,14 +265,9 @@ def _save_every(attack: Attack[Any]) -> int:
     return max(1, min(200, attack.steps // CHECKPOINTS))
 
 
-def _is_memory(wrong: BaseException) -> bool:
-    known = isinstance(wrong, MemoryError | torch.OutOfMemoryError)
-    return known or (isinstance(wrong, RuntimeError) and any(words in str(wrong) for words in NO_MEMORY))
-
-
 def _explained(wrong: BaseException) -> str:
     text = next((line.strip() for line in str(wrong).splitlines() if line.strip()), "no detail")
-    if _is_memory(wrong):
+    if is_memory(wrong):
         return f"out of memory; lower client.batch, data.size or the attack's seeds ({text})"
     return text if isinstance(wrong, FrostglassError) else f"{type(wrong).__name__}: {text}"
 

@@ -21,7 +21,7 @@ from frostglass.auditing.store import refuse_other_data
 from frostglass.auditing.sweep_plan import Point, SweepPlan, points
 from frostglass.auditing.wording import metric_words
 from frostglass.core.defense import Defense
-from frostglass.core.drive import drive
+from frostglass.core.drive import drive, problems_of
 from frostglass.core.errors import AttackFailed, BadInput
 from frostglass.core.files import write_json
 from frostglass.core.randomness import Rng
@@ -123,7 +123,7 @@ def attacked(plan: SweepPlan, point: Point, prepared: Prepared, defense: Defense
     for unit in range(prepared.units):
         played = play(prepared, defense, unit)
         if unit == 0:
-            problems = attack.check(played.seen)
+            problems = problems_of(attack, played.seen)
             if problems:
                 raise BadInput([f"{point.title}: {p}" for p in problems])
         found = drive(attack, played.seen, Runtime(root.at(unit), prepared.device))

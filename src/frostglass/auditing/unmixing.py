@@ -16,7 +16,7 @@ from frostglass.auditing.plan import Named, ReportPlan
 from frostglass.auditing.recorded_truth import MOST_IMAGES as MOST_TRUTH
 from frostglass.auditing.run import CHECKPOINTS
 from frostglass.auditing.score import Scored, closest, score, score_of_guess, summarise, unfit
-from frostglass.auditing.scorecard import Cell, Labels
+from frostglass.auditing.scorecard import Cell, Labels, Summary
 from frostglass.auditing.simulate import Round, Truth
 from frostglass.auditing.store import RunFolder, Stopwatch
 from frostglass.auditing.unmixing_card import UnmixScorecard, make_card
@@ -26,8 +26,8 @@ from frostglass.auditing.unmixing_plan import UnmixPlan, files_digest
 from frostglass.auditing.unmixing_record import is_record, view_of_record
 from frostglass.auditing.unmixing_view import View, view_of
 from frostglass.core.batch import Batch, Domain, Sealed, one_hot
-from frostglass.core.drive import Attack, drive
-from frostglass.core.errors import BadInput, FrostglassError
+from frostglass.core.drive import Attack, drive, problems_of, warnings_of
+from frostglass.core.errors import BadInput, FrostglassError, first_line
 from frostglass.core.events import Emit, Event, broadcast, silent
 from frostglass.core.journal import Journal, json_ready
 from frostglass.core.randomness import Rng
@@ -121,7 +121,7 @@ def run_unmix(
                 found[key] = result
                 shown |= pictures
         cells.sort(key=lambda c: c.id)
-        guess = None if truth is None else score_of_guess(truth, plan.report.metrics, plan.report.threshold)
+        guess = None if truth is None else _guess(plan, truth)
         card = make_card(plan, encoded, view, cells, device, scored=truth is not None, guess=guess)
         write_all(plan, out, encoded, card, found, shown)
         tell(Event("run_finished", plan.name, values={"headline": card.headline, "failed": len(card.failed)}))
@@ -172,7 +172,7 @@ def _applicable(plan: UnmixPlan, view: View) -> tuple[list[tuple[str, Named, Att
         key = f"{number:02d}-{entry.name.replace('_', '-')}"
         try:
             attack = ATTACKS[entry.name].make(**entry.settings)
-            wrong = attack.check(view.seen)
+            wrong = problems_of(attack, view.seen)
             lacking = sorted(k.value for k in attack.needs if k.value not in view.grants and k.value != "model")
         except BadInput as refused:
             wrong, lacking = list(refused.problems), []
@@ -204,19 +204,27 @@ def _run_one(
     tell(Event("cell_started", key, values={"title": f"{entry.name} on {encoded.name}"}))
     try:
         result, note = _driven(plan, view, key, attack, folder, device, tell)
-    except Exception as wrong:  # whatever breaks one attack, the others go on
-        text = str(wrong) if isinstance(wrong, FrostglassError) else f"{type(wrong).__name__}: {wrong}"
+        turned, scored = _compared(plan, view, attack, result, truth)
+        count = int(encoded.manifest.get("images") or view.images or 0)
+        if scored is not None and count and encoded.behind is None:  # of gradients nobody counts the images behind them
+            scored = closest(scored, count)
+        cell = _cell(plan, view, key, entry, status="done", result=result, scored=scored, note=note, attack=attack)
+    except Exception as wrong:  # whatever breaks one attack or its scores, the others go on
+        text = str(wrong) if isinstance(wrong, FrostglassError) else first_line(wrong)
         tell(Event("cell_failed", key, values={"error": text}))
         return _cell(plan, view, key, entry, status="failed", error=text), None, {}
     images = _in_unit(result.images)  # under the attack's own sign: the truth has no part in what is written
-    turned, scored = _compared(plan, view, attack, result, truth)
-    count = int(encoded.manifest.get("images") or view.images or 0)
-    if scored is not None and count and encoded.behind is None:  # of gradients nobody counts the images behind them
-        scored = closest(scored, count)
-    cell = _cell(plan, view, key, entry, status="done", result=result, scored=scored, note=note, attack=attack)
     done = f"{len(images)} images" if scored is None else _outcome(cell)
     tell(Event("cell_finished", key, values={"outcome": done, "seconds": round(cell.seconds, 2)}))
     return cell, images, pictures_of(key, turned, scored) if plan.report.show_images else {}
+
+
+def _guess(plan: UnmixPlan, truth: Sealed[Truth]) -> Summary | None:
+    """What guessing scores, without the other metrics where one of them breaks, which the cells say."""
+    try:
+        return score_of_guess(truth, plan.report.metrics, plan.report.threshold)
+    except BadInput:
+        return score_of_guess(truth, (), plan.report.threshold)
 
 
 def _outcome(cell: Cell) -> str:
@@ -312,7 +320,7 @@ def _cell(
     defaults = {k: p.default for k, p in ATTACKS[entry.name].parameters.items() if p.default is not p.empty}
     info = {} if result is None else {"recovered": len(result.images), **result.info}
     finite = result is not None and np.isfinite(result.objective)
-    warned = attack.warnings(view.seen) if attack is not None and hasattr(attack, "warnings") else []
+    warned = [] if attack is None else warnings_of(attack, view.seen)
     warned = [*warned, *_picked(entry, result, scored)]
     return Cell(
         id=key,

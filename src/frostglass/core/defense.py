@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from torch import Tensor
+
 from frostglass.core.batch import Batch
-from frostglass.core.errors import BadInput
+from frostglass.core.errors import BadInput, FrostglassError, first_line
+from frostglass.core.memory import is_memory
 from frostglass.core.randomness import Insecure, Randomness
 from frostglass.core.update import Gradients, LocalPlan, PrivacySpent, Update
 
@@ -95,6 +99,100 @@ class Defense:
         return tuple(d.mechanism for d in (self.parts or (self,)) if d.mechanism is not None)
 
 
+def encoded_by(defense: Defense, batch: Batch, randomness: Randomness) -> Batch:
+    """`defense.encode`, of a defence that somebody else may have written.
+
+    Raises:
+        BadInput: it raised, or returned what cannot be trained on in the place of `batch`.
+    """
+    with _own_errors(defense, "encode"):
+        made: object = defense.encode(batch, randomness)
+    if not isinstance(made, Batch):
+        raise _unfit(defense, "encode", type(made).__name__, "a Batch")
+    wanted = {"images": (batch.images, 4), "targets": (batch.targets, 2)}
+    for name, (like, axes) in wanted.items():
+        held: object = getattr(made, name)
+        if not isinstance(held, Tensor) or held.dtype != like.dtype or held.ndim != axes:
+            raise _unfit(
+                defense, "encode", f"{name} that are {_spelled(held)}", f"tensors of {like.dtype}, {axes} axes"
+            )
+        if not bool(held.isfinite().all()):
+            raise _unfit(defense, "encode", f"{name} that are not finite", "finite ones")
+    if made.targets.shape[1] != batch.targets.shape[1]:
+        raise _unfit(
+            defense, "encode", f"targets of {made.targets.shape[1]} classes", f"{batch.targets.shape[1]} of them"
+        )
+    return made
+
+
+def protected_by(defense: Defense, update: Update, randomness: Randomness) -> Update:
+    """`defense.protect`, of a defence that somebody else may have written; some tensors may be left out.
+
+    Raises:
+        BadInput: it raised, or returned no update of the same tensors.
+    """
+    with _own_errors(defense, "protect"):
+        made: object = defense.protect(update, randomness)
+    return sendable(defense, "protect", made, update.gradients)
+
+
+def spent_by(defense: Defense, batch: Batch) -> PrivacySpent | None:
+    """`defense.account`; None where it has none.
+
+    Raises:
+        BadInput: it raised, or returned something else.
+    """
+    if defense.account is None:
+        return None
+    with _own_errors(defense, "account"):
+        spent: object = defense.account(batch)
+    if spent is not None and not isinstance(spent, PrivacySpent):
+        raise _unfit(defense, "account", type(spent).__name__, "PrivacySpent, or None")
+    return spent
+
+
+def sendable(defense: Defense, step: str, made: object, like: Mapping[str, Tensor]) -> Update:
+    """What a step of a defence returned, if it is an update of tensors such as `like`, by name and shape.
+
+    Raises:
+        BadInput: it is none.
+    """
+    if not isinstance(made, Update):
+        raise _unfit(defense, step, type(made).__name__, "an Update")
+    if not isinstance(made.gradients, Mapping):
+        raise _unfit(defense, step, f"gradients in a {type(made.gradients).__name__}", "tensors by parameter name")
+    for name, held in made.gradients.items():
+        if name not in like:
+            raise _unfit(defense, step, f"a tensor {name!r}", "those of the network's parameters")
+        shape = tuple(like[name].shape)
+        if not isinstance(held, Tensor) or held.shape != shape or not held.is_floating_point() or held.is_sparse:
+            raise _unfit(defense, step, f"{name!r} as {_spelled(held)}", f"a dense tensor of floats, {shape}")
+    if made.spent is not None and not isinstance(made.spent, PrivacySpent):
+        raise _unfit(defense, step, f"{type(made.spent).__name__} as privacy spent", "PrivacySpent, or None")
+    return made
+
+
+@contextmanager
+def _own_errors(defense: Defense, step: str) -> Iterator[None]:
+    """Names the defence in what it raises: beside the client's network nobody would know whose error it is."""
+    try:
+        yield
+    except Exception as wrong:
+        if isinstance(wrong, FrostglassError) or is_memory(wrong):
+            raise
+        raise BadInput(f"defense {defense.name!r}: {step} raised {first_line(wrong)}; correct that defence.") from wrong
+
+
+def _unfit(defense: Defense, step: str, got: str, wanted: str) -> BadInput:
+    return BadInput(f"defense {defense.name!r}: {step} returned {got}; it must return {wanted}.")
+
+
+def _spelled(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{'sparse ' if value.is_sparse else ''}{value.dtype} of shape {tuple(value.shape)}"
+
+
 def stack(*defenses: Defense) -> Defense:
     """Several defences as one, applied in the order given; associative, stacks inside it being laid flat.
 
@@ -113,12 +211,12 @@ def stack(*defenses: Defense) -> Defense:
 
     def encode(batch: Batch, randomness: Randomness) -> Batch:
         for d, path in zip(flat, paths, strict=True):
-            batch = d.encode(batch, _below(randomness, path))
+            batch = encoded_by(d, batch, _below(randomness, path))
         return batch
 
     def protect(update: Update, randomness: Randomness) -> Update:
         for d, path in zip(flat, paths, strict=True):
-            update = d.protect(update, _below(randomness, path))
+            update = protected_by(d, update, _below(randomness, path))
         return update
 
     def simulate(own: Gradients, observed: Gradients) -> Gradients:

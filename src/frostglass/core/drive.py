@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from frostglass.core.errors import AttackFailed
+from frostglass.core.errors import AttackFailed, BadInput, FrostglassError, first_line
 from frostglass.core.events import Emit, Event, silent
-from frostglass.core.memory import freed_memory_kept
+from frostglass.core.memory import freed_memory_kept, is_memory
 from frostglass.core.reconstruction import Reconstruction, faults
 from frostglass.core.runtime import Runtime
 from frostglass.core.threat import Knows, Observation
@@ -72,6 +72,40 @@ class Store(Protocol):
 
     def load(self, template: S) -> tuple[int, S] | None:
         """(steps done, state), or None if there is nothing to resume from."""
+
+
+def problems_of(attack: Attack[Any], seen: Observation) -> list[str]:
+    """What `attack.check` says about an observation, of an attack that somebody else may have written.
+
+    Raises:
+        BadInput: it raised, or returned no list of sentences.
+    """
+    return _sentences(attack, "check", seen)
+
+
+def warnings_of(attack: Attack[Any], seen: Observation) -> list[str]:
+    """What `attack.warnings` says where there is such a method; raises as `problems_of` does."""
+    return _sentences(attack, "warnings", seen) if hasattr(attack, "warnings") else []
+
+
+def _sentences(attack: Attack[Any], method: str, seen: Observation) -> list[str]:
+    try:
+        found: object = getattr(attack, method)(seen)
+    except Exception as wrong:
+        if isinstance(wrong, FrostglassError) or is_memory(wrong):
+            raise
+        raise BadInput(
+            f"attack {attack.name!r}: {method} raised {first_line(wrong)}; it must return a list of sentences, an "
+            "empty one if there is nothing to say."
+        ) from wrong
+    if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
+        others = [text for text in found if not isinstance(text, str)] if isinstance(found, list | tuple) else []
+        got = f"a list with {type(others[0]).__name__}" if others else type(found).__name__
+        raise BadInput(
+            f"attack {attack.name!r}: {method} returned {got}; it must return a list of sentences, an empty one if "
+            "there is nothing to say."
+        )
+    return list(found)
 
 
 def film_steps(steps: int, frames: int = 10) -> frozenset[int]:

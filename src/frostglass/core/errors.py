@@ -26,6 +26,12 @@ class AttackFailed(FrostglassError):
     """A run that started and broke (non-finite values, out of memory); never turned into a score."""
 
 
+def first_line(wrong: BaseException) -> str:
+    """An exception of somebody else's code in one line: its type, and the first words that it says."""
+    text = next((line.strip() for line in str(wrong).splitlines() if line.strip()), "")
+    return f"{type(wrong).__name__}: {text}" if text else type(wrong).__name__
+
+
 def close_match(word: str, known: Iterable[str]) -> str:
     """The closest known word, or the list, for the end of an error sentence: "did you mean 'x'" or "known: x, y"."""
     names = sorted(known)

@@ -8,9 +8,20 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _MOST = 32 * 2**20
 """Largest block that glibc can be told to keep on its heap."""
+
+_NONE_LEFT = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+"""What torch's RuntimeErrors say where it raises no OutOfMemoryError."""
+
+
+def is_memory(wrong: BaseException) -> bool:
+    """Whether an exception says that memory has run out, in whatever words."""
+    known = isinstance(wrong, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(wrong, RuntimeError) and any(words in str(wrong) for words in _NONE_LEFT))
 
 
 @contextmanager

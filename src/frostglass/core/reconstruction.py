@@ -59,6 +59,11 @@ def faults(found: object, shape: tuple[int, int, int], classes: int, domain: Dom
         wrong.append(f"proved is {_spelled(proved)}; it must be torch.bool of shape ({len(x)},), one an image")
     if isinstance(objective, bool) or not isinstance(objective, float | int):
         wrong.append(f"objective is {_spelled(objective)}; it must be a number, NaN if there is none")
+    targets = found.targets
+    if targets is not None and (not isinstance(targets, Tensor) or targets.ndim != 2 or len(targets) != len(x)):
+        wrong.append(f"targets are {_spelled(targets)}; they must be None, or a tensor with a row for each image")
+    if not isinstance(found.info, Mapping):
+        wrong.append(f"info is {_spelled(found.info)}; it must be a mapping, empty if there is nothing to say")
     if counts is not None and not _counting(counts, classes):
         wrong.append(f"label_counts are {_spelled(counts)}; they must be {classes} finite numbers from 0, one a class")
     return wrong

@@ -99,6 +99,15 @@ def _spell(hint: Any) -> str:
     return words.get(hint, str(hint).replace("typing.", ""))
 
 
+def _no(made: object, wanted: type) -> str:
+    """What a maker did instead of returning what is wanted: of a protocol, the first member that is not there."""
+    said = f"returned {type(made).__name__}; it must return"
+    lacking = [m for m in vars(wanted) if not m.startswith("_") and not hasattr(made, m)]
+    if made is None or not getattr(wanted, "_is_protocol", False) or not lacking:
+        return f"{said} {wanted.__name__}"
+    return f"{said} {wanted.__name__}, and that has no {lacking[0]!r}"
+
+
 _SCANNING = threading.RLock()
 """Held by the thread that scans any registry, which may ask all of them, and gets what is there so far.
 
@@ -143,10 +152,17 @@ def _import_plugin(point: metadata.EntryPoint) -> None:
 
 
 class Registry(Generic[T]):
-    """Makers by name; the packages in `homes` are imported on first use, so that a new file is found by existing."""
+    """Makers by name; the packages in `homes` are imported on first use, so that a new file is found by existing.
 
-    def __init__(self, noun: str, *homes: str) -> None:
+    Args:
+        noun: what is made, in sentences.
+        homes: packages.
+        makes: type, or protocol, of what makers return; None for any.
+    """
+
+    def __init__(self, noun: str, *homes: str, makes: type | None = None) -> None:
         self.noun = noun
+        self._makes = makes
         self._homes = homes
         self._entries: dict[str, Entry[T]] = {}
         self._scanned = False
@@ -165,7 +181,10 @@ class Registry(Generic[T]):
                 wrong = entry.problems(settings, f"{self.noun} {key!r}")
                 if wrong:
                     raise BadInput(wrong)
-                return make(**settings)
+                made = make(**settings)
+                if self._makes is not None and not isinstance(made, self._makes):
+                    raise BadInput(f"{self.noun} {key!r}: its function {_no(made, self._makes)}.")
+                return made
 
             doc = inspect.getdoc(make) or ""
             entry = Entry(key, checked, doc.split("\n", 1)[0].rstrip("."), paper, about)

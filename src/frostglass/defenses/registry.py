@@ -5,4 +5,4 @@ from __future__ import annotations
 from frostglass.core.defense import Defense
 from frostglass.core.registry import Registry
 
-DEFENSES: Registry[Defense] = Registry("defense", "frostglass.defenses")
+DEFENSES: Registry[Defense] = Registry("defense", "frostglass.defenses", makes=Defense)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from frostglass.core.defense import Defense
+from frostglass.core.defense import Defense, protected_by
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Randomness
 from frostglass.core.update import BNStatistics, Gradients, LocalPlan, Update
@@ -121,7 +121,7 @@ def protected(
     """
     names = names_of(model)
     update = Update(difference(sent, returned, names.trained), {}, examples, replace(plan, kind="delta"))
-    update = defense.protect(update, randomness)
+    update = protected_by(defense, update, randomness)
     carried = {n: returned[n] for n in names.carried if n in returned}
     return applied(sent, update.gradients, carried, names.tied), update
 

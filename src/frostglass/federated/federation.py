@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from frostglass.core.batch import Batch, one_hot
-from frostglass.core.defense import Defense, stack
+from frostglass.core.defense import Defense, encoded_by, stack
 from frostglass.core.errors import BadInput, close_match
 from frostglass.core.randomness import Insecure, OsKey, Randomness, Rng
 from frostglass.core.update import LocalPlan
@@ -288,7 +288,7 @@ def _first_step(made: Federation) -> None:
     client = made.client(smallest)
     client.begin()
     if made.inside.encodes:
-        made.inside.encode(made.private(smallest), Insecure(Rng.from_seed(0, "first step")))
+        encoded_by(made.inside, made.private(smallest), Insecure(Rng.from_seed(0, "first step")))
     if made.inside.gradient is not None:
         few = Batch(client.images[:2], one_hot(client.labels[:2], client.classes), domain_of(made.model), ("a", "b"))
         plan = replace(client.plan, epochs=1, minibatch=None, local_steps=1)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from frostglass.core.batch import Batch, one_hot
-from frostglass.core.defense import Defense
+from frostglass.core.defense import Defense, encoded_by, spent_by
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure, OsKey, Randomness, Rng
 from frostglass.core.update import LocalPlan, Update
@@ -132,7 +132,7 @@ class LocalClient:
         batch = batch.to(device)
         done = computed_step(self.model, batch, self.plan, self.defense, key, order)
         if self.defense.account is not None:
-            done = replace(done, update=replace(done.update, spent=self.defense.account(batch)))
+            done = replace(done, update=replace(done.update, spent=spent_by(self.defense, batch)))
         epsilon = self._account(done.update)  # also of a round that fails below: its reply tells that it did
         if not all(bool(g.isfinite().all()) for g in done.update.gradients.values()):
             raise BadInput(f"client {self.name}: training diverged (lr = {self.plan.lr}); lower client.lr.")
@@ -165,7 +165,7 @@ class LocalClient:
         if self.encoder is None:
             names = tuple(f"image {i}" for i in range(len(self.images)))
             held = Batch(self.images, one_hot(self.labels, self.classes), domain, names)
-            return self.defense.encode(held, Insecure(key.at("encode"))), None
+            return encoded_by(self.defense, held, Insecure(key.at("encode"))), None
         size = self.plan.minibatch or len(self.images)
         epochs = self.plan.epochs if self.plan.minibatch is not None else 1
         made = [

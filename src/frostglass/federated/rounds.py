@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from frostglass.core.batch import Batch, one_hot
-from frostglass.core.defense import Defense
+from frostglass.core.defense import Defense, encoded_by
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure, Rng, global_draws
 from frostglass.core.update import LocalPlan
@@ -127,7 +127,7 @@ def _run_buffers(model: nn.Module, held: Images, defense: Defense, key: Rng) -> 
     rows = key.at("buffers").permutation(len(held.images))[:64]
     targets = one_hot(held.labels[rows], held.classes)
     batch = Batch(held.images[rows], targets, domain_of(model), tuple(map(str, rows.tolist())))
-    encoded = defense.encode(batch, Insecure(key.at("buffers", "encode")))
+    encoded = encoded_by(defense, batch, Insecure(key.at("buffers", "encode")))
     with torch.no_grad(), in_mode(model, "train"), global_draws(key.at("buffers", "model"), encoded.images.device):
         model(encoded.images)
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from frostglass.core.batch import Batch
-from frostglass.core.defense import Defense
+from frostglass.core.defense import Defense, encoded_by, protected_by, sendable, spent_by
 from frostglass.core.randomness import Insecure, Rng, global_draws
 from frostglass.core.update import LocalPlan, Update
 from frostglass.numerics.called import copied
 from frostglass.numerics.fedavg import Order, drawn_order
-from frostglass.numerics.local_update import local_update
+from frostglass.numerics.local_update import local_update, trainable
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def computed_step(
     if defense.gradient is not None:
         own = copied(model)  # a step of somebody else's may train it: weights, gradients and statistics stay there
         with global_draws(key.at("model"), batch.images.device):
-            update = defense.gradient(own, batch, plan, Insecure(key.at("gradient")))
+            made = defense.gradient(own, batch, plan, Insecure(key.at("gradient")))
+        update = sendable(defense, "gradient", made, trainable(model))
         return Computed(replace(update, buffers={}), update.buffers)
     if order is None:
         order = drawn_order(plan, len(batch), key.at("order"))
@@ -66,9 +67,7 @@ def defended_step(model: nn.Module, batch: Batch, plan: LocalPlan, defense: Defe
         defense: or a stack.
         key: secret of this client and round.
     """
-    encoded = defense.encode(batch, Insecure(key.at("encode")))
+    encoded = encoded_by(defense, batch, Insecure(key.at("encode")))
     update = computed_step(model, encoded, plan, defense, key).update
-    sent = defense.protect(update, Insecure(key.at("protect")))
-    if sent.spent is None and defense.account is not None:
-        sent = replace(sent, spent=defense.account(batch))
-    return encoded, sent
+    sent = protected_by(defense, update, Insecure(key.at("protect")))
+    return encoded, sent if sent.spent is not None else replace(sent, spent=spent_by(defense, batch))

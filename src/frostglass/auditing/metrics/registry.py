@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from frostglass.core.errors import BadInput
+from frostglass.core.errors import BadInput, FrostglassError, first_line
+from frostglass.core.memory import is_memory
 from frostglass.core.registry import Registry
 
 
@@ -56,17 +57,24 @@ class Metric:
 
         Raises:
             NotAvailable: it cannot be computed here, or lacks its context, or the images are smaller than `least_side`.
-            BadInput: `score` returned something else than a number, or NaN, for each pair.
+            BadInput: `score` raised, or returned something else than a number, or NaN, for each pair.
         """
         if len(found) and min(found.shape[-2:]) < self.least_side:
             raise NotAvailable(
                 f"{self.name} needs images of {self.least_side} pixels a side, not {min(found.shape[-2:])}"
             )
-        if not self.needs_context:
-            return self._checked(self.score(found, truth), len(found))
-        if context is None:
+        if self.needs_context and context is None:
             raise NotAvailable("it compares with a pool of private images, and there is none here")
-        return self._checked(self.score(found, truth, context), len(found))
+        try:
+            values = self.score(found, truth, context) if self.needs_context else self.score(found, truth)
+        except Exception as wrong:
+            if isinstance(wrong, NotAvailable | FrostglassError) or is_memory(wrong):
+                raise
+            raise BadInput(
+                f"metric {self.name!r}: raised {first_line(wrong)}; return a number for each pair, or raise "
+                "NotAvailable with the reason."
+            ) from wrong
+        return self._checked(values, len(found))
 
     def _checked(self, values: object, pairs: int) -> Tensor:
         """One value would be spread over all pairs in silence, and a scorecard holds no infinity."""
@@ -80,6 +88,6 @@ class Metric:
         return values.detach().double()
 
 
-METRICS: Registry[Metric] = Registry("metric", "frostglass.auditing.metrics")
+METRICS: Registry[Metric] = Registry("metric", "frostglass.auditing.metrics", makes=Metric)
 ALWAYS_SCORED = ("psnr", "ssim")
 """Computed whatever `report.metrics` names, so that a threshold may be on them."""

@@ -11,7 +11,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from torch import Tensor
 
-from frostglass.core.defense import Defense
+from frostglass.core.defense import Defense, protected_by
 from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Insecure, OsKey, Randomness, Rng
 from frostglass.core.update import LocalPlan, Update
@@ -94,7 +94,7 @@ class DefenceFilter(_Base):  # type: ignore[misc]
             start = self._start(trained, number)
             own = difference(start, {n: _at_least_single(values[n]) for n in trained}, tuple(trained))
         update = Update(own, {}, int(dxo.get_meta_prop("examples") or 1), self._local_plan)
-        done = self._made.protect(update, self._randomness(fl_ctx, number)).gradients
+        done = protected_by(self._made, update, self._randomness(fl_ctx, number)).gradients
         after = {n: -done[n] if dxo.data_kind == DataKind.WEIGHT_DIFF else start[n] - done[n] for n in trained}
         dxo.data = {n: like(v, after[tied.get(n, n)]) if tied.get(n, n) in after else v for n, v in dxo.data.items()}
         before = dxo.get_meta_prop(DEFENCE)
