@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 import frostglass
-from frostglass.numerics.called import called_with, copied
+from frostglass.core.batch import Batch, Domain, one_hot
+from frostglass.core.errors import BadInput
+from frostglass.core.randomness import Rng
+from frostglass.core.update import LocalPlan
+from frostglass.defenses.dp_sgd import dp_sgd
+from frostglass.numerics.called import activations_kept, called_with, copied
+from frostglass.numerics.client_step import defended_step
+from frostglass.numerics.local_update import local_update
+from frostglass.numerics.per_sample import agrees, streamable
 
 
 class Keeping(nn.Module):
@@ -51,3 +62,91 @@ def test_a_network_that_keeps_something_of_its_last_pass_is_audited(make: type[n
     known = ["examples", "labels"]
     found = frostglass.audit(model=model, images=images, labels=[0, 1, 2, 0], attacks=attacks, grants=known, batch=2)
     assert [(cell.status, cell.error) for cell in found.scorecard.cells] == [("done", None)] * 2
+
+
+class Saving(nn.Module):
+    """A small network that may compute the activations of its first half anew in the backward pass."""
+
+    def __init__(self, form: str, norm: type[nn.Module] = nn.Identity) -> None:
+        super().__init__()
+        self.form = form
+        self.inner, self.norm, self.head = nn.Conv2d(3, 4, 3), norm(4), nn.Linear(144, 3)
+
+    def half(self, x: Tensor) -> Tensor:
+        """[b, 4, 6, 6] activations."""
+        return torch.relu(self.norm(self.inner(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, 3] logits."""
+        if self.form == "plain":
+            hidden = self.half(x)
+        else:
+            x = x + 0 * self.head.bias.sum()  # the older form looks at its inputs alone
+            hidden = checkpoint.checkpoint(self.half, x, use_reentrant=self.form == "older")
+        return torch.Tensor(self.head(hidden.flatten(1)))
+
+
+def both(form: str, norm: type[nn.Module] = nn.Identity) -> tuple[Saving, Saving]:
+    plain, saving = Saving("plain", norm), Saving(form, norm)
+    saving.load_state_dict(plain.state_dict())
+    return plain, saving
+
+
+SEEN = Batch(torch.rand(4, 3, 8, 8), one_hot([0, 1, 2, 0], 3), Domain(), ("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize("form", ["newer", "older"])
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm2d])
+def test_checkpointed_activations_are_of_the_weights_of_their_step(form: str, norm: type[nn.Module]) -> None:
+    before = vars(checkpoint).copy()
+    plan = LocalPlan("delta", local_steps=3, lr=0.5)
+    plain, saving = both(form, norm)
+    whole, made = (local_update(m, SEEN.images, SEEN.targets, plan) for m in (plain, saving))
+    torch.testing.assert_close(dict(made.gradients), dict(whole.gradients))
+    torch.testing.assert_close(dict(made.buffers), dict(whole.buffers))
+    torch.testing.assert_close(saving.state_dict(), plain.state_dict())
+    x = SEEN.images.clone().requires_grad_()
+    further: list[Any] = []
+    for model in (plain, saving):
+        trace = local_update(model, x, SEEN.targets, plan, differentiable=True)
+        further += torch.autograd.grad(sum(g.square().sum() for g in trace.gradients.values()), x)  # type: ignore[arg-type]
+    torch.testing.assert_close(further[1], further[0])
+    assert vars(checkpoint) == before, "checkpointing is as it was"
+
+
+@pytest.mark.parametrize("form", ["newer", "older"])
+def test_checkpointing_is_back_where_a_pass_breaks_and_blocks_may_lie_in_each_other(form: str) -> None:
+    before = vars(checkpoint).copy()
+    with pytest.raises(ZeroDivisionError), activations_kept(), activations_kept():
+        raise ZeroDivisionError
+    assert vars(checkpoint) == before
+    _, saving = both(form)
+    with activations_kept():
+        kept = saving(SEEN.images)
+    torch.testing.assert_close(saving(SEEN.images), kept)
+
+
+@pytest.mark.parametrize("form", ["newer", "older"])
+def test_single_gradients_and_private_steps_of_checkpointed_networks(form: str) -> None:
+    plain, saving = both(form)
+    assert streamable(saving, "train", alone=True)
+    assert agrees(saving, SEEN.images, SEEN.targets, "train", alone=True)
+    defense = dp_sgd(noise_multiplier=1.0)
+    sent = [defended_step(m, SEEN, LocalPlan(), defense, Rng.from_seed(0))[1].gradients for m in (plain, saving)]
+    torch.testing.assert_close(dict(sent[1]), dict(sent[0]))
+
+
+class Squeezing(Saving):
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, 3] logits, but [3] of a batch of one."""
+        return super().forward(x).squeeze()
+
+
+def test_a_network_that_drops_the_axis_of_a_batch_of_one_is_told_so() -> None:
+    local_update(Squeezing("plain"), SEEN.images, SEEN.targets, LocalPlan())
+    one = SEEN.take([0])
+    sentence = r"model: answers a batch of 1 with a tensor of shape \(3,\); it must be \[1, classes\]"
+    with pytest.raises(BadInput, match=sentence):
+        local_update(Squeezing("plain"), one.images, one.targets, LocalPlan())
+    with pytest.raises(BadInput, match=sentence):
+        defended_step(Squeezing("plain"), one, LocalPlan(), dp_sgd(), Rng.from_seed(0))

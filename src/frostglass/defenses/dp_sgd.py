@@ -15,9 +15,9 @@ from frostglass.core.randomness import Randomness, Rng
 from frostglass.core.update import LocalPlan, PrivacySpent, Update
 from frostglass.defenses.accounting import Accountant, epsilon_of, opacus_quiet
 from frostglass.defenses.registry import DEFENSES
-from frostglass.numerics.called import copied
+from frostglass.numerics.called import activations_kept, copied
 from frostglass.numerics.compress import clipped
-from frostglass.numerics.local_update import in_mode, soft_cross_entropy, trainable
+from frostglass.numerics.local_update import a_row_each, in_mode, soft_cross_entropy, trainable
 
 
 @DEFENSES.register(paper="Abadi et al. 2016, CCS (DP-SGD); Opacus")
@@ -111,7 +111,9 @@ def _private_update(
                 (batch.images, batch.targets) if rows is None else (batch.images[rows], batch.targets[rows])
             )
             if len(images):
-                soft_cross_entropy(wrapped(images), targets).backward()
+                with activations_kept():  # Opacus would meet each layer twice
+                    logits = a_row_each(wrapped(images), len(images))
+                soft_cross_entropy(logits, targets).backward()
             else:  # a Poisson draw of nobody: noise alone, as leaving it out would tell
                 for p in optimizer.params:
                     p.grad_sample = p.new_zeros(0, *p.shape)

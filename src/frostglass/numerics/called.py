@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import checkpoint
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,8 +29,54 @@ def called_with(model: nn.Module, values: Mapping[str, Tensor], images: Tensor) 
         for name, held in (*weights, *buffers):
             names.setdefault(held, []).append(name)
     everywhere = {place: values[group[0]] for group in names.values() if group[0] in values for place in group}
-    answer: Tensor = functional_call(model, {**values, **everywhere}, (images,), tie_weights=False)
+    with activations_kept():
+        answer: Tensor = functional_call(model, {**values, **everywhere}, (images,), tie_weights=False)
     return answer
+
+
+@contextmanager
+def activations_kept() -> Iterator[None]:
+    """In the block `torch.utils.checkpoint` keeps activations that it would compute anew in the backward pass.
+
+    That pass comes when `called_with` has put the network's own weights and buffers back. What is computed anew with
+    those has a gradient that is wrong without a word, as of every step of a client but the first; and hooks see it
+    twice. A pass gives the same here, for the memory that checkpointing saves, in other threads meanwhile too.
+    """
+    with _KEEPING:
+        _KEPT.append(None)
+        if len(_KEPT) == 1:
+            _OWN.update({name: getattr(checkpoint, name) for name in _ANEW if hasattr(checkpoint, name)})
+            for name in _OWN:
+                setattr(checkpoint, name, _ANEW[name])
+    try:
+        yield
+    finally:
+        with _KEEPING:
+            _KEPT.pop()
+            if not _KEPT:
+                for name, own in _OWN.items():
+                    setattr(checkpoint, name, own)
+
+
+def _around(*_: Any, **__: Any) -> Iterator[None]:
+    """Around the function: nothing is packed away in its pass."""
+    yield
+
+
+class _Straight:
+    """Of the older form, which calls the function itself."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *given: Any) -> Any:
+        """What the function gives."""
+        return function(*given)
+
+
+_ANEW: dict[str, Any] = {"_checkpoint_without_reentrant_generator": _around, "CheckpointFunction": _Straight}
+"""What `torch.utils.checkpoint` asks for its two forms, and what stands there in `activations_kept`."""
+_OWN: dict[str, Any] = {}
+_KEPT: list[None] = []
+_KEEPING = threading.Lock()
 
 
 def copied(model: M, known: Mapping[int, Any] | None = None) -> M:

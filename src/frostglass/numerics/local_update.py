@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from frostglass.core.errors import BadInput
 from frostglass.core.update import BNStatistics, LocalPlan
 from frostglass.numerics.bn import recorded_bn, recorded_bn_of_clients
 from frostglass.numerics.called import called_with
@@ -59,6 +60,20 @@ def soft_cross_entropy(logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k
     return -(targets * torch.log_softmax(logits, dim=1)).sum(1).mean()
 
 
+def a_row_each(logits: Tensor, images: int) -> Tensor:
+    """The logits, if there is a row for each image.
+
+    Raises:
+        BadInput: the network drops the axis of a batch of one, or answers with something else.
+    """
+    if logits.ndim != 2 or len(logits) != images:
+        raise BadInput(
+            f"model: answers a batch of {images} with a tensor of shape {tuple(logits.shape)}; it must be [{images}, "
+            "classes], for a single image too: flatten(1) keeps the first axis where squeeze() drops it."
+        )
+    return logits
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that take part in training, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -101,7 +116,7 @@ def local_update(
         first = (images, targets) if steps[0] is None else (images[steps[0]], targets[steps[0]])
         watch: AbstractContextManager[dict[str, BNStatistics]] = recorded_bn(model) if statistics else nullcontext({})
         with watch as bn:
-            logits = called_with(model, {**weights, **buffers}, first[0])
+            logits = a_row_each(called_with(model, {**weights, **buffers}, first[0]), len(first[0]))
         loss = soft_cross_entropy(logits, first[1])
         grads = _gradients(loss, weights, differentiable)
         if plan.kind == "delta":
@@ -187,7 +202,7 @@ class _Client:
         """(weights, state) after one more step; running statistics in `buffers` move on."""
         if not self.differentiable:
             weights = {n: w.detach().requires_grad_(True) for n, w in weights.items()}
-        loss = soft_cross_entropy(called_with(self.model, {**weights, **buffers}, x), y)
+        loss = soft_cross_entropy(a_row_each(called_with(self.model, {**weights, **buffers}, x), len(x)), y)
         grads = _gradients(loss, weights, self.differentiable)
         return optimizer_step(weights, grads, state, self.plan, smooth=self.smooth)
 

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from frostglass.core.update import Gradients, LocalPlan
-from frostglass.numerics.called import copied
-from frostglass.numerics.local_update import in_mode, local_update, trainable
+from frostglass.numerics.called import activations_kept, copied
+from frostglass.numerics.local_update import a_row_each, in_mode, local_update, trainable
 
 BUDGET = 2**25
 """Entries of one layer's single gradients that are held at a time."""
@@ -107,7 +107,8 @@ def products(
     handles = [m.register_forward_hook(keep) for m in known]
     try:
         with torch.enable_grad(), in_mode(ready, mode):
-            logits = ready(images)
+            with activations_kept():
+                logits = a_row_each(ready(images), len(images))
             loss = -(targets * torch.log_softmax(logits, dim=1)).sum()
             errors = torch.autograd.grad(loss, [out for _, _, out in captured], allow_unused=True)
     finally:
