@@ -244,6 +244,7 @@ COMPLEX = Answer(lambda x: x.flatten(1)[:, :3])
 COMPLEX.register_parameter("w", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
 PACKED = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Flatten(), nn.Linear(192, 8)), {nn.Linear})
 QUANTISED = nn.Sequential(*PACKED, nn.Linear(8, 3))
+SCRIPTED = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +268,7 @@ QUANTISED = nn.Sequential(*PACKED, nn.Linear(8, 3))
         (Inputs(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double(), X), r"convert it with \.float\(\)"),
         (Inputs(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), X), "'1.weight' of 'Sequential' has no values yet"),
         (Inputs(nn.Sequential(nn.Flatten(), nn.Linear(192, 3, device="meta")), X), "has no values yet"),
+        (Inputs(SCRIPTED, X), "'RecursiveScriptModule' is a ScriptModule, whose layers cannot be seen"),
         (Inputs(DIVERGED, X), "'1.bias' of the model has values that are not finite"),
         (
             Inputs(nn.Sequential(nn.BatchNorm2d(3, affine=False, device="meta"), nn.Flatten(), nn.Linear(192, 3)), X),

@@ -195,6 +195,8 @@ def test_what_cannot_be_trained_is_said() -> None:
         client().train(network("small_bn_cnn").state_dict(), 1)
     with pytest.raises(BadInput, match="engines send weights"):
         client(plan=LocalPlan("gradient"))
+    with pytest.raises(BadInput, match="is a ScriptModule"):
+        client(model=torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))))
     with pytest.raises(BadInput, match="diverged"):
         client(plan=LocalPlan("delta", lr=1e30, epochs=4), seed=0).train(network().state_dict(), 1)
 

@@ -306,6 +306,14 @@ class TestFactories:
             ("def net(depth): return nn.Identity()", ["model.depth: missing"]),
             ("def net(): return nn.Flatten()", ["(2, 3072)", "(2, 10)"]),
             ("def net(): return nn.LazyLinear(10)", ["'weight'", "has no values yet"]),
+            (
+                "def net(): return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))",
+                ["'mine:net' is a ScriptModule", "as it was before torch.jit"],
+            ),
+            (
+                "def net(): return nn.Sequential(nn.Flatten(), torch.jit.script(nn.Linear(3072, 10)))",
+                ["layer '1' of 'mine:net' is a ScriptModule"],
+            ),
             ("def net(): return nn.Linear(5, 10)", ["does not take images of 3 x 32 x 32"]),
             ("net = 3", ["is of type int"]),
             ("raise ValueError('at import')", ["does not import", "at import"]),

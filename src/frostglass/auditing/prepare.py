@@ -18,7 +18,7 @@ from frostglass.core.randomness import Rng
 from frostglass.numerics.called import copied
 from frostglass.numerics.local_update import trainable
 from frostglass.vision import datasets, networks, weights
-from frostglass.vision.borrowed import refuse_unset, unwrapped
+from frostglass.vision.borrowed import refuse_unfit, unwrapped
 
 if TYPE_CHECKING:
     from frostglass.auditing.recorded_view import Recording
@@ -238,7 +238,7 @@ def _model(scenario: ScenarioPlan, inputs: Inputs, data: datasets.ImageSet, rng:
     spec = scenario.model
     if inputs.model is not None:
         model = _copied(inputs.model)
-        refuse_unset(model, type(model).__name__)
+        refuse_unfit(model, type(model).__name__)
     elif spec.name.partition(":")[0] == FROM_PYTHON:
         raise BadInput(f"{scenario.name}: its model was given from Python; run frostglass.audit with it again.")
     else:

@@ -19,7 +19,7 @@ from frostglass.federated.feeds import takes_encodings
 from frostglass.numerics.called import copied
 from frostglass.numerics.local_update import in_mode, trainable
 from frostglass.vision import networks
-from frostglass.vision.borrowed import refuse_unset, unwrapped
+from frostglass.vision.borrowed import refuse_unfit, unwrapped
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def network_of(plan: UpdatesPlan, source: Source, given: nn.Module | None = None
     shape = _image_shape(plan, source, about)
     own = given is None and plan.model in (None, about.get("name"))
     if given is not None:
-        refuse_unset(given, type(given).__name__)  # some of these cannot even be copied
+        refuse_unfit(given, type(given).__name__)  # some of these cannot even be copied
         module, name = copied(unwrapped(given)), f"{FROM_PYTHON}:{type(given).__name__}"
         options: dict[str, Any] = {}
     else:

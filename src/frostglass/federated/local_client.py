@@ -24,6 +24,7 @@ from frostglass.federated.exchange import State, applied, device_of, misfits, na
 from frostglass.numerics.called import copied
 from frostglass.numerics.client_step import computed_step
 from frostglass.numerics.fedavg import Order, epoch_order
+from frostglass.vision.borrowed import refuse_unfit
 from frostglass.vision.normalise import domain_of
 
 NOTHING = Defense("none", claim="none")
@@ -97,6 +98,7 @@ class LocalClient:
                 f"client {self.name}: an encoder mixes images, so the per-example sensitivity of "
                 f"{self.defense.name!r} and its epsilon would be false; use one of them."
             )
+        refuse_unfit(self.model, type(self.model).__name__)
         self.model = copied(self.model)
         self._stored = like_pool(self.images, self.encoder)
 

@@ -36,7 +36,7 @@ def build(name: str, *, shape: Mapping[str, int], options: Mapping[str, Any]) ->
     else:
         network = _from_factory(name, shape, options)
     network = unwrapped(network)
-    refuse_unset(network, name)
+    refuse_unfit(network, name)
     _try_out(network, name, shape)
     return network
 
@@ -51,12 +51,21 @@ def unwrapped(network: nn.Module) -> nn.Module:
     return unwrapped(inner) if isinstance(inner, nn.Module) else network
 
 
-def refuse_unset(network: nn.Module, name: str) -> None:
-    """Ends on parameters and buffers without values; the meta device may be wanted (`with torch.device("meta")`).
+def refuse_unfit(network: nn.Module, name: str) -> None:
+    """Ends on what no audit can look into, and on parameters and buffers without values.
+
+    The meta device may be wanted (`with torch.device("meta")`).
 
     Raises:
-        BadInput: a lazy layer that has seen no input, or a tensor on the meta device.
+        BadInput: a ScriptModule, a lazy layer that has seen no input, or a tensor on the meta device.
     """
+    script = next((n for n, m in network.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if script is not None:  # attacks would pass over its layers, and BatchNorm's statistics be left out
+        part = f"layer {script!r} of {name!r}" if script else repr(name)
+        raise BadInput(
+            f"model: {part} is a ScriptModule, whose layers cannot be seen or given other weights; give the network as "
+            "it was before torch.jit."
+        )
     wanted = torch.get_default_device().type == "meta"
     held = (*network.named_parameters(), *network.named_buffers())
     unset = next((n for n, t in held if is_lazy(t) or (t.is_meta and not wanted)), None)
