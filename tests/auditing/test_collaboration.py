@@ -78,6 +78,7 @@ def test_accuracy_and_leakage_in_one_report(tmp_path: Path, capsys: pytest.Captu
     before = (out / "collaboration.json").read_text()
     (out / "runs" / "inside-1" / "history.json").unlink()
     (out / "runs" / "cross-1" / ".whole").unlink()  # killed between its history and the rest of its record
+    (out / "runs" / "plain-0" / "audit" / "report.html").unlink()  # between an audit's scorecard and its report
     (out / "report.html").unlink()
     code, _, err = call(capsys, "collaborate", plan, "--out", out, "--resume")
     assert code == 0, err
@@ -87,6 +88,10 @@ def test_accuracy_and_leakage_in_one_report(tmp_path: Path, capsys: pytest.Captu
     again = json.loads((out / "collaboration.json").read_text())
     assert again["methods"][0] == json.loads(before)["methods"][0]
     assert (out / "report.html").is_file()
+    assert (out / "runs" / "plain-0" / "audit" / "report.html").is_file()
+    assert "audit of the recorded updates" not in err.split("small: inside, seed 1")[0], (
+        "it is written, not audited anew"
+    )
 
 
 def test_the_bundled_plan_is_the_one_in_plans() -> None:

@@ -16,6 +16,7 @@ from frostglass.auditing.collaboration_games import games
 from frostglass.auditing.collaboration_plan import BUNDLED_POOL, CollaborationPlan, MethodPlan, slug
 from frostglass.auditing.collaboration_report import RESULTS, write_collaboration
 from frostglass.auditing.recorded_api import audit_updates
+from frostglass.auditing.report import write_report
 from frostglass.auditing.rows import environment_of
 from frostglass.auditing.store import refuse_other_data
 from frostglass.core.errors import BadInput
@@ -29,6 +30,7 @@ from frostglass.federated.history import HISTORY
 from frostglass.federated.recorded import read_record
 
 PLAN, RUNS, POOL, GAMES, DATA = "plan.toml", "runs", "public-pool", "games.json", "data.json"
+PAGE = "report.html"
 WHOLE = ".whole"
 """Stands in a federation's folder once its record and model are written too, which the history comes before."""
 PATCHES = 1000
@@ -190,6 +192,8 @@ def _audited(plan: CollaborationPlan, method: MethodPlan, text: str, out: Path, 
         }  # fmt: skip
         name = made.plan.model.name  # this very plan's, so that the record may name it
         audit_updates(record, model=name, truth=_truth(made), known=known, out=done.parent, device="cpu")
+    elif not done.with_name(PAGE).exists():  # killed between the two
+        write_report(done.parent)
     found = leakage_of(json.loads(done.read_text(encoding="utf-8")))
     kept = folder / GAMES
     if not kept.exists():
