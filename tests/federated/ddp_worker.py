@@ -83,6 +83,25 @@ def train(
     save_file(state, folder / f"{name}-{'tapped' if tapped else 'plain'}-{rank}.safetensors")
 
 
+def train_unevenly(rank: int, folder: Path, name: str, *, tapped: bool, by_initial: bool) -> None:
+    """Under `ddp.join`: rank 0 has the fewest batches, and answers the others with zeros when it has no more."""
+    ddp = DistributedDataParallel(network(), bucket_cap_mb=0.01)
+    tap = record_ddp(ddp, folder / f"{name}-record") if tapped else None
+    optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
+    with ddp.join(divide_by_initial_world_size=by_initial):
+        for step in range(STEPS + rank):
+            x, y = batch(rank, step)
+            if tapped:
+                save_file(own_gradient(ddp.module, [(x, y)]), folder / f"{name}-own-{rank}-{step + 1}.safetensors")
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(ddp(x), y).backward()
+            optimizer.step()
+    if tap is not None:
+        tap.close()
+    state = {n: t.contiguous() for n, t in ddp.module.state_dict().items()}
+    save_file(state, folder / f"{name}-{'tapped' if tapped else 'plain'}-{rank}.safetensors")
+
+
 def shards(rank: int, world: int, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -135,6 +154,8 @@ def main(rank: int, world: int, folder: Path) -> None:
         train(rank, folder, "fp16", tapped=tapped, own_hook=True)
         train(rank, folder, "broken", tapped=tapped, broken=tapped)
         train(rank, folder, "chosen", tapped=tapped, taps={"every": 2, "most": 1, "loss_scale": lambda: 4.0})
+        train_unevenly(rank, folder, "joined", tapped=tapped, by_initial=True)
+        train_unevenly(rank, folder, "joined_few", tapped=tapped, by_initial=False)
     shards(rank, world, folder)
     (folder / f"refused-{rank}.json").write_text(json.dumps(refused(folder)))
     dist.destroy_process_group()

@@ -54,7 +54,10 @@ def record(folder: Path, name: str, rank: int) -> Record:
     return read_record(folder / f"{name}-record" / f"rank-{rank}")
 
 
-@pytest.mark.parametrize("name", ["one_bucket", "buckets", "accumulated", "carried", "fp16", "broken", "chosen"])
+@pytest.mark.parametrize(
+    "name",
+    ["one_bucket", "buckets", "accumulated", "carried", "fp16", "broken", "chosen", "joined", "joined_few"],
+)
 def test_training_gives_the_same_weights_to_the_last_bit(done: Path, name: str) -> None:
     for rank in range(WORLD):
         plain, tapped = (load_file(done / f"{name}-{how}-{rank}.safetensors") for how in ("plain", "tapped"))
@@ -68,6 +71,21 @@ def test_the_record_holds_each_process_s_own_gradient(done: Path, name: str) -> 
         held = record(done, name, rank)
         assert not held.problems
         assert [u.header.round for u in held.updates] == [1, 2, 3, 4]
+        for got in held.updates:
+            own = load_file(done / f"{name}-own-{rank}-{got.header.round}.safetensors")
+            update, _ = got.payload()
+            assert update.keys() == own.keys()
+            assert all(torch.equal(update[n], own[n]) for n in own)
+
+
+@pytest.mark.parametrize("name", ["joined", "joined_few"])
+def test_what_a_process_sends_after_its_last_batch_is_not_recorded(done: Path, name: str) -> None:
+    """Under `ddp.join` these are zeros, in place of a gradient."""
+    for rank in range(WORLD):
+        held = record(done, name, rank)
+        assert not held.problems
+        assert [u.header.round for u in held.updates] == list(range(1, 5 + rank))
+        assert {u.header.examples for u in held.updates} == {4 + rank}
         for got in held.updates:
             own = load_file(done / f"{name}-own-{rank}-{got.header.round}.safetensors")
             update, _ = got.payload()

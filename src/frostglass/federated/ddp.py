@@ -40,7 +40,8 @@ class LocalGradients:
     Buckets hold parameters in an order of their own, which DDP changes after the first pass: gradients are named by
     the identity of the parameter. Under `no_sync` no hook is called; the next synchronised pass holds the sum. Where
     two passes are synchronised and gradients not zeroed between them, the second sends the average of the first with
-    its own gradient: no own gradient can be seen then, and the record says so.
+    its own gradient: no own gradient can be seen then, and the record says so. Under `join` a process without further
+    batches sends zeros; these are not recorded.
 
     Args:
         ddp: the wrapped network.
@@ -73,15 +74,18 @@ class LocalGradients:
 
     def __call__(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """What DDP calls for each bucket, in each process."""
+        # under `ddp.join` a process that has no more batches answers the others with zeros, in no backward pass
+        joined = torch._C._current_graph_task_id() == -1
         try:
-            if self.tap.due:
-                self._copy(bucket)
-            if bucket.is_last():
-                self._end()
+            if not joined:
+                if self.tap.due:
+                    self._copy(bucket)
+                if bucket.is_last():
+                    self._end()
         except Exception as wrong:  # whatever breaks here must not break the backward pass
             self._held = {}
             self.tap.failed(wrong)
-        return self._averaged(bucket) if self.hook is None else self.hook(self.state, bucket)
+        return self._averaged(bucket, joined) if self.hook is None else self.hook(self.state, bucket)
 
     def _copy(self, bucket: dist.GradBucket) -> None:
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
@@ -104,13 +108,19 @@ class LocalGradients:
         self._between, self._carried = True, 0
         self.tap.take(self.ddp.module, held, tuple(problems))
 
-    def _averaged(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _averaged(self, bucket: dist.GradBucket, joined: bool) -> torch.futures.Future[Tensor]:
         """As DDP does it without a hook, to the last bit: it multiplies by 1 / n (divides where it works in place)."""
         group, buffer = self.ddp.process_group, bucket.buffer()
+        among = group.size()
+        config = self.ddp._join_config
+        if config.enable and config.is_first_joinable and not self.ddp._divide_by_initial_world_size:
+            left = torch.tensor([0.0 if joined else 1.0], device=buffer.device)
+            dist.all_reduce(left, group=group)
+            among = int(left)
         if self.ddp.gradient_as_bucket_view:
-            buffer.div_(group.size())
+            buffer.div_(among)
         else:
-            buffer.mul_(1.0 / group.size())
+            buffer.mul_(1.0 / among)
         return dist.all_reduce(buffer, group=group, async_op=True).get_future().then(lambda done: done.value()[0])
 
 
