@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from frostglass.core.errors import BadInput
@@ -126,6 +127,7 @@ def shards(rank: int, world: int, folder: Path) -> None:
 
 def refused(folder: Path) -> list[str]:
     said = []
+    flat = FullyShardedDataParallel(nn.Linear(5, 3), device_id=torch.device("cpu"))
     ddp = DistributedDataParallel(network())
     ddp.register_comm_hook(None, fp16_compress_hook)
     for call in (
@@ -135,6 +137,7 @@ def refused(folder: Path) -> list[str]:
         lambda: record_shards(
             network(), torch.optim.SGD(ddp.parameters(), 0.1), folder / "refused", loss_scale=lambda: 2.0
         ),
+        lambda: record_shards(flat, torch.optim.SGD(flat.parameters(), 0.1), folder / "refused"),
     ):
         try:
             call()

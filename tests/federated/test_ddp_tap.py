@@ -163,11 +163,12 @@ def test_fsdp_shows_shards_of_the_average_and_says_so(done: Path) -> None:
 
 
 def test_what_cannot_be_recorded_is_refused(done: Path) -> None:
-    hooked, bare, whole, scaled = json.loads((done / "refused-0.json").read_text())
+    hooked, bare, whole, scaled, flat = json.loads((done / "refused-0.json").read_text())
     assert "it takes only one" in hooked
     assert "Sequential is no DistributedDataParallel" in bare
     assert "no parameter is a DTensor" in whole
     assert "unscaled before the step" in scaled
+    assert "FSDP1" in flat
     assert not (done / "refused").exists()
 
 

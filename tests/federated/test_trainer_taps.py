@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,6 +216,49 @@ def test_accelerate_refuses_what_hides_gradients(tmp_path: Path) -> None:
 
     with pytest.raises(BadInput, match="DEEPSPEED"):
         record_accelerate(Deep(), nn.Linear(1, 1), tmp_path)
+
+
+def test_lightning_and_the_hugging_face_trainer_refuse_deepspeed(tmp_path: Path) -> None:
+    needs("lightning", "lightning")
+    needs("transformers", "hf")
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    from frostglass.federated import lightning_tap, transformers_tap
+
+    trainer = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy))
+    with pytest.raises(BadInput, match="DeepSpeed"):
+        lightning_tap.RecordGradients(tmp_path / "record").on_train_start(trainer, nn.Linear(1, 1))
+    args = SimpleNamespace(deepspeed_plugin=object(), max_grad_norm=1.0)
+    with pytest.raises(BadInput, match="DeepSpeed"):
+        transformers_tap.RecordGradients(tmp_path / "record").on_train_begin(args, None, None, model=nn.Linear(1, 1))
+    assert not (tmp_path / "record").exists()
+
+
+def test_fsdp1_is_refused_whichever_trainer_brings_it(tmp_path: Path) -> None:
+    """Its shards are pieces of parameters strung together: no average, and of no parameter's shape."""
+    needs("lightning", "lightning")
+    needs("transformers", "hf")
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    from frostglass.federated import accelerate_tap, lightning_tap, transformers_tap
+
+    flat = object.__new__(FullyShardedDataParallel)  # a real one needs a process group
+    nn.Module.__init__(flat)
+    inner = nn.Linear(1, 1)  # Lightning's hooks are given the module inside the wrapper
+    accelerator = SimpleNamespace(
+        distributed_type="DistributedType.FSDP", scaler=None, num_processes=2, process_index=0, unwrap_model=lambda m: m
+    )
+    trainer = SimpleNamespace(strategy=SimpleNamespace(model=flat))
+    args = SimpleNamespace(deepspeed_plugin=None, max_grad_norm=1.0)
+    record = tmp_path / "record"
+    for call in (
+        lambda: accelerate_tap.record_accelerate(accelerator, flat, record),
+        lambda: lightning_tap.RecordGradients(record).on_train_start(trainer, inner),
+        lambda: transformers_tap.RecordGradients(record).on_train_begin(args, None, None, model=nn.Sequential(flat)),
+    ):
+        with pytest.raises(BadInput, match=r"FSDP1.*fully_shard"):
+            call()
+    assert not record.exists()
 
 
 @pytest.mark.slow

@@ -67,7 +67,8 @@ def record_accelerate(accelerator: Any, model: nn.Module, folder: str | Path, **
         settings: of `frostglass.federated.gradient_tap.GradientTap`.
 
     Raises:
-        BadInput: a backend that keeps gradients to itself (DeepSpeed, Megatron-LM), or a folder that holds something.
+        BadInput: a backend that keeps gradients to itself (DeepSpeed, Megatron-LM) or whose gradients fit no parameter
+            (FSDP1), or a folder that holds something.
     """
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1].upper()
     if kind in ("DEEPSPEED", "MEGATRON_LM"):
@@ -78,7 +79,7 @@ def record_accelerate(accelerator: Any, model: nn.Module, folder: str | Path, **
         return AccelerateTap(accelerator, model.module, tap, by_hook=True)
     module = model.module if isinstance(model, DistributedDataParallel) else accelerator.unwrap_model(model)
     world, rank = int(accelerator.num_processes), int(accelerator.process_index)
-    if sharded(module):
+    if sharded(model):
         note = shard_note(world)
     elif world > 1:
         note = f"the average over all {world} processes (after the all-reduce), no process's own gradient"

@@ -214,7 +214,19 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sharded(module: nn.Module) -> list[str]:
-    """Names of parameters that are DTensors: each process holds a part."""
+    """Names of parameters that are DTensors: each process holds a part.
+
+    Raises:
+        BadInput: FSDP1, whose shards are pieces of parameters that were strung together: they fit none of them.
+    """
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        if any(isinstance(m, FullyShardedDataParallel) for m in module.modules()):
+            raise BadInput(
+                "record: FullyShardedDataParallel (FSDP1) leaves no gradient in its parameter's shape; use "
+                "fully_shard (FSDP2: Accelerate's fsdp_version=2, Lightning's ModelParallelStrategy) or train with DDP."
+            )
     return [n for n, p in module.named_parameters() if hasattr(p, "to_local")]
 
 

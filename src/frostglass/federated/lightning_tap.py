@@ -5,7 +5,8 @@
 What Lightning's own hook points show depends on the strategy, and the record says which it was. On one device
 `on_before_optimizer_step` sees the client's own gradient. Under DDP every hook point comes after the average, so the
 callback installs a communication hook instead, which sees the own gradient; where one is installed already, the average
-is recorded. Under FSDP2 only shards of the average are visible.
+is recorded. Under FSDP2 only shards of the average are visible; DeepSpeed and FSDP1
+are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from frostglass.federated.gradient_tap import ACCUMULATED, OWN, GradientTap, gra
 
 try:
     from lightning import Callback
+    from lightning.pytorch.strategies import DeepSpeedStrategy
 except ImportError:
     raise BadInput("lightning: it is not installed; run pip install 'frostglass[lightning]'.") from None
 
@@ -48,8 +50,10 @@ class RecordGradients(_Base):  # type: ignore[misc]
         """The strategy has wrapped the network by now, and no gradient was computed yet.
 
         Raises:
-            BadInput: the folder holds something, or wrong settings.
+            BadInput: the folder holds something, wrong settings, DeepSpeed or FSDP1.
         """
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise BadInput("RecordGradients: DeepSpeed keeps gradients to itself; train with DDP to record them.")
         wrapped = trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel) and not has_hook(wrapped):
             self._by_hook = True
@@ -58,7 +62,7 @@ class RecordGradients(_Base):  # type: ignore[misc]
             )
             return
         rank, world = rank_and_world()
-        if sharded(pl_module):
+        if sharded(wrapped):
             note = shard_note(world)
         elif world > 1:
             note = f"the average over all {world} processes (after the all-reduce), no process's own gradient"

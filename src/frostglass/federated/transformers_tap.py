@@ -40,8 +40,10 @@ class RecordGradients(_Base):  # type: ignore[misc]
         """Opens the record.
 
         Raises:
-            BadInput: the folder holds something, or wrong settings.
+            BadInput: the folder holds something, wrong settings, DeepSpeed or FSDP1.
         """
+        if args.deepspeed_plugin is not None:
+            raise BadInput("RecordGradients: DeepSpeed keeps gradients to itself; train with DDP to record them.")
         model, (rank, world) = given["model"], rank_and_world()
         if sharded(model):
             note = shard_note(world)
