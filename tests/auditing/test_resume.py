@@ -206,6 +206,23 @@ def test_images_that_changed_since_are_noticed(tmp_path: Path) -> None:
         run_plan(plan, tmp_path / "run", device=torch.device("cpu"), resume=True)
 
 
+def test_another_number_of_threads_is_said(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    began = running.environment_of(torch.device("cpu"))
+    heard: list[Event] = []
+    for threads, said in (("64", f"threads {began['threads']}, then 64"), (began["threads"], "")):
+        monkeypatch.setattr(running, "environment_of", lambda _, n=threads: {**began, "threads": n})
+        heard.clear()
+        go(out, resume=True, emit=heard.append)
+        notes = [str(event.values["text"]) for event in heard if event.kind == "note"]
+        assert len(notes) == bool(said)
+        assert all(said in note for note in notes)
+        card = json.loads((out / "scorecard.json").read_text())
+        assert card["environment"]["threads"] == (said.removeprefix("threads ") or threads)
+        assert card["standards"] is None or card["environment"]["threads"] in json.dumps(card["standards"])
+
+
 def test_a_damaged_mark_is_another_plan(tmp_path: Path) -> None:
     (tmp_path / ".run.json").write_text("{")
     with pytest.raises(BadInput, match="another plan"):

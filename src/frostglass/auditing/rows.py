@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,10 +212,12 @@ def pictures(cell: CellPlan, done: Account, folder: RunFolder) -> dict[str, Tens
     return found
 
 
-def scorecard(plan: Plan, rows: list[Cell], device: torch.device, data_sha256: str | None = None) -> Scorecard:
+def scorecard(
+    plan: Plan, rows: list[Cell], environment: Mapping[str, str], data_sha256: str | None = None
+) -> Scorecard:
     """All cells with what made them, their verdicts, and what standards ask for."""
     judged = judge(plan, rows)
-    card = _scorecard(plan, judged, device).model_copy(update={"verdict": audit_verdict(judged)})
+    card = _scorecard(plan, judged, environment).model_copy(update={"verdict": audit_verdict(judged)})
     return card.model_copy(update={"standards": standards(plan, card, data_sha256)})
 
 
@@ -230,13 +232,13 @@ def environment_of(device: torch.device) -> dict[str, str]:
     }
 
 
-def _scorecard(plan: Plan, rows: list[Cell], device: torch.device) -> Scorecard:
+def _scorecard(plan: Plan, rows: list[Cell], environment: Mapping[str, str]) -> Scorecard:
     return Scorecard(
         name=plan.name,
         seed=plan.seed,
         headline=headline(rows),
         frostglass=__version__,
-        environment=environment_of(device),
+        environment=dict(environment),
         plan_sha256=plan.digest(),
         show_images=plan.report.show_images,
         cells=rows,

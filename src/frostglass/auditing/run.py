@@ -23,7 +23,7 @@ from frostglass.auditing.prepare import Inputs, Prepared, prepare
 from frostglass.auditing.recorded_card import with_recorded
 from frostglass.auditing.recorded_view import with_recording
 from frostglass.auditing.report import write_report
-from frostglass.auditing.rows import Account, cell_row, pictures, scorecard
+from frostglass.auditing.rows import Account, cell_row, environment_of, pictures, scorecard
 from frostglass.auditing.score import Scored, score, unfit
 from frostglass.auditing.scorecard import AuditReport, Cell
 from frostglass.auditing.simulate import Round, play
@@ -86,7 +86,8 @@ def run_plan(
         given = ranks.on_all(lambda: with_recording(plan, inputs), world, "the start")
         prepared = ranks.on_all(lambda: _prepare_all(plan, device, given, debug), world, "the start")
         data = ranks.same_on_all(_data_digest(prepared), world, "images, labels and weights")
-        ranks.from_first(lambda: folder.open(plan.to_toml(), plan.digest(), data, resume=resume), world, "the start")
+        text, sha256, here = plan.to_toml(), plan.digest(), environment_of(device)
+        ranks.from_first(lambda: folder.open(text, sha256, data, resume=resume, environment=here), world, "the start")
         tell = broadcast(Journal(out / "events.jsonl"), emit) if world.rank == 0 else silent
         return _run_cells(plan, prepared, given, folder, device, tell, debug, world)
 
@@ -168,7 +169,10 @@ def _run_cells(
 ) -> AuditReport:
     out = folder.path
     cells = list(expand(plan))
+    here = environment_of(device)
     tell(Event("run_started", plan.name, values={"cells": len(cells), "frostglass": __version__}))
+    if moved := folder.moved(here):
+        tell(Event("note", plan.name, values={"text": moved}))
     rows: list[Cell] = []
     recovered: dict[str, Tensor] = {}
     shown: dict[str, Tensor] = {}
@@ -183,7 +187,8 @@ def _run_cells(
         recovered |= {f"{cell.id}/{unit}": r.images for unit, r in enumerate(done.results)}
         if plan.report.show_images and done.scored:
             shown |= pictures(cell, done, folder)
-    card = with_recorded(plan, scorecard(plan, rows, device, _data_digest(prepared)), prepared, given, tell)
+    card = scorecard(plan, rows, folder.environment(here), _data_digest(prepared))
+    card = with_recorded(plan, card, prepared, given, tell)
     if world.rank:
         return AuditReport(card, out)
     save_tensors(out / "reconstruction.safetensors", recovered)

@@ -219,7 +219,9 @@ class Scorecard(_Strict):
     seed: int = Field(description="of everything random")
     headline: str = Field(description="one sentence: the worst that was shown, under which grants")
     frostglass: str = Field(description="version that ran")
-    environment: dict[str, str] = Field(description="python, torch, device, system, threads")
+    environment: dict[str, str] = Field(
+        description='python, torch, device, system, threads; "a, then b" of a run that went on elsewhere'
+    )
     plan_sha256: str = Field(description="of the resolved plan.toml")
     show_images: bool = Field(description="whether the report may hold private images")
     cells: list[Cell] = Field(description="one for each scenario x defence x attack, in the plan's order")

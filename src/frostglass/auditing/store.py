@@ -133,6 +133,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._held = ExitStack()
+        self._began: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -160,7 +161,15 @@ class RunFolder:
         if held is not None and not resume:
             raise BadInput(f"--out: {self.path} already holds this run; add --resume or choose another folder.")
 
-    def open(self, plan_toml: str, plan_sha256: str, data_sha256: str, *, resume: bool) -> None:
+    def open(
+        self,
+        plan_toml: str,
+        plan_sha256: str,
+        data_sha256: str,
+        *,
+        resume: bool,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Creates the folder, or goes on in it; no other process may until this context ends.
 
         Args:
@@ -168,6 +177,7 @@ class RunFolder:
             plan_sha256: its digest.
             data_sha256: of all images, labels, weights and other files that it names.
             resume: the folder may hold this run.
+            environment: what computes now, as a scorecard says it; that of the run's beginning is kept in the folder.
 
         Raises:
             BadInput: as `check`; its run began with other images, labels or weights; it cannot be written; another
@@ -181,10 +191,25 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(alone_in(self.path))
             clear_left_over(self.path)
-            write_json(self.path / MARK, {"plan_sha256": plan_sha256, "data_sha256": data_sha256})
+            began = (held or {}).get("environment", environment)
+            self._began = dict(began) if isinstance(began, Mapping) else {}
+            mark = {"plan_sha256": plan_sha256, "data_sha256": data_sha256, "environment": self._began}
+            write_json(self.path / MARK, mark)
             write_text(self.path / "plan.toml", plan_toml)
         except OSError as wrong:
             raise BadInput(f"--out: {self.path} cannot be written ({wrong.strerror or wrong}).") from None
+
+    def environment(self, now: Mapping[str, str]) -> dict[str, str]:
+        """`now`, with what it was at the run's beginning where that was something else."""
+        return {key: value if (old := self._began.get(key, value)) == value else f"{old}, then {value}"
+                for key, value in now.items()}  # fmt: skip
+
+    def moved(self, now: Mapping[str, str]) -> str:
+        """A sentence where the run goes on in another environment than it began in; empty where it does not."""
+        changed = [f"{key} {value}" for key, value in self.environment(now).items() if now[key] != value]
+        if not changed:
+            return ""
+        return f"goes on elsewhere than it began ({'; '.join(changed)}): rounding differs, so results may"
 
     def _mark(self) -> dict[str, Any] | None:
         """What says whose folder this is, None if nothing does."""

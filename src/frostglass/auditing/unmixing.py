@@ -14,6 +14,7 @@ from torch import Tensor
 from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.plan import Named, ReportPlan
 from frostglass.auditing.recorded_truth import MOST_IMAGES as MOST_TRUTH
+from frostglass.auditing.rows import environment_of
 from frostglass.auditing.run import CHECKPOINTS
 from frostglass.auditing.score import Scored, closest, score, score_of_guess, summarise, unfit
 from frostglass.auditing.scorecard import Cell, Labels, Summary
@@ -108,9 +109,12 @@ def run_unmix(
                 raise BadInput(wrong)
         ready, skipped = _applicable(plan, view)
         inputs = encoded.digest + view.digest + files_digest(plan)
-        folder.open(plan.to_toml(), plan.digest(), inputs, resume=resume)
+        here = environment_of(device)
+        folder.open(plan.to_toml(), plan.digest(), inputs, resume=resume, environment=here)
         tell = broadcast(Journal(out / "events.jsonl"), emit)
         tell(Event("run_started", plan.name, values={"cells": len(ready)}))
+        if moved := folder.moved(here):
+            tell(Event("note", plan.name, values={"text": moved}))
         cells = list(skipped)
         found: dict[str, Tensor] = {}
         shown: dict[str, Tensor] = {}
@@ -122,7 +126,7 @@ def run_unmix(
                 shown |= pictures
         cells.sort(key=lambda c: c.id)
         guess = None if truth is None else _guess(plan, truth)
-        card = make_card(plan, encoded, view, cells, device, scored=truth is not None, guess=guess)
+        card = make_card(plan, encoded, view, cells, folder.environment(here), scored=truth is not None, guess=guess)
         write_all(plan, out, encoded, card, found, shown)
         tell(Event("run_finished", plan.name, values={"headline": card.headline, "failed": len(card.failed)}))
         return UnmixReport(card, out, found)

@@ -7,11 +7,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from frostglass._version import __version__
-from frostglass.auditing.rows import environment_of
 from frostglass.auditing.scorecard import Cell, Scorecard, Summary
 from frostglass.auditing.unmixing_inputs import EncodedSet
 from frostglass.auditing.unmixing_plan import UnmixPlan
@@ -59,7 +57,7 @@ def make_card(
     encoded: EncodedSet,
     view: View,
     cells: list[Cell],
-    device: torch.device,
+    environment: Mapping[str, str],
     *,
     scored: bool,
     guess: Summary | None = None,
@@ -71,7 +69,7 @@ def make_card(
         seed=plan.seed,
         headline=verdict[0],
         frostglass=__version__,
-        environment=environment_of(device),
+        environment=dict(environment),
         plan_sha256=plan.digest(),
         show_images=plan.report.show_images,
         cells=cells,
