@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from torch import Tensor
 
 import frostglass
 from frostglass.app.cli import cli
+from frostglass.auditing.unmixing import run_unmix
 from frostglass.auditing.unmixing_plan import parse_unmix_plan
 from frostglass.auditing.unmixing_record import view_of_record
 from frostglass.core.errors import BadInput
+from frostglass.core.events import Event
 from frostglass.core.randomness import Rng
 from frostglass.core.update import LocalPlan
 from frostglass.defenses.honesty import PrivacyCaution
@@ -90,6 +93,31 @@ def test_updates_give_the_private_images(tmp_path: Path) -> None:
     assert card["encoded"]["encodings"] == 96
     report = (tmp_path / "run" / "report.html").read_text()
     assert "24 of client hospital 0" in report
+
+
+class Killed(BaseException):
+    """As sudden as a signal: no handler for errors may catch it."""
+
+
+@pytest.mark.parametrize("step", [3, 7])  # six messages come first
+def test_a_run_killed_between_two_messages_or_rounds_goes_on_behind_them(tmp_path: Path, step: int) -> None:
+    plan = parse_unmix_plan({"encoded": str(recorded(tmp_path / "rec", rounds=6)), "known": {"k": 2}})
+    begun: list[int] = []
+
+    def listen(event: Event, last: int = -1) -> None:
+        if event.kind == "attack_started":
+            begun.append(event.step)
+        if event.kind == "checkpoint" and event.step == last:
+            raise Killed
+
+    go = partial(run_unmix, plan, device=torch.device("cpu"))
+    whole = go(tmp_path / "whole", emit=listen)
+    with pytest.raises(Killed):
+        go(tmp_path / "run", emit=partial(listen, last=step))
+    again = go(tmp_path / "run", emit=listen, resume=True)
+    assert begun == [0, 0, step]
+    for key, images in whole.images.items():
+        assert torch.equal(again.images[key], images)
 
 
 def test_what_is_taken_for_granted_is_told(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def _assist(plan: Plan, cell: CellPlan, prepared: Prepared, folder: RunFolder, d
         slots = ranked.slots_of(folder, cell.id, call, run)
         try:
             seen = _play(prepared, defense, call, debug).seen
-            ranked.drive_share(attack, seen, run, slots, save_every=_save_every(attack))
+            ranked.drive_share(attack, seen, run, slots, save_every=save_every(attack))
         except ranks.RankLost:
             raise
         except AttackFailed:
@@ -266,8 +266,9 @@ def _runtime(plan: Plan, cell: CellPlan, unit: int, attack: Attack[Any], prepare
     return Runtime(rng, prepared.device, world=world if ranked.shares(attack, world) else World())
 
 
-def _save_every(attack: Attack[Any]) -> int:
-    return max(1, min(200, attack.steps // CHECKPOINTS))
+def save_every(attack: Attack[Any]) -> int:
+    """Steps between two checkpoints: the attack's own number where its steps are long and its limit says little."""
+    return int(getattr(attack, "save_every", max(1, min(200, attack.steps // CHECKPOINTS))))
 
 
 def _explained(wrong: BaseException) -> str:
@@ -317,7 +318,7 @@ def _attack_unit(
         tell(Event(event.kind, f"{cell.id}/{unit}", event.step, event.steps, event.values))
 
     film = film_steps(attack.steps) if plan.report.show_images and unit == 0 else frozenset()
-    every = _save_every(attack)
+    every = save_every(attack)
     if run.world.size > 1:
         ranked.call_others(unit, world)
         slots = ranked.slots_of(folder, cell.id, unit, run, watch)

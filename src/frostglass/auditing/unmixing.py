@@ -15,7 +15,7 @@ from frostglass.attacks.registry import ATTACKS
 from frostglass.auditing.plan import Named, ReportPlan
 from frostglass.auditing.recorded_truth import MOST_IMAGES as MOST_TRUTH
 from frostglass.auditing.rows import environment_of
-from frostglass.auditing.run import CHECKPOINTS
+from frostglass.auditing.run import save_every
 from frostglass.auditing.score import Scored, closest, score, score_of_guess, summarise, unfit
 from frostglass.auditing.scorecard import Cell, Labels, Summary
 from frostglass.auditing.simulate import Round, Truth
@@ -258,7 +258,7 @@ def _driven(
         Runtime(Rng.from_seed(plan.seed, "attack", attack.name).at(key), device),
         emit=listen,
         store=folder.checkpoint(key, 0, device, watch),
-        save_every=max(1, min(200, attack.steps // CHECKPOINTS)),
+        save_every=save_every(attack),
     )
     note = {"seconds": watch.seconds, "iterations": last["step"]}
     folder.save_result(key, 0, result, note)

@@ -58,6 +58,7 @@ class GradientThenUnmix:
     messages: int
     needs: frozenset[Knows] = frozenset({Knows.EXAMPLES})
     every: int = 1
+    save_every: int = 1  # a message takes seconds to minutes, and a record holds far fewer of them than `messages`
     sign_free: bool = True
 
     @property
