@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -58,9 +58,14 @@ def activations_kept() -> Iterator[None]:
                     setattr(checkpoint, name, own)
 
 
-def _around(*_: Any, **__: Any) -> Iterator[None]:
-    """Around the function: nothing is packed away in its pass."""
-    yield
+class _Nothing(AbstractContextManager[None]):
+    """Around a pass of the newer form: nothing that it keeps is packed away."""
+
+    def __init__(self, frame: object) -> None:
+        super().__init__()
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was begun."""
 
 
 class _Straight:
@@ -72,8 +77,8 @@ class _Straight:
         return function(*given)
 
 
-_ANEW: dict[str, Any] = {"_checkpoint_without_reentrant_generator": _around, "CheckpointFunction": _Straight}
-"""What `torch.utils.checkpoint` asks for its two forms, and what stands there in `activations_kept`."""
+_ANEW: dict[str, Any] = {"_checkpoint_hook": _Nothing, "CheckpointFunction": _Straight}
+"""What `torch.utils.checkpoint` asks for its two forms (2.11 to 2.14), and what stands there in `activations_kept`."""
 _OWN: dict[str, Any] = {}
 _KEPT: list[None] = []
 _KEEPING = threading.Lock()
