@@ -152,14 +152,16 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
     code, _, err = call(capsys, "collaborate", as_toml(tmp_path, values()), "--out", tmp_path / "full")
     assert code == 2
     assert "not empty" in err or "flower" in err
-    code, _, err = call(capsys, "collaborate", as_toml(tmp_path, values()), "--out", tmp_path / "new", "--resume")
+    code, _, err = call(capsys, "collaborate", as_toml(tmp_path, values()), "--out", tmp_path / "full", "--resume")
     assert code == 2
-    assert not (tmp_path / "new").exists()
+    assert "holds no comparison of this plan" in err or "flower" in err
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_that_was_killed_before_its_plan_was_whole_blocks_nothing(tmp_path: Path, resume: bool) -> None:
     plan = parse_collaboration(values())
+    collaboration._claim(plan, tmp_path / "absent", resume)
+    collaboration._claim(plan, tmp_path, resume)
     (tmp_path / ".plan.toml.abc.part").write_text("na")
     collaboration._claim(plan, tmp_path, resume)
     (tmp_path / collaboration.POOL).mkdir()

@@ -93,9 +93,9 @@ def _claim(plan: CollaborationPlan, out: Path, resume: bool) -> None:
     others = [p for p in out.iterdir() if p.name != POOL] if out.is_dir() else []
     if others and all(left_over(p, f"{PLAN}.") for p in others):
         return  # killed before its plan was whole
-    if resume:
+    if resume and (others or out.is_file()):  # else nothing has been begun
         if not held.is_file() or hashlib.sha256(held.read_bytes()).hexdigest() != plan.digest():
-            raise BadInput(f"--resume: {out} holds no comparison of this plan; leave --resume out, or use its plan.")
+            raise BadInput(f"--resume: {out} holds no comparison of this plan; choose an empty folder, or its plan.")
     elif others or (out.exists() and not out.is_dir()):
         raise BadInput(f"--out: {out} is not empty; choose another folder, or go on with --resume.")
 
