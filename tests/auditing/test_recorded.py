@@ -556,6 +556,24 @@ def test_a_loss_summed_over_the_images_is_divided_out(tmp_path: Path) -> None:
     assert any("multiply lr by it" in text for text in states.problems())
 
 
+def test_a_loss_scale_is_divided_out_of_half_precision_without_losing_small_entries(tmp_path: Path) -> None:
+    """Scaled so that half precision holds them, they would be rounded away there without the scale."""
+    made = Federation(tmp_path, **MLP)
+    names = dict(made.model.named_parameters())
+    rng = torch.Generator().manual_seed(0)
+    true = {n: 1e-8 * torch.randn(p.shape, generator=rng) for n, p in names.items()}
+    save_file({n: (65536 * g).half() for n, g in true.items()}, tmp_path / "g.safetensors")
+    save_file(made.model.state_dict(), tmp_path / "w.safetensors")
+    seen = observed(
+        UpdatesPlan(
+            gradients=str(tmp_path / "g.safetensors"), weights=str(tmp_path / "w.safetensors"), model="mlp",
+            options=made.options, channels=1, size=8, examples=4, loss_scale=65536.0,
+        )
+    )  # fmt: skip
+    for name, g in true.items():
+        torch.testing.assert_close(seen.gradients[name].float(), g, rtol=1e-3, atol=1e-12)
+
+
 def test_raw_gradients_give_what_audit_gives_on_the_same_batch(tmp_path: Path) -> None:
     made = Federation(tmp_path, **MLP)
     x, y = made.data.images[:4], made.data.labels[:4]

@@ -15,6 +15,7 @@ from frostglass.auditing.recorded_plan import LocalTable, UpdatesPlan
 from frostglass.core.errors import BadInput
 from frostglass.core.update import LocalPlan
 from frostglass.federated.exchange import State, difference
+from frostglass.federated.gradient_tap import unscaled
 from frostglass.federated.record_header import Header, digest
 from frostglass.federated.recorded import Recorded, read_record
 from frostglass.vision.weights import WRAPPERS, read_weights
@@ -205,8 +206,7 @@ def _of_gradients(plan: UpdatesPlan) -> Source:
     assert plan.gradients is not None
     assert plan.weights is not None
     gradients, weights = read_weights(plan.gradients, "gradients"), read_weights(plan.weights)
-    if plan.loss_scale != 1:
-        gradients = {n: t / plan.loss_scale for n, t in gradients.items()}
+    gradients = {n: unscaled(t, plan.loss_scale) for n, t in gradients.items()}
     header = Header(
         number=1, round=0, client=Path(plan.gradients).stem, kind="gradient", examples=plan.examples,
         defence=_declared(plan),

@@ -183,7 +183,7 @@ class GradientTap:
         number = self.steps + 1
         scale = 1.0 if self.loss_scale is None else float(self.loss_scale())
         examples, batches = self._made_of()
-        kept = {n: own_copy(g) if scale == 1.0 else own_copy(g) / scale for n, g in gradients.items()}
+        kept = {n: unscaled(own_copy(g), scale) for n, g in gradients.items()}
         self.recorded += 1
         self.recorder.sent(number, {n: own_copy(local(t)) for n, t in module.state_dict().items()})
         self.recorder.received(
@@ -233,6 +233,16 @@ def sharded(module: nn.Module) -> list[str]:
 def own_copy(tensor: Tensor) -> Tensor:
     """On the CPU in memory of its own; waits for the device, so that another thread may read it."""
     return tensor.detach().to("cpu", copy=True)
+
+
+def unscaled(gradient: Tensor, scale: float) -> Tensor:
+    """Of a loss that was multiplied by `scale`, divided by it: in single precision at the least.
+
+    In half precision small entries would become the zeros that the scale is there to avoid.
+    """
+    if scale == 1.0:
+        return gradient
+    return (gradient.float() if gradient.element_size() < 4 else gradient) / scale
 
 
 def batch_size(batch: Any) -> int | None:
