@@ -314,6 +314,8 @@ def test_a_list_is_broken_to_a_terminal_and_to_nothing_else() -> None:
         assert whole or len(plain) == len(rows), "no line of its own for each, as grep wants it"
     long = [{"name": "n" * 30, "summary": "words", "parameters": {}, "paper": ""}]
     assert list(lines(long, False, None)) == [f"  {'n' * 30} words"]
+    silent = [{"name": "silent", "summary": "", "parameters": {}, "paper": ""}]
+    assert [[line.strip() for line in lines(silent, False, width)] for width in (80, None)] == [["silent"]] * 2
 
 
 def test_everything_is_listed_together(run: Run) -> None:

@@ -56,7 +56,8 @@ def lines(rows: Sequence[dict[str, Any]], whole: bool, width: int | None) -> Ite
                     held, max(width, 2 * _NAMES), initial_indent=first, subsequent_indent=next_ones,
                     break_on_hyphens=False,
                 )  # fmt: skip
-                yield from (line.replace(_HELD, " = ") for line in broken)
+                # an entry without a summary keeps its name, of which `wrap` makes nothing
+                yield from (line.replace(_HELD, " = ") for line in broken or [first.rstrip()])
 
 
 def listing(kind: str) -> list[dict[str, Any]]:
