@@ -17,7 +17,7 @@ from frostglass.core.update import LocalPlan
 from frostglass.defenses.dp_sgd import dp_sgd
 from frostglass.numerics.called import activations_kept, called_with, copied
 from frostglass.numerics.client_step import defended_step
-from frostglass.numerics.local_update import local_update
+from frostglass.numerics.local_update import a_row_each, local_update
 from frostglass.numerics.per_sample import agrees, streamable
 
 
@@ -150,3 +150,9 @@ def test_a_network_that_drops_the_axis_of_a_batch_of_one_is_told_so() -> None:
         local_update(Squeezing("plain"), one.images, one.targets, LocalPlan())
     with pytest.raises(BadInput, match=sentence):
         defended_step(Squeezing("plain"), one, LocalPlan(), dp_sgd(), Rng.from_seed(0))
+
+
+def test_an_answer_that_is_no_tensor_is_told_so() -> None:
+    sentence = r"model: answers a batch of 4 with tuple; it must be a tensor of logits \[4, classes\]"
+    with pytest.raises(BadInput, match=sentence):
+        a_row_each((torch.zeros(4, 3), None), 4)

@@ -60,12 +60,17 @@ def soft_cross_entropy(logits: Float[Tensor, "b k"], targets: Float[Tensor, "b k
     return -(targets * torch.log_softmax(logits, dim=1)).sum(1).mean()
 
 
-def a_row_each(logits: Tensor, images: int) -> Tensor:
+def a_row_each(logits: object, images: int) -> Tensor:
     """The logits, if there is a row for each image.
 
     Raises:
         BadInput: the network drops the axis of a batch of one, or answers with something else.
     """
+    if not isinstance(logits, Tensor):
+        raise BadInput(
+            f"model: answers a batch of {images} with {type(logits).__name__}; it must be a tensor of logits "
+            f"[{images}, classes]."
+        )
     if logits.ndim != 2 or len(logits) != images:
         raise BadInput(
             f"model: answers a batch of {images} with a tensor of shape {tuple(logits.shape)}; it must be [{images}, "
