@@ -100,6 +100,28 @@ def test_a_metric_that_breaks_is_named_in_the_cells_and_the_run_is_kept(
     assert "theirs" in cell.images[0].extra
 
 
+@pytest.mark.parametrize(("judged", "known"), [("theirs", False), ("psnr", True)])
+def test_guessing_has_no_count_by_a_metric_that_breaks(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: str, known: bool
+) -> None:
+    def for_one(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        if len(found) > 1:
+            raise KeyError("weights")
+        return found.flatten(1).mean(1)
+
+    METRICS.names()
+    monkeypatch.setattr(METRICS, "_entries", dict(METRICS._entries))
+    METRICS.register("theirs")(lambda: Metric("theirs", for_one))
+    plan = parse_unmix_plan(
+        {"encoded": str(made / "set"), "truth": str(made / "images"), "attack": [{"name": "demask"}],
+         "report": {"metrics": ["psnr", "theirs"], "threshold": {"metric": judged, "value": 0.01}}}
+    )  # fmt: skip
+    card = run_unmix(plan, tmp_path / "out", device=torch.device("cpu")).scorecard
+    assert [cell.status for cell in card.cells] == ["failed"]
+    assert (card.guess is not None) == known
+    assert card.guess is None or card.guess.over_threshold.count == card.guess.images
+
+
 def test_the_words_know_ledger_keys_and_limits(report: Any) -> None:
     told = "\n".join(report.scorecard.findings)
     assert re.search(r"an image stands in \d+ to \d+, typically \d+ encodings", told)

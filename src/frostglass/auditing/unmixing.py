@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -224,11 +225,11 @@ def _run_one(
 
 
 def _guess(plan: UnmixPlan, truth: Sealed[Truth]) -> Summary | None:
-    """What guessing scores, without the other metrics where one of them breaks, which the cells say."""
-    try:
-        return score_of_guess(truth, plan.report.metrics, plan.report.threshold)
-    except BadInput:
-        return score_of_guess(truth, (), plan.report.threshold)
+    """What guessing scores, by the threshold's metric alone where another one breaks; None if it is that one."""
+    for metrics in (plan.report.metrics, [plan.report.threshold.metric]):
+        with suppress(BadInput):  # which metric, and how, is in the cells
+            return score_of_guess(truth, metrics, plan.report.threshold)
+    return None
 
 
 def _outcome(cell: Cell) -> str:
