@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext, FLContextManager
 from nvflare.apis.shareable import Shareable, make_reply
 
+from frostglass.core.defense import Defense
 from frostglass.core.errors import BadInput
 from frostglass.core.update import LocalPlan
 from frostglass.federated.exchange import misfits
@@ -114,6 +116,22 @@ def test_full_weights_are_defended_as_their_difference(nets: Any) -> None:
     unseen = DefenceFilter("pruning", **nets.WHAT)
     with pytest.raises(BadInput, match="what the server sent is not known"):
         unseen.process(shareable(DataKind.WEIGHTS, after, 1), ctx)
+
+
+@pytest.mark.parametrize("kind", [DataKind.WEIGHT_DIFF, DataKind.WEIGHTS])
+def test_what_a_defence_keeps_back_does_not_move(nets: Any, kind: str) -> None:
+    before, diff = weights(nets), difference(nets)
+    filter, ctx = DefenceFilter("pruning", **nets.WHAT), context("site-1")
+    head = {"body.4.weight", "body.4.bias"}
+    filter._made = Defense(
+        "theirs", protect=lambda u, _: replace(u, gradients={n: g for n, g in u.gradients.items() if n in head})
+    )
+    tell_sent(filter, ctx, before, 1)
+    full = kind == DataKind.WEIGHTS
+    got = passed(filter, shareable(kind, {n: before[n] * full + diff[n] for n in before}, 1), ctx)
+    assert got.keys() == before.keys()
+    for n in TRAINED:
+        assert np.allclose(got[n] - before[n] * full, diff[n] if n in head else 0.0, atol=1e-7), n
 
 
 @pytest.mark.parametrize("kind", [DataKind.WEIGHT_DIFF, DataKind.WEIGHTS])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from nvflare.apis.dxo import DXO, DataKind
 from nvflare.apis.dxo_filter import DXOFilter
 from nvflare.apis.fl_context import FLContext
@@ -94,7 +95,9 @@ class DefenceFilter(_Base):  # type: ignore[misc]
             start = self._start(trained, number)
             own = difference(start, {n: _at_least_single(values[n]) for n in trained}, tuple(trained))
         update = Update(own, {}, int(dxo.get_meta_prop("examples") or 1), self._local_plan)
-        done = protected_by(self._made, update, self._randomness(fl_ctx, number)).gradients
+        kept = protected_by(self._made, update, self._randomness(fl_ctx, number)).gradients
+        # what a defence keeps back must neither leave as it was nor be missing: it does not move
+        done = {n: kept[n] if n in kept else torch.zeros_like(own[n]) for n in trained}
         after = {n: -done[n] if dxo.data_kind == DataKind.WEIGHT_DIFF else start[n] - done[n] for n in trained}
         dxo.data = {n: like(v, after[tied.get(n, n)]) if tied.get(n, n) in after else v for n, v in dxo.data.items()}
         before = dxo.get_meta_prop(DEFENCE)
