@@ -334,6 +334,8 @@ def test_bounds_that_are_given_hold_against_the_manifest_though_they_are_the_def
     manifest = {"k": 4, "private": 4, "c1": 0.5, "c2": 0.1}
     taken, _ = settings_of(parse_unmix_plan({"encoded": "x"}).known, manifest)
     assert (taken["c1"], taken["c2"]) == (0.5, 0.1)
+    with pytest.raises(BadInput, match=r"known.c1: 0.9 says nothing without k.*give known.k too"):
+        settings_of(parse_unmix_plan({"encoded": "x", "known": {"c1": 0.9}}).known, {})
     given, law = settings_of(parse_unmix_plan({"encoded": "x", "known": {"c1": 0.65, "c2": 0.3}}).known, manifest)
     assert (given["c1"], given["c2"]) == (0.65, 0.3)
     assert law is not None

@@ -118,6 +118,9 @@ def settings_of(
         known: the plan's; its k beside the manifest's own says nothing new.
         manifest: of the set.
         assumed: private images in one encoding if neither says how many; None for all.
+
+    Raises:
+        BadInput: settings that are not possible, or say nothing without k.
     """
     if known.k not in (None, manifest.get("k")):
         manifest = {key: value for key, value in manifest.items() if key not in ("k", "private", "c1", "c2")}
@@ -136,6 +139,13 @@ def settings_of(
         "challenge_rounds": manifest.get("challenge_rounds") or 0,
     }  # fmt: skip
     if k is None:
+        unused = [
+            f"known.{name}: {value!r} says nothing without k, which the set does not tell; give known.k too."
+            for name in ("c1", "c2", "law", "mask")
+            if (value := getattr(known, name)) is not None
+        ]
+        if unused:
+            raise BadInput(unused)
         return settings, None
     try:
         law = MixLaw(int(k), int(private or k), float(settings["c1"]), float(settings["c2"]), settings["law"])

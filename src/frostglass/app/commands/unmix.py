@@ -27,7 +27,7 @@ from frostglass.core.errors import BadInput
     "known",
     multiple=True,
     metavar="KEY=VALUE[,KEY=VALUE]",
-    help="What the attacker knows: images, per_class, k, private, public, mask, law, labels.",
+    help="What the attacker knows: images, per_class, k, private, public, c1, c2, mask, law, labels.",
 )
 @click.option(
     "--attack",
