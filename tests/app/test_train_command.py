@@ -70,10 +70,12 @@ def test_every_method_leaves_log_weights_and_result(plan, tmp_path, capsys) -> N
     written = json.loads((out / "results.json").read_text())
     assert misfits("results.json", written) == []
     results = written["results"]
+    page = " ".join((ROOT / "docs" / "files.md").read_text(encoding="utf-8").split())
     assert [f"{r['method']}-{r['seed']}" for r in results] == labels
     for label, result in zip(labels, results, strict=True):
         rows = list(csv.DictReader((out / label / "log.csv").open()))
         assert [row["epoch"] for row in rows] == ["1", "2"]
+        assert ", ".join(f"`{name}`" for name in rows[0]) + "." in page, "a column that the page does not name"
         assert float(rows[-1]["test_plain"]) == result["plain"]
         assert json.loads((out / label / "result.json").read_text()) == result
         assert set(result["encoded"]) == (set() if label == "plain-0" else {"2", "3"})
