@@ -266,6 +266,26 @@ def test_encodings_are_not_taken_for_images() -> None:
     assert "4 rows that were trained on were recovered with a proof, none of them a private image" in found.text
 
 
+@pytest.mark.parametrize("scripted", [lambda net: nn.Sequential(torch.jit.script(net[0]), *net[1:]), torch.jit.script])
+def test_a_network_whose_layers_cannot_be_seen_is_a_failure_not_a_pass(scripted: Any) -> None:
+    """Attacks that find no layer to read would not apply, and the gate would let a leaking update go."""
+    net, given = nn.Sequential(nn.Linear(8, 8), nn.Flatten(), nn.Linear(64, 10)), leaving(4)
+    update = computed_step(net, given.private, given.update.plan, NONE, Rng.from_seed(4)).update
+    sent = {n: t.clone() for n, t in net.state_dict().items()}
+    held = replace(given, model=scripted(net), sent=sent, update=update)
+    left = decide(exact_recovery=True, label_leakage=0.8)(held).not_run
+    assert [(one.check, one.failed) for one in left] == [("label_leakage", True), ("exact_recovery", True)]
+    assert all("is a ScriptModule" in one.reason for one in left)
+    with Gate(outgoing_checks(), on_failure="closed") as gate:
+        assert not gate(held).passed
+
+
+def test_a_defence_that_breaks_is_told_by_its_name() -> None:
+    broken = replace(DEFENSES["instahide"].make(k=2), name="theirs", encode=lambda *_: 1 / 0)
+    (left,) = decide(exact_recovery=True)(replace(leaving(4), defence=broken)).not_run
+    assert left.reason.startswith("defense 'theirs': encode raised ZeroDivisionError: division by zero")
+
+
 @pytest.mark.parametrize("settings", [{"label_leakage": None}, {"exact_recovery": False}])
 def test_a_gate_that_records_neither_reads_nor_writes_the_generators_of_training(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch

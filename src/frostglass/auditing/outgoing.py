@@ -26,6 +26,7 @@ from frostglass.auditing.outgoing_linter import linted
 from frostglass.auditing.score import Scored, score
 from frostglass.auditing.simulate import Round, Truth
 from frostglass.core.batch import Batch, Sealed
+from frostglass.core.defense import encoded_by
 from frostglass.core.drive import Attack, drive
 from frostglass.core.errors import AttackFailed, BadInput, FrostglassError
 from frostglass.core.events import Event
@@ -37,6 +38,7 @@ from frostglass.federated.exchange import misfits
 from frostglass.federated.gate import Decide, Decision, Finding, NotRun, Outgoing
 from frostglass.numerics.bn import running_statistics
 from frostglass.numerics.called import copied
+from frostglass.vision.borrowed import refuse_unfit
 from frostglass.vision.normalise import domain_of
 
 SERVER = frozenset({Knows.EXAMPLES, Knows.LOCAL_PLAN, Knows.BN_BATCH, Knows.BN_RUNNING, Knows.DEFENCE})
@@ -154,6 +156,7 @@ def _each(checks: dict[str, Check], outgoing: Outgoing, rng: Rng) -> Iterator[Fi
 
 def _look(outgoing: Outgoing, rng: Rng) -> _Looked | str:
     """The server's view, or what is wrong with the update."""
+    refuse_unfit(outgoing.model, type(outgoing.model).__name__)  # attacks would see no layer there, and not apply
     update = outgoing.update
     device = next((g.device for g in update.gradients.values()), torch.device("cpu"))
     outgoing = replace(outgoing, private=outgoing.private.to(device))
@@ -166,7 +169,7 @@ def _look(outgoing: Outgoing, rng: Rng) -> _Looked | str:
     domain = domain_of(model)
     trained = private
     if outgoing.defence.encodes:  # keys of the operating system: other encodings than were sent, of the same domain
-        domain = outgoing.defence.encode(private, OsKey()).domain
+        domain = encoded_by(outgoing.defence, private, OsKey()).domain
         trained = replace(private, images=domain.low + private.images * (domain.high - domain.low), domain=domain)
     facts = Facts(
         domain=domain,
