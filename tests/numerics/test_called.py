@@ -15,6 +15,7 @@ from frostglass.core.errors import BadInput
 from frostglass.core.randomness import Rng
 from frostglass.core.update import LocalPlan
 from frostglass.defenses.dp_sgd import dp_sgd
+from frostglass.numerics import called
 from frostglass.numerics.called import activations_kept, called_with, copied
 from frostglass.numerics.client_step import defended_step
 from frostglass.numerics.local_update import a_row_each, local_update
@@ -124,6 +125,34 @@ def test_checkpointing_is_back_where_a_pass_breaks_and_blocks_may_lie_in_each_ot
     with activations_kept():
         kept = saving(SEEN.images)
     torch.testing.assert_close(saving(SEEN.images), kept)
+
+
+class Interrupting:
+    """A lock; the first time that it is left an interrupt comes."""
+
+    def __init__(self) -> None:
+        self.left = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if not self.left:
+            self.left = True
+            raise KeyboardInterrupt
+
+
+def test_checkpointing_is_back_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = vars(checkpoint).copy()
+    monkeypatch.setattr(called, "_KEEPING", Interrupting())
+    with pytest.raises(KeyboardInterrupt), activations_kept():
+        pass
+    assert vars(checkpoint) == before, "while it was exchanged"
+    for name, anew in called._ANEW.items():
+        setattr(checkpoint, name, anew)
+    with activations_kept():
+        pass
+    assert vars(checkpoint) == before, "while it was put back, by the next pass"
 
 
 @pytest.mark.parametrize("form", ["newer", "older"])

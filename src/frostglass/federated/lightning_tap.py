@@ -5,8 +5,7 @@
 What Lightning's own hook points show depends on the strategy, and the record says which it was. On one device
 `on_before_optimizer_step` sees the client's own gradient. Under DDP every hook point comes after the average, so the
 callback installs a communication hook instead, which sees the own gradient; where one is installed already, the average
-is recorded. Under FSDP2 only shards of the average are visible; DeepSpeed and FSDP1
-are refused.
+is recorded. Under FSDP2 only shards of the average are visible; DeepSpeed and FSDP1 are refused.
 """
 
 from __future__ import annotations

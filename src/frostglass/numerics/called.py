@@ -42,20 +42,24 @@ def activations_kept() -> Iterator[None]:
     those has a gradient that is wrong without a word, as of every step of a client but the first; and hooks see it
     twice. A pass gives the same here, for the memory that checkpointing saves, in other threads meanwhile too.
     """
-    with _KEEPING:
-        _KEPT.append(None)
-        if len(_KEPT) == 1:
-            _OWN.update({name: getattr(checkpoint, name) for name in _ANEW if hasattr(checkpoint, name)})
-            for name in _OWN:
-                setattr(checkpoint, name, _ANEW[name])
-    try:
+    own = object()
+    try:  # around the first change too: an interrupt may come at any line
+        with _KEEPING:
+            _KEPT.add(own)
+            if len(_KEPT) == 1:
+                for name, anew in _ANEW.items():
+                    held = getattr(checkpoint, name, anew)
+                    if held is not anew:  # else torch has none, or an interrupt has left it there
+                        _OWN[name] = held
+                for name in _OWN:
+                    setattr(checkpoint, name, _ANEW[name])
         yield
     finally:
         with _KEEPING:
-            _KEPT.pop()
+            _KEPT.discard(own)
             if not _KEPT:
-                for name, own in _OWN.items():
-                    setattr(checkpoint, name, own)
+                for name, held in _OWN.items():
+                    setattr(checkpoint, name, held)
 
 
 class _Nothing(AbstractContextManager[None]):
@@ -80,7 +84,7 @@ class _Straight:
 _ANEW: dict[str, Any] = {"_checkpoint_hook": _Nothing, "CheckpointFunction": _Straight}
 """What `torch.utils.checkpoint` asks for its two forms (2.11 to 2.14), and what stands there in `activations_kept`."""
 _OWN: dict[str, Any] = {}
-_KEPT: list[None] = []
+_KEPT: set[object] = set()
 _KEEPING = threading.Lock()
 
 
