@@ -88,7 +88,7 @@ class UpdatesPlan(Strict):
         if self.loss_scale != 1 and not self.gradients:
             found.append(
                 f"updates.loss_scale: {self.loss_scale:g} is of raw gradients; of two states multiply lr by it, and "
-                "the taps of a record have divided by it."
+                "for a record give it to the taps."
             )
         if not self.record and self.model is None:
             found.append("updates.model: missing; states and gradients do not name their network: give --model.")
