@@ -78,10 +78,13 @@ def train(
             with ddp.no_sync() if i < accumulate - 1 and not synchronised else nullcontext():
                 nn.functional.cross_entropy(ddp(x), y).backward()
         optimizer.step()
+    ended(ddp, tap, folder / f"{name}-{'tapped' if tapped else 'plain'}-{rank}.safetensors")
+
+
+def ended(ddp: DistributedDataParallel, tap: Any, weights: Path) -> None:
     if tap is not None:
         tap.close()
-    state = {n: t.contiguous() for n, t in ddp.module.state_dict().items()}
-    save_file(state, folder / f"{name}-{'tapped' if tapped else 'plain'}-{rank}.safetensors")
+    save_file({n: t.contiguous() for n, t in ddp.module.state_dict().items()}, weights)
 
 
 def train_unevenly(rank: int, folder: Path, name: str, *, tapped: bool, by_initial: bool) -> None:
@@ -97,10 +100,7 @@ def train_unevenly(rank: int, folder: Path, name: str, *, tapped: bool, by_initi
             optimizer.zero_grad()
             nn.functional.cross_entropy(ddp(x), y).backward()
             optimizer.step()
-    if tap is not None:
-        tap.close()
-    state = {n: t.contiguous() for n, t in ddp.module.state_dict().items()}
-    save_file(state, folder / f"{name}-{'tapped' if tapped else 'plain'}-{rank}.safetensors")
+    ended(ddp, tap, folder / f"{name}-{'tapped' if tapped else 'plain'}-{rank}.safetensors")
 
 
 def shards(rank: int, world: int, folder: Path) -> None:

@@ -213,13 +213,20 @@ def test_the_hook_of_distributed_data_parallel_copies_buckets_from_there(tmp_pat
     wrapped: Any = SimpleNamespace(module=model, register_forward_pre_hook=model.register_forward_pre_hook)
     with GradientTap(tmp_path / "record", engine="own", note="") as tap:
         hook = LocalGradients(wrapped, tap, lambda state, bucket: bucket, None)
-        held = list(model.parameters())
-        for part, last in ((held[:4], False), (held[4:], True)):
-            bucket: Any = SimpleNamespace(
-                parameters=lambda part=part: part, gradients=lambda part=part: [p.grad for p in part],
-                is_last=lambda last=last: last,
-            )  # fmt: skip
-            assert hook(None, bucket) is bucket
+        held, answered = list(model.parameters()), list[bool]()
+
+        def reduced(_: Tensor) -> None:
+            for part, last in ((held[:4], False), (held[4:], True)):
+                bucket: Any = SimpleNamespace(
+                    parameters=lambda part=part: part, gradients=lambda part=part: [p.grad for p in part],
+                    is_last=lambda last=last: last,
+                )  # fmt: skip
+                answered.append(hook(None, bucket) is bucket)
+
+        x = torch.ones(1, requires_grad=True)
+        x.register_hook(reduced)  # in a backward pass, where DDP calls it
+        x.sum().backward()
+        assert answered == [True, True]
     assert not tap.recorder.problems
     (update,) = read_record(tmp_path / "record").updates
     same(gradients_of(model), update.payload()[0])
