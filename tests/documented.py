@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _TYPES: dict[str, tuple[type, ...]] = {
-    "text": (str,), "whole number": (int,), "number": (int, float), "true or false": (bool,), "list": (list,),
+    "text": (str,), "whole number": (int,), "number": (int, float), "boolean": (bool,), "list": (list,),
     "object": (dict,), "null": (type(None),),
 }  # fmt: skip
 
@@ -31,7 +31,8 @@ def _differ(known: dict[str, str], value: Any, at: str) -> list[str]:
         return [text for item in value for text in _item(known, item, f"{at}[]")]
     if not isinstance(value, dict):
         return []
-    inside = [k.removeprefix(f"{at}." if at else "") for k in known if k.startswith(f"{at}." if at else "")]
+    prefix = f"{at}." if at else ""
+    inside = [k.removeprefix(prefix) for k in known if k.startswith(prefix)]
     own = {k for k in inside if "." not in k and "[" not in k}
     found = []
     for key, held in value.items():
@@ -39,8 +40,8 @@ def _differ(known: dict[str, str], value: Any, at: str) -> list[str]:
         if name is None:
             found.append(f"{at}.{key} is not documented")
         elif name != "*":
-            found += _item(known, held, f"{at}.{name}" if at else name)
-    needed = {k for k in own - {"N", "*"} if "absent" not in known[f"{at}.{k}" if at else k]}
+            found += _item(known, held, prefix + name)
+    needed = {k for k in own - {"N", "*"} if "absent" not in known[prefix + k]}
     return found + [f"{at}.{key} is not there" for key in sorted(needed - value.keys())]
 
 
@@ -48,8 +49,8 @@ def _item(known: dict[str, str], value: Any, at: str) -> list[str]:
     said = known.get(at)
     wrong = []
     if said is not None and "any" not in said.split(" or "):
-        words = said.replace("true or false", "bool").split(" or ")
-        types = tuple(t for w in words for t in _TYPES.get("true or false" if w == "bool" else w, ()))
+        words = said.replace("true or false", "boolean").split(" or ")
+        types = tuple(t for w in words for t in _TYPES.get(w, ()))
         fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
         wrong = [] if fits else [f"{at} is {value!r}, not {said}"]
     return wrong + _differ(known, value, at)

@@ -1,4 +1,4 @@
-"""The command line: demo, audit, init, list, report."""
+"""The command line: demo, audit, init, report, and what `commands` holds."""
 
 from __future__ import annotations
 
