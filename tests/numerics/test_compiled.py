@@ -97,14 +97,24 @@ def test_a_full_disk_keeps_no_kernel_and_stops_nothing(tmp_path: Path, monkeypat
     assert not list(tmp_path.rglob("*.nb?"))
 
 
-def test_the_edition_is_that_of_all_files_with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", ["mixing_lanes.py", "mixing_vectors.py", "compiled.py"])
+def test_the_edition_is_that_of_all_files_with_instructions(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """Of the kernel's own calls: mixing has nothing to do with tiles."""
-    from frostglass.numerics import fused_mixing, mixing_lanes, tile_kernels
+    from frostglass.numerics import fused_mixing, tile_kernels
 
     mixes, cuts = inspect.unwrap(fused_mixing.mix_rows), inspect.unwrap(tile_kernels.cut_tiles)
     before = compiled._edition(mixes), compiled._edition(cuts)
     known = inspect.unwrap(compiled._digest)
-    changed = mixing_lanes.__file__
-    monkeypatch.setattr(compiled, "_digest", lambda file: "changed" if file == changed else known(file))
+    monkeypatch.setattr(compiled, "_digest", lambda of: "changed" if Path(of).name == file else known(of))
     assert compiled._edition(mixes) != before[0]
-    assert compiled._edition(cuts) == before[1]
+    assert (compiled._edition(cuts) == before[1]) is (file != "compiled.py")
+
+
+def test_a_kernel_that_makes_no_array_counts_no_references() -> None:
+    """Which a kernel that makes one must do."""
+    from frostglass.numerics import fused_mixing, key_loops
+
+    for plain in (fused_mixing.mix_rows, fused_mixing.mix_labels, key_loops.choose_distinct):
+        run = kernel(plain)
+        assert run is not None
+        assert run.targetoptions.get("_nrt", True) is (plain is key_loops.choose_distinct)

@@ -30,7 +30,7 @@ from frostglass.numerics.key_rows import (
     draw_partner_permutations,
 )
 from frostglass.numerics.keystream import Keystream, Secret
-from frostglass.numerics.mixing_lanes import GRID, LANES, LINE
+from frostglass.numerics.mixing_vectors import GRID, LANES, LINE
 
 PATHS = ("torch", "fused")
 SIZES = [1, 7, 8 * LANES - 9, 8 * LANES, 8 * LANES + 8, 8 * LINE, 8 * LINE + 8, 8 * (LINE + 2 * LANES) + 3, 16 * LINE]

@@ -101,6 +101,13 @@ def both_sides(matrix: NDArray[Any]) -> Callable[[Any], None]:
     return taught(lambda: _sandwich(m))(times)
 
 
+def allocates_nothing(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator for kernels that make no array: the compiler then counts no references, which takes as long for the
+    few views of a row as a tenth of what is done with its pixels. One that does make an array does not compile."""
+    vars(plain)["allocates_nothing"] = True
+    return plain
+
+
 @functools.cache
 def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
     """`function` compiled with numba (kept on disk between runs), or None if numba is not installed."""
@@ -114,10 +121,20 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any] | None:
     found = inspect.unwrap(function)  # tests wrap every function in shape checks
     plain = FunctionType(found.__code__, found.__globals__, found.__name__, found.__defaults__)
     plain.__qualname__ = f"{found.__qualname__}_{_edition(found)}"
-    made: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(plain)
+    uncounted = {"_nrt": False} if getattr(function, "allocates_nothing", False) and _uncounted() else {}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}, **uncounted}
+    made: Any = numba.njit(**options)(plain)
     with suppress(RuntimeError):  # neither the package's folder nor the user's cache can be written
         made._cache = _disk_cache()(plain)  # what njit(cache=True) does, with a cache of its own kind
     return cast(Callable[..., Any], made)
+
+
+@functools.cache
+def _uncounted() -> bool:
+    """Whether numba can be told not to count references."""
+    from numba.core.options import DefaultOptions
+
+    return hasattr(DefaultOptions, "_nrt")
 
 
 def _disk_cache() -> Any:

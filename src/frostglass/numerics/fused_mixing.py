@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from frostglass.numerics.compiled import as_it_is
-from frostglass.numerics.mixing_lanes import LANES, LINE, fit, mix_lanes, mix_line, mix_pixels
+from frostglass.numerics.compiled import allocates_nothing, as_it_is
+from frostglass.numerics.mixing_lanes import fit, mix_lanes, mix_line, mix_pixels
+from frostglass.numerics.mixing_vectors import LANES, LINE
 
 
+@allocates_nothing
 def mix_rows(private, public, inside, indices, coefficients, scale, shift, bits, out, past):  # type: ignore[no-untyped-def]
     """out[r] = flip(shift + sum_j scale coefficients[r, j] source_j[indices[r, j]]), as IEEE bits; k <= 4.
 
@@ -52,6 +54,7 @@ def mix_rows(private, public, inside, indices, coefficients, scale, shift, bits,
     return True
 
 
+@allocates_nothing
 def mix_more_rows(private, public, inside, indices, coefficients, scale, shift, bits, out, past):  # type: ignore[no-untyped-def]
     """As `mix_rows`, for k = 5 and 6."""
     b, k = indices.shape
@@ -132,6 +135,7 @@ def mix_row(row, following, out, past):  # type: ignore[no-untyped-def]
                 mix_lanes(row, plane, n - LANES, lo + n - LANES, out, None)
 
 
+@allocates_nothing
 def mix_labels(labels, inside, indices, weights, out):  # type: ignore[no-untyped-def]
     """out[r, labels[indices[r, j]]] += weights[r, j] over the private slots j < inside; `out` starts as zeros."""
     for r in range(indices.shape[0]):
@@ -139,6 +143,7 @@ def mix_labels(labels, inside, indices, weights, out):  # type: ignore[no-untype
             out[r, labels[indices[r, j]]] += weights[r, j]
 
 
+@allocates_nothing
 def to_bytes(values, out):  # type: ignore[no-untyped-def]
     """Writes the bytes of which `values` [n] float32 are the 255th parts to `out` [n] uint8.
 

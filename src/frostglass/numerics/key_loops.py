@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from frostglass.numerics.mixing_lanes import GRID
+from frostglass.numerics.compiled import allocates_nothing
+from frostglass.numerics.mixing_vectors import GRID
 
 
+@allocates_nothing
 def next_keys(rows, partners, public, weights, indices, coefficients):  # type: ignore[no-untyped-def]
     """Moves drawn keys to where they are used: what was drawn is overwritten, so that no key row is there twice.
 
@@ -35,6 +37,7 @@ def next_keys(rows, partners, public, weights, indices, coefficients):  # type: 
             weights[r, j] = 0
 
 
+@allocates_nothing
 def share_out(weights, most, private, least, first, out):  # type: ignore[no-untyped-def]
     """|weights| on the grid (`key_rows.on_grid`), one after another those rows that keep the bounds.
 
@@ -109,6 +112,7 @@ def choose_distinct(words, population, out):  # type: ignore[no-untyped-def]
     return out.shape[0]
 
 
+@allocates_nothing
 def within(rows, size):  # type: ignore[no-untyped-def]
     """Whether all of `rows` [any] are in 0 .. size - 1."""
     for i in rows:  # noqa: SIM110 - numba compiles no generators
@@ -117,6 +121,7 @@ def within(rows, size):  # type: ignore[no-untyped-def]
     return True
 
 
+@allocates_nothing
 def count_rows(counts, first, partners, step):  # type: ignore[no-untyped-def]
     """Adds `step` to counts[0, i] for each i of `first` [any], and to counts[1, i] for each of `partners` [any, any].
 

@@ -19,7 +19,7 @@ from frostglass.core.errors import BadInput
 from frostglass.numerics.compiled import fastest, kernel
 from frostglass.numerics.key_loops import choose_distinct, share_out
 from frostglass.numerics.keystream import Keystream
-from frostglass.numerics.mixing_lanes import GRID
+from frostglass.numerics.mixing_vectors import GRID
 
 Law: TypeAlias = Literal["folded_normal", "dirichlet"]
 

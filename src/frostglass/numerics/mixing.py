@@ -24,7 +24,7 @@ from frostglass.numerics import device_mixing
 from frostglass.numerics.compiled import kernel
 from frostglass.numerics.fused_mixing import mix_labels, mix_more_rows, mix_most_rows, mix_rows, to_bytes
 from frostglass.numerics.key_rows import KeyRows, mask_width
-from frostglass.numerics.mixing_lanes import LANES
+from frostglass.numerics.mixing_vectors import LANES
 
 Mask: TypeAlias = Literal["sign", "abs", "none"]
 Labels: TypeAlias = Literal["exact", "quantised", "renormalised"]
