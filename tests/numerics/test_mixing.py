@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -455,6 +459,51 @@ def test_ties_of_whole_rows_go_to_even() -> None:
     cut = exact.view(torch.int32) & 0xFFFF
     assert int((cut == 0x8000).sum()) > d // 8
     assert torch.equal(half, exact.bfloat16())
+
+
+@pytest.mark.parametrize("k", [2, 4, 6, 8])
+def test_a_product_and_its_sum_are_rounded_alike_in_lines_and_in_lanes(k: int) -> None:
+    """What a pixel becomes does not hang on where in its row it stands."""
+    d = 8 * LINE
+    private, keys = table(9, d, torch.uint8), keys_for(5, k, k, 9, 0, d, 1, bits=False)
+    whole = mixing.mix(private, None, k, keys, "none", torch.empty(5, d), "fused")
+    for part in (8 * LANES, 8 * LANES + 8, 8 * (LANES + 2 * LANES), 19):
+        got = mixing.mix(private[:, :part].contiguous(), None, k, keys, "none", torch.empty(5, part), "fused")
+        assert torch.equal(got, whole[:, :part])
+
+
+NARROW = """
+import sys
+from frostglass.numerics import compiled
+compiled.rounds_in_hardware = lambda: False  # before others take it by its name
+import numpy as np, torch
+from frostglass.numerics import mixing
+from frostglass.numerics.key_rows import KeyRows
+given = np.load(sys.argv[1])
+for name, (dtype, table) in {
+    f"{dtype}_{kind}": (dtype, given[kind]) for dtype in ("float32", "bfloat16") for kind in ("bytes", "floats")
+}.items():
+    keys = KeyRows(given["indices"], given["coefficients"], given["bits"])
+    out = torch.empty(len(keys.indices), table.shape[1], dtype=getattr(torch, dtype))
+    made = mixing.mix(table, None, keys.indices.shape[1], keys, "sign", out, "fused")
+    np.save(sys.argv[2] + name + ".npy", made.view(torch.uint8).numpy())
+"""
+
+
+def test_processors_with_smaller_vectors_make_the_same_bits(tmp_path: Path) -> None:
+    """What is done without instructions for bfloat16, in a process of its own, as what is compiled stays so."""
+    d = 8 * (LINE + 2 * LANES) + 8
+    keys = keys_for(4, 4, 4, 9, 0, d, 1)
+    tables = {"bytes": table(9, d, torch.uint8).numpy(), "floats": table(9, d, torch.float32).numpy()}
+    given = tmp_path / "given.npz"
+    np.savez(given, indices=keys.indices, coefficients=keys.coefficients, bits=keys.bits, **tables)
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", NARROW, str(given), f"{tmp_path}/"], check=True, env=environment)
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind, pixels in tables.items():
+            out = mixing.mix(pixels, None, 4, keys, "sign", torch.empty(4, d, dtype=dtype), "fused")
+            found = np.load(tmp_path / f"{str(dtype).removeprefix('torch.')}_{kind}.npy")
+            assert np.array_equal(found, out.view(torch.uint8).numpy()), (dtype, kind)
 
 
 def test_bfloat16_by_integers_is_that_of_torch() -> None:
