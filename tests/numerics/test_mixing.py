@@ -7,6 +7,7 @@ import inspect
 import itertools
 import os
 import pickle
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -474,8 +475,6 @@ def test_a_product_and_its_sum_are_rounded_alike_in_lines_and_in_lanes(k: int) -
 
 NARROW = """
 import sys
-from frostglass.numerics import compiled
-compiled.rounds_in_hardware = lambda: False  # before others take it by its name
 import numpy as np, torch
 from frostglass.numerics import mixing
 from frostglass.numerics.key_rows import KeyRows
@@ -490,14 +489,23 @@ for name, (dtype, table) in {
 """
 
 
-def test_processors_with_smaller_vectors_make_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"},
+        pytest.param({"NUMBA_ENABLE_AVX": "0"}, marks=pytest.mark.slow),
+    ],
+    ids=["haswell", "no AVX"],
+)
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names processors of this kind")
+def test_processors_with_smaller_vectors_make_the_same_bits(tmp_path: Path, told: dict[str, str]) -> None:
     """What is done without instructions for bfloat16, in a process of its own, as what is compiled stays so."""
     d = 8 * (LINE + 2 * LANES) + 8
     keys = keys_for(4, 4, 4, 9, 0, d, 1)
     tables = {"bytes": table(9, d, torch.uint8).numpy(), "floats": table(9, d, torch.float32).numpy()}
     given = tmp_path / "given.npz"
     np.savez(given, indices=keys.indices, coefficients=keys.coefficients, bits=keys.bits, **tables)
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    environment = os.environ | told | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", NARROW, str(given), f"{tmp_path}/"], check=True, env=environment)
     for dtype in (torch.float32, torch.bfloat16):
         for kind, pixels in tables.items():

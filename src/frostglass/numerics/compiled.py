@@ -183,11 +183,17 @@ def bfloat() -> Any:
 
 
 def rounds_in_hardware() -> bool:
-    """Whether this processor rounds to bfloat16 by itself and numba's compiler knows how to say so."""
-    from llvmlite import binding
+    """Whether numba's compiler may use instructions that round to bfloat16 (and vectors of 512 bits).
 
-    # Earlier releases call a function that is not there.
-    return bool(binding.llvm_version_info >= (20, 0, 0) and binding.get_host_cpu_features().get("avx512bf16"))
+    A user may have told it not to (NUMBA_ENABLE_AVX, NUMBA_CPU_FEATURES), whatever this processor can do.
+    """
+    from llvmlite import binding
+    from numba.core.registry import cpu_target
+
+    if binding.llvm_version_info < (20, 0, 0):  # earlier releases call a function that is not there
+        return False
+    codegen: Any = cpu_target.target_context.codegen()
+    return "+avx512bf16" in str(codegen.magic_tuple()[-1]).split(",")
 
 
 @functools.cache
