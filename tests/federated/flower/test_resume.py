@@ -371,7 +371,14 @@ def killed(path: Path, out: Path, engine: str, sent: Path, number: int) -> int:
     words = [sys.executable, "-m", "frostglass", "federate", str(path), "--out", str(out), "--engine", engine]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     with (out.parent / f"{out.name}.log").open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+        # a shell that runs the tests in the background hands down an ignored SIGINT, which no terminal would
+        process = subprocess.Popen(
+            words,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while process.poll() is None and not sent.exists():
             time.sleep(0.002)
         process.send_signal(number)
